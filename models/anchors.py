@@ -1,0 +1,128 @@
+"""Sparse appearance-guided sampling: one anchor view, kept consistent with the previous one (paper section 4.2).
+
+The loop is rectified flow with true CFG. In its first steps the latents are replaced, wherever the previous anchor
+can be warped to this view reliably, by that anchor noised to the current time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from models.flux import (
+    CONTROL_STEPS,
+    FluxModels,
+    Text,
+    anchor_schedule,
+    decode_latents,
+    encode_image,
+    guided_velocity,
+    to_bytes,
+    velocity,
+)
+from models.latents import pack, to_signed, unpack
+from utils.correspondence import latent_mask, resize_map, unreliable_mask, warp_image
+
+
+@dataclass(frozen=True)
+class AnchorSettings:
+    """How an anchor is drawn; field names are the script's flags."""
+
+    num_steps: int = 25  # denoising steps
+    guidance: float = 4.0  # distilled guidance of FLUX.1-dev
+    true_gs: float = 3.5  # scale of true classifier-free guidance
+    timestep_to_start_cfg: int = 1  # first step that uses true CFG
+    control_weight: float = 0.8  # ControlNet strength
+    num_replacement: int = 12  # steps 1 … num_replacement - 1 use the warped previous anchor
+
+
+@dataclass(frozen=True)
+class Warped:
+    """The previous anchor carried to this view.
+
+    image: uint8 [H, W, 3], black where nothing arrives. mask: uint8 [H, W], 1 = generate freely, 0 = keep the warp.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What the early steps are replaced by. latents x_1: [1, 16, h, w]; mask: [1, 16, h, w], 1 = keep the sample."""
+
+    latents: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step, for progress bars and tests. Tokens [1, L, 64]; negative is None where CFG is off."""
+
+    index: int
+    tokens_in: torch.Tensor
+    positive: torch.Tensor
+    negative: torch.Tensor | None
+    tokens_out: torch.Tensor
+
+
+def warp_anchor(previous: np.ndarray, code: np.ndarray, dilations: int) -> Warped:
+    """Carry the previous anchor along a correspondence map.
+
+    previous: uint8 [H, W, 3]. code: uint16 map of any size. dilations: growth of the mask (`mask_dilations` of a
+    preset).
+    """
+    resized = resize_map(code, previous.shape[1], previous.shape[0])
+    return Warped(warp_image(previous, resized), unreliable_mask(resized, dilations))
+
+
+@torch.no_grad()
+def encode_warped(models: FluxModels, warped: Warped, eps: torch.Tensor) -> Replacement:
+    """VAE-encode a warped anchor and bring its mask to the latent grid. eps: N(0, 1) [1, 16, h, w]."""
+    latents = encode_image(models.vae, to_signed(warped.image)[None], eps)
+    mask = torch.from_numpy(latent_mask(warped.mask)).to(latents)
+    return Replacement(latents, mask.expand_as(latents))
+
+
+@torch.no_grad()
+def sample_anchor(
+    models: FluxModels,
+    noise: torch.Tensor,
+    control: torch.Tensor,
+    positive: Text,
+    negative: Text,
+    settings: AnchorSettings,
+    replacement: Replacement | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> torch.Tensor:
+    """Denoise one anchor; returns float32 latents [1, 16, h, w].
+
+    noise: x_0 ~ N(0, 1), float32 [1, 16, h, w], h and w even. control: edges [1, 3, 8 h, 8 w] in [-1, 1]. When both
+    prompts are equal true CFG changes nothing, and its second pass is left out.
+    """
+    height, width = noise.shape[-2:]
+    schedule = anchor_schedule(settings.num_steps, 8 * width, 8 * height)
+    use_cfg = not positive.same_as(negative)
+    x0 = tokens = pack(noise)
+    if replacement is not None:
+        x1, keep = pack(replacement.latents), pack(replacement.mask)
+    for i, (t, t_next) in enumerate(zip(schedule[:-1].tolist(), schedule[1:].tolist(), strict=True)):
+        if replacement is not None and 0 < i < settings.num_replacement:
+            tokens = keep * tokens + (1 - keep) * ((1 - t) * x1 + t * x0)
+        weights = {"guidance": settings.guidance, "control_weight": settings.control_weight * (i < CONTROL_STEPS)}
+        pred = velocity(models, tokens, t, positive, control, **weights)
+        pred_negative = None
+        if use_cfg and i >= settings.timestep_to_start_cfg:
+            pred_negative = velocity(models, tokens, t, negative, control, **weights)
+        following = tokens + (t_next - t) * guided_velocity(pred, pred_negative, settings.true_gs)
+        if on_step:
+            on_step(Step(i, tokens, pred, pred_negative, following))
+        tokens = following
+    return unpack(tokens, height, width)
+
+
+@torch.no_grad()
+def decode_anchor(models: FluxModels, latents: torch.Tensor) -> np.ndarray:
+    """Latents [1, 16, h, w] -> image uint8 [8 h, 8 w, 3]."""
+    return to_bytes(decode_latents(models.vae, latents))[0]

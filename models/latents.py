@@ -1,0 +1,46 @@
+"""Small tensor maths shared by both diffusion models: posterior samples, FLUX's token packing, colour ranges."""
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+TOKEN_PIXELS = 16  # side of one FLUX token in pixels: 8x latents, packed 2x2
+
+
+def posterior_sample(posterior: DiagonalGaussianDistribution, eps: torch.Tensor | None = None) -> torch.Tensor:
+    """mean + std * eps, in the posterior's dtype. eps: N(0, 1) of the latents' shape; None gives the mean."""
+    if eps is None:
+        return posterior.mean
+    if eps.shape != posterior.mean.shape:
+        raise ValueError(f"eps has shape {tuple(eps.shape)}, the latents have {tuple(posterior.mean.shape)}")
+    return posterior.mean + posterior.std * eps.to(posterior.mean)
+
+
+def draw_noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """N(0, 1) as float32 on the CPU: the same numbers on every device and in every dtype."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, h, w] -> tokens [B, h/2 * w/2, 4 C]; features ordered (channel, dy, dx), tokens row-major."""
+    b, c, h, w = latents.shape
+    return latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpack(tokens: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """Inverse of `pack`: tokens [B, h/2 * w/2, 4 C] -> latents [B, C, h, w]."""
+    b, _, c = tokens.shape
+    return tokens.reshape(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, h, w)
+
+
+def token_positions(h: int, w: int, device: torch.device) -> torch.Tensor:
+    """Rotary positions of the tokens of [h, w] latents: float32 [h/2 * w/2, 3] = (0, row, column)."""
+    rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float().to(device)
+
+
+def to_signed(images: np.ndarray, mid: float = 127.5) -> torch.Tensor:
+    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
+    if images.dtype != np.uint8 or images.shape[-1] != 3:
+        raise ValueError(f"expected uint8 [..., H, W, 3], got {images.dtype} {images.shape}")
+    return torch.from_numpy(images).movedim(-1, -3).float() / mid - 1

@@ -1,0 +1,102 @@
+"""LoRA on FLUX and its ControlNet, where the reference has it (DESIGN: distribution alignment).
+
+q, k and v share one `down` matrix in the reference. diffusers' fused projections (`to_qkv`, `to_added_qkv`) give
+exactly that with plain peft layers, and cost nothing once the separate weights of the fused blocks are dropped.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import FluxControlNetModel, FluxTransformer2DModel
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
+
+from models.convert import read_weights
+from models.keymaps import MLP_RATIO, lora_from_peft, lora_to_peft
+from utils.cli import InputError
+from utils.runs import atomic_path
+
+FluxModel = FluxTransformer2DModel | FluxControlNetModel
+SINGLE_BLOCKS = range(1, 5)  # the single-stream blocks that carry LoRA; all double-stream blocks do
+
+
+def lora_targets(config: Mapping) -> dict[str, tuple[int, int]]:
+    """{module name: (in, out features)} of every LoRA layer, from a model's config alone."""
+    hidden = config["num_attention_heads"] * config["attention_head_dim"]
+    targets = {}
+    for i in range(config["num_layers"]):
+        for name, out in (("to_qkv", 3), ("to_out.0", 1), ("to_added_qkv", 3), ("to_add_out", 1)):
+            targets[f"transformer_blocks.{i}.attn.{name}"] = (hidden, out * hidden)
+    for i in SINGLE_BLOCKS:
+        if i < config["num_single_layers"]:
+            targets[f"single_transformer_blocks.{i}.attn.to_qkv"] = (hidden, 3 * hidden)
+            targets[f"single_transformer_blocks.{i}.proj_out"] = ((1 + MLP_RATIO) * hidden, hidden)
+    return targets
+
+
+def check_lora(path: Path, config: Mapping) -> dict[str, torch.Tensor]:
+    """Read a LoRA file and make sure that it fits a model of this config; no model is needed.
+
+    Returns peft's names. Raises InputError naming the first key that is missing, unknown or of another shape.
+    """
+    tensors, _ = read_weights(path)
+    try:
+        state = lora_to_peft(tensors)
+    except ValueError as error:
+        raise InputError(f"{path} is not a LoRA of this project: {error}") from error
+    rank = next(tensor.shape[0] for key, tensor in state.items() if "lora_A" in key)
+    wanted = {}
+    for name, (features, out) in lora_targets(config).items():
+        wanted |= {f"{name}.lora_A.weight": (rank, features), f"{name}.lora_B.weight": (out, rank)}
+    for key in sorted(wanted.keys() | state.keys()):
+        found = tuple(state[key].shape) if key in state else None
+        if found != wanted.get(key):
+            raise InputError(
+                f"{path} does not fit these weights: {key} is {found or 'missing'}, the model needs "
+                f"{wanted.get(key) or 'no such layer'}; was it trained on other weights?"
+            )
+    return state
+
+
+def add_lora(model: FluxModel, rank: int) -> list[torch.nn.Parameter]:
+    """Fuse q, k, v where LoRA sits, add LoRA layers (down ~ N(0, 1/rank), up = 0), and return their parameters."""
+    targets = lora_targets(model.config)
+    for name in targets:
+        if name.endswith("attn.to_qkv"):
+            _fuse(model.get_submodule(name.removesuffix(".to_qkv")))
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="gaussian"))
+    return [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+
+
+def _fuse(attention: torch.nn.Module) -> None:
+    attention.fuse_projections()
+    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+        if hasattr(attention, name):
+            delattr(attention, name)  # the fused layer holds a copy: at full size the originals are 2 GB
+
+
+def load_lora(model: FluxModel, state: Mapping[str, torch.Tensor], weight: float = 1.0) -> list[torch.nn.Parameter]:
+    """Add LoRA layers holding `state` (peft names, as `check_lora` returns them) and return their parameters.
+
+    weight: `--lora_weight`. It multiplies both factors, as in the reference, so the strength is its square.
+    """
+    rank = next(tensor.shape[0] for key, tensor in state.items() if "lora_A" in key)
+    parameters = add_lora(model, rank)
+    result = set_peft_model_state_dict(model, {key: weight * tensor for key, tensor in state.items()})
+    if result.unexpected_keys:
+        raise ValueError(f"LoRA keys that the model does not have: {result.unexpected_keys[:3]}")
+    return parameters
+
+
+def lora_state(model: FluxModel) -> dict[str, torch.Tensor]:
+    """LoRA values under the reference's names, in the dtype they are trained in."""
+    return {
+        key: tensor.detach().contiguous() for key, tensor in lora_from_peft(get_peft_model_state_dict(model)).items()
+    }
+
+
+def save_lora(model: FluxModel, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the LoRA as the reference does: its key names, bfloat16. Atomic."""
+    with atomic_path(path) as temporary:
+        save_file({key: tensor.to("cpu", dtype) for key, tensor in lora_state(model).items()}, temporary)

@@ -1,0 +1,150 @@
+"""The scene folder: its arcs, their numbering, and the names of everything in it. No other file knows a file name.
+
+arc0/hed/0001.png ... 0046.png      soft edges, white on black
+arc0/corres/0004.png ... 0046.png   12 correspondence maps between latent frames
+arc0/corres_end.png                 from the arc's first frame to its last
+arc0/noises.npy                     flow-warped noise for 90x60 latents (others: noises_WxH.npy)
+arc1/hed/0046.png ...               neighbouring arcs share their boundary frame
+multiviews/<run>/image_00.png ...   anchors: the first frame of arc 0 and the last frame of every arc
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.cli import InputError
+from utils.correspondence import read_map
+
+ARC_STEPS = 45  # steps between the two anchors of an arc
+ARC_FRAMES = ARC_STEPS + 1
+LATENT_FRAMES = 13  # CogVideoX: 49 frames in 4x temporal compression
+NOISE_CHANNELS = 16
+REFERENCE_LATENT_SIZE = (90, 60)  # width, height; the size whose noise file carries no size in its name
+
+
+@dataclass(frozen=True)
+class Arc:
+    """One interval of the camera path: 46 frames, numbered from `first` to `first + 45` over the whole scene."""
+
+    index: int
+    folder: Path
+
+    @property
+    def first(self) -> int:
+        return ARC_STEPS * self.index + 1
+
+    @property
+    def last(self) -> int:
+        return self.first + ARC_STEPS
+
+    @property
+    def edge_paths(self) -> list[Path]:
+        return [self.folder / "hed" / f"{n:04d}.png" for n in range(self.first, self.last + 1)]
+
+    @property
+    def corres_paths(self) -> list[Path]:
+        return [self.folder / "corres" / f"{n:04d}.png" for n in latent_frame_numbers(self.first, self.last)[1:]]
+
+    @property
+    def corres_end_path(self) -> Path:
+        return self.folder / "corres_end.png"
+
+    def noise_path(self, latent_size: tuple[int, int] = REFERENCE_LATENT_SIZE) -> Path:
+        """latent_size: width, height."""
+        name = "noises" if latent_size == REFERENCE_LATENT_SIZE else "noises_{}x{}".format(*latent_size)
+        return self.folder / f"{name}.npy"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A validated scene folder. Sizes are (width, height) in pixels."""
+
+    folder: Path
+    arcs: tuple[Arc, ...]
+    edge_size: tuple[int, int]
+    map_size: tuple[int, int]
+
+    @property
+    def anchor_edge_paths(self) -> list[Path]:
+        """Edge frames of the anchors: the first frame of arc 0, then the last frame of every arc."""
+        return [self.arcs[0].edge_paths[0]] + [arc.edge_paths[-1] for arc in self.arcs]
+
+    @property
+    def num_frames(self) -> int:
+        """Different frames along the whole path: 45 N + 1."""
+        return ARC_STEPS * len(self.arcs) + 1
+
+
+def latent_frame_numbers(first: int, last: int) -> list[int]:
+    """Frame numbers that the 13 latent frames of an arc stand for, both ends included."""
+    return np.linspace(first, last, LATENT_FRAMES).astype(int).tolist()
+
+
+def resample_indices(n: int, m: int) -> list[int]:
+    """Nearest resampling of n items to m: index_k = round_half_even(k (n - 1) / (m - 1))."""
+    return [round(k * (n - 1) / (m - 1)) for k in range(m)]
+
+
+def load_scene(folder: Path) -> Scene:
+    """Read and check a scene folder; every file that the stages need must be there and readable.
+
+    Raises InputError naming the first thing that is wrong.
+    """
+    if not folder.is_dir():
+        raise InputError(f"scene folder {folder} does not exist")
+    arcs = _find_arcs(folder)
+    edge_sizes, map_sizes = {}, {}
+    for arc in arcs:
+        _check_numbering(arc)
+        edge_sizes.update({path: _edge_size(path) for path in arc.edge_paths})
+        maps = [*arc.corres_paths, arc.corres_end_path]
+        map_sizes.update({path: read_map(path).shape[1::-1] for path in maps})
+    return Scene(folder, arcs, _one_size(edge_sizes), _one_size(map_sizes))
+
+
+def _find_arcs(folder: Path) -> tuple[Arc, ...]:
+    found = {int(m[1]) for path in folder.iterdir() if path.is_dir() and (m := re.fullmatch(r"arc(\d+)", path.name))}
+    if not found:
+        raise InputError(f"{folder} holds no arcs: expected folders arc0, arc1, … as written by preprocess.py")
+    missing = sorted(set(range(max(found) + 1)) - found)
+    if missing:
+        raise InputError(f"{folder} holds arc{max(found)} but not arc{missing[0]}: arcs are numbered without gaps")
+    return tuple(Arc(i, folder / f"arc{i}") for i in sorted(found))
+
+
+def _check_numbering(arc: Arc) -> None:
+    """The frames and maps present must be exactly those that the arc's place in the path asks for."""
+    for wanted in (arc.edge_paths, arc.corres_paths):
+        parent = wanted[0].parent
+        present = {path.name for path in parent.glob("*.png")} if parent.is_dir() else set()
+        missing = [path.name for path in wanted if path.name not in present]
+        extra = sorted(present - {path.name for path in wanted})
+        span = f"arc{arc.index} needs {len(wanted)} files {wanted[0].name} … {wanted[-1].name}"
+        if missing:
+            raise InputError(f"{parent / missing[0]} is missing ({span})")
+        if extra:
+            raise InputError(f"{parent / extra[0]} does not belong there ({span})")
+
+
+def _edge_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            size = image.size
+            image.verify()  # checksums only: pixels are decoded when they are used
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as an image ({error}); make the file again") from error
+    return size
+
+
+def _one_size(sizes: dict[Path, tuple[int, int]]) -> tuple[int, int]:
+    (first_path, first), *others = sizes.items()
+    for path, size in others:
+        if size != first:
+            raise InputError(
+                f"{path} is {size[0]}x{size[1]}, but {first_path} is {first[0]}x{first[1]}: all files of one kind "
+                "must have one size"
+            )
+    return first

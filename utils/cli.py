@@ -1,0 +1,86 @@
+"""What every script shares on its command line: bad input becomes one line and exit code 2, never a traceback."""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message says what, where, and what to do, in one line."""
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The module docstring as it stands, and the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call `main` and exit: 0, 2 for bad input, 3 when the machine fails (disk full, I/O error), 130 on Ctrl-C."""
+    try:
+        main()
+    except InputError as error:
+        _stop(error, BAD_INPUT)
+    except OSError as error:
+        hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+        _stop(f"{error.strerror or error}: {error.filename or 'output'}{hint}", FAILED)
+    except KeyboardInterrupt:
+        _stop("interrupted; run the same command again to continue", INTERRUPTED)
+
+
+def _stop(message: object, code: int) -> None:
+    one_line = " ".join(str(message).split())
+    print(f"error: {one_line}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """argparse type: an integer of 0 or more."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def unit_float(text: str) -> float:
+    """argparse type: a number in [0, 1]."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def size(text: str) -> tuple[int, int]:
+    """argparse type: `WIDTHxHEIGHT`, for example 1080x720."""
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, for example 90x60")
+    return int(width), int(height)
+
+
+def require_writable(folder: Path) -> None:
+    """Raise InputError unless `folder` can be made and written to. Creates nothing."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"cannot write to {folder}: {existing} is not a folder")
+    # Permission bits count for root too: a folder that was made read-only is meant to stay as it is.
+    if not os.access(existing, os.W_OK | os.X_OK) or not existing.stat().st_mode & 0o222:
+        raise InputError(f"cannot write to {folder}: {existing} is read-only; pass --output_dir to write elsewhere")

@@ -1,0 +1,98 @@
+"""Correspondence maps: reading the 16-bit PNG, and carrying an image along them.
+
+A map lives on the *target* frame. At pixel (x2, y2), R = x1/W * 65536 and G = 65535 - y1/H * 65536 give the place
+(x1, y1) of the same surface point in the *source* frame, and B = 65535 says that this place is visible there.
+
+Two readers exist because the project needs both: `gather_indices` floors, as the reference implementation does, and
+addresses pixels of an image of any size; `source_positions` returns sub-pixel positions for transporting noise.
+"""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from utils.cli import InputError
+
+VISIBLE = 65535  # blue value of a valid pixel
+MASK_KERNEL = 5  # pixels; side of the dilation kernel
+
+
+def read_map(path: Path) -> np.ndarray:
+    """Read a correspondence map: uint16 [H, W, 3], channels R, G, B.
+
+    Raises InputError when the file is missing, unreadable, or not a 16-bit colour image.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is missing")
+    stored = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if stored is None:
+        raise InputError(f"{path} cannot be read as an image; make the file again")
+    if stored.dtype != np.uint16 or stored.ndim != 3 or stored.shape[2] not in (3, 4):
+        channels = stored.shape[2] if stored.ndim == 3 else 1
+        raise InputError(f"{path} must be a 16-bit RGB image, but has {channels} channel(s) of {stored.dtype}")
+    return np.ascontiguousarray(stored[..., 2::-1])  # OpenCV stores B, G, R (, A)
+
+
+def source_positions(code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sub-pixel source positions of a map.
+
+    code: uint16 [H, W, 3]. Returns (position float64 [H, W, 2], x then y, in pixels of the map with the origin at the
+    outer corner of the top-left pixel; valid bool [H, W]). The +0.5 undoes the floor of the encoder on average.
+    """
+    height, width = code.shape[:2]
+    x = (code[..., 0] + 0.5) / 65536 * width
+    y = (65535 - code[..., 1].astype(np.float64) + 0.5) / 65536 * height
+    return np.stack([x, y], axis=-1), code[..., 2] == VISIBLE
+
+
+def resize_map(code: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Bilinear resize of a map to uint16 [height, width, 3]; pixels that mix visible with hidden ones become zero."""
+    resized = cv2.resize(code, (width, height), interpolation=cv2.INTER_LINEAR)
+    resized[resized[..., 2] != VISIBLE] = 0
+    return resized
+
+
+def gather_indices(code: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Whole-pixel correspondences of a map of the image's own size, row-major over its valid pixels.
+
+    code: uint16 [H, W, 3]. Returns x1, y1 (int32, place in the source) and x2, y2 (int64, place in the target). A
+    pixel is valid when B >= 100, the reference's threshold.
+    """
+    height, width = code.shape[:2]
+    y2, x2 = np.nonzero(code[..., 2] >= 100)
+    red, green = code[y2, x2, 0].astype(np.int64), code[y2, x2, 1].astype(np.int64)
+    x1 = (red / 65536 * width).astype(np.int32)
+    y1 = ((65535 - green) / 65536 * height).astype(np.int32)
+    return x1, y1, x2, y2
+
+
+def warp_image(image: np.ndarray, code: np.ndarray) -> np.ndarray:
+    """Carry `image` to the target frame by nearest gather; pixels without a source stay black.
+
+    image: uint8 [H, W, C], the source frame. code: uint16 [H, W, 3], already resized to the image (`resize_map`).
+    """
+    if image.shape[:2] != code.shape[:2]:
+        raise ValueError(f"image is {image.shape[:2]}, the map {code.shape[:2]}: resize the map first")
+    x1, y1, x2, y2 = gather_indices(code)
+    warped = np.zeros_like(image)
+    warped[y2, x2] = image[y1, x1]
+    return warped
+
+
+def unreliable_mask(code: np.ndarray, dilations: int) -> np.ndarray:
+    """Where a warped image is missing or not to be trusted: uint8 [H, W], 1 = generate freely, 0 = keep the warp.
+
+    The holes grow by a 5x5 dilation, `dilations` times, which also hides the jagged silhouettes of nearest gather. The
+    blur acts on a 0/1 integer image, so it only rounds corners (the reference does the same).
+    """
+    hole = (code[..., 2] == 0).astype(np.uint16)
+    grown = cv2.dilate(hole, np.ones((MASK_KERNEL, MASK_KERNEL), np.uint8), iterations=dilations)
+    return cv2.GaussianBlur(grown, (9, 9), 3).astype(np.uint8)
+
+
+def latent_mask(mask: np.ndarray) -> np.ndarray:
+    """Nearest down-sampling of an image mask [H, W] to the FLUX latent grid, float32 [2 ceil(H/16), 2 ceil(W/16)]."""
+    height, width = mask.shape
+    grid = (2 * -(-width // 16), 2 * -(-height // 16))
+    return cv2.resize(mask.astype(np.float32), grid, interpolation=cv2.INTER_NEAREST)

@@ -1,0 +1,194 @@
+"""Run folders: manifests, atomic writes, seeds, and the question "is this run already done?".
+
+Every script owns one output folder. `run.json` in it holds the arguments that decide the result, what made it, and
+what it cost. A folder is continued only by the same arguments, so that nothing finished is mixed or overwritten
+silently.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from utils.cli import InputError, require_writable
+
+MANIFEST = "run.json"
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "numpy",
+    "opencv-python-headless",
+)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`, of the same suffix; rename it to `path` when the block ends well.
+
+    Works for files and folders. When the block fails, the temporary thing is removed and `path` is left as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(3)}.tmp{path.suffix}")
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove temporary names that a killed process left in `folder` (not below it)."""
+    for path in folder.glob(".*.tmp*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write `data` as JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object. Raises InputError when the file is missing or is not a JSON object."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    return data
+
+
+def derive_seed(*keys: int) -> int:
+    """A 63-bit seed that depends on every key, for example (seed, arc, purpose); neighbours are independent."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+
+
+def draw_seed() -> int:
+    """A random seed in [0, 100000], as the reference draws for --seed -1."""
+    return secrets.randbelow(100_001)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file. The hub's cache names large files by this very hash, so those are not read again."""
+    blob = path.resolve().name
+    if path.is_symlink() and len(blob) == 64 and all(c in "0123456789abcdef" for c in blob):
+        return blob
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weight_hashes(sources: dict[str, Path]) -> dict[str, dict[str, str]]:
+    """{component: {file: sha256}} of the weight files in each source (a folder or one file)."""
+    hashes = {}
+    for name, source in sources.items():
+        files = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
+        root = source.parent if source.is_file() else source
+        hashes[name] = {str(file.relative_to(root)): file_sha256(file) for file in files}
+    return hashes
+
+
+@dataclasses.dataclass
+class Run:
+    """One output folder and its manifest."""
+
+    folder: Path
+    manifest: dict
+    replaces: bool = False  # an older run in the folder goes when this one begins
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.manifest.get("finished"))
+
+    def begin(self, **entries: object) -> None:
+        """Make the folder and its manifest. Call it when everything is loaded: a failed load then changes nothing."""
+        if self.replaces and self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(self.folder)
+        self.save(**entries)
+
+    def save(self, **entries: object) -> None:
+        """Merge `entries` into run.json."""
+        self.manifest.update(entries)
+        write_json(self.folder / MANIFEST, self.manifest)
+
+    def finish(self, **entries: object) -> None:
+        """Mark the run as complete, with its wall time over all attempts and the peak memory of this one."""
+        earlier = self.manifest.get("wall_seconds", 0.0)
+        self.save(
+            **entries,
+            finished=True,
+            wall_seconds=round(earlier + time.monotonic() - self.started, 1),
+            peak_memory_mib=peak_memory_mib(),
+        )
+
+
+def open_run(folder: Path, arguments: dict, *, overwrite: bool = False) -> Run:
+    """Open or continue the run in `folder`. Nothing is written or removed before `Run.begin`.
+
+    arguments: everything that decides the result (JSON values). Raises InputError when the folder holds a run with other
+    arguments, or files but no manifest, unless `overwrite`.
+    """
+    require_writable(folder)
+    arguments = json.loads(json.dumps(arguments, default=str))
+    fresh = Run(folder, {"arguments": arguments, "versions": versions()}, replaces=overwrite)
+    if overwrite or not folder.exists():
+        return fresh
+    if (folder / MANIFEST).exists():
+        manifest = read_json(folder / MANIFEST)
+        _require_same_arguments(folder, manifest.get("arguments", {}), arguments)
+        return Run(folder, manifest)
+    if any(path for path in folder.iterdir() if ".tmp" not in path.name):
+        raise InputError(f"{folder} holds files but no {MANIFEST}: pass --overwrite to replace them")
+    return fresh
+
+
+def _require_same_arguments(folder: Path, before: dict, now: dict) -> None:
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    if changed:
+        details = ", ".join(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in changed[:3])
+        raise InputError(f"{folder} holds a run with other arguments ({details}); pass --overwrite to replace it")
+
+
+def versions() -> dict[str, str]:
+    """Python, platform and the packages that decide numbers."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def peak_memory_mib() -> dict[str, int]:
+    """Peak memory of this process in MiB: resident, and allocated on the GPU if one was used."""
+    import torch
+
+    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak["cuda"] = torch.cuda.max_memory_allocated() // 2**20
+    return peak
