@@ -4,35 +4,97 @@ Rectified flow on the reference image, with the ControlNet's residuals unscaled 
 FLUX and its ControlNet must add so that edges of the reference give the reference.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models.flux import FluxModels, Text, velocity
+from models.flux import FluxModels, Text, encode_image, training_schedule, velocity
+from models.latents import draw_noise, pack, to_signed
+from utils.references import Reference, crop_size, draw_aspect, draw_crop
+from utils.runs import derive_seed
 
 GUIDANCE = 1.0  # distilled guidance during training
 
 
 @dataclass(frozen=True)
 class FlowSample:
-    """One point on the path between image and noise. Tokens [B, L, 64], float32; t in [0, 1]."""
+    """One point on the path between image and noise. tokens, target: float32 [B, L, 64]; t: [B], in [0, 1]."""
 
     tokens: torch.Tensor
     target: torch.Tensor
-    t: float
+    t: torch.Tensor
 
 
-def flow_sample(image: torch.Tensor, noise: torch.Tensor, t: float) -> FlowSample:
-    """x_t = (1 - t) x_1 + t x_0 and its target velocity x_0 - x_1. image: x_1, noise: x_0, packed [B, L, 64]."""
-    return FlowSample((1 - t) * image + t * noise, noise - image, t)
+def flow_sample(image: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> FlowSample:
+    """x_t = (1 - t) x_1 + t x_0 and its target x_0 - x_1. image: x_1, noise: x_0, packed [B, L, 64]; t: [B]."""
+    t = t.to(image)
+    return FlowSample((1 - t[:, None, None]) * image + t[:, None, None] * noise, noise - image, t)
 
 
-def flow_loss(models: FluxModels, sample: FlowSample, text: Text, control: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the predicted velocity, float32 scalar. control: edges [B, 3, H, W] in [-1, 1]."""
-    prediction = velocity(models, sample.tokens, sample.t, text, control, guidance=GUIDANCE)
-    return F.mse_loss(prediction.float(), sample.target.float())
+class FlowObjective(torch.nn.Module):
+    """Transformer and ControlNet as one module: one wrapper (autocast, DDP) then holds everything that is trained."""
+
+    def __init__(self, models: FluxModels):
+        super().__init__()
+        self.transformer, self.controlnet = models.transformer, models.controlnet
+        self._models = models
+
+    def forward(self, sample: FlowSample, text: Text, control: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of the predicted velocity, float32 scalar. control: edges [B, 3, H, W] in [-1, 1]."""
+        prediction = velocity(self._models, sample.tokens, sample.t, text, control, guidance=GUIDANCE)
+        return F.mse_loss(prediction.float(), sample.target.float())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training step sees. images, control: [B, 3, H, W] in [-1, 1]; noise, eps: [B, 16, H/8, W/8]; t: [B]."""
+
+    images: torch.Tensor
+    control: torch.Tensor
+    noise: torch.Tensor
+    eps: torch.Tensor
+    t: torch.Tensor
+    prompts: list[str]
+
+
+def draw_batch(
+    references: Sequence[Reference], step_seed: Sequence[int], items: Iterable[int], resolution: int, multiple: int
+) -> Batch:
+    """The batch of one step: its aspect comes from `step_seed`, everything else from `step_seed` and the item's
+    number.
+
+    items: numbers in the global batch. No state is carried from step to step, so a resumed run, and a run on more
+    processes, draws what an uninterrupted run on one would have drawn.
+    """
+    size = crop_size(draw_aspect(references[0], np.random.default_rng(step_seed)), resolution, multiple)
+    latent_shape = (1, 16, size[1] // 8, size[0] // 8)
+    schedule = training_schedule()
+    columns: list[list] = [[] for _ in range(6)]
+    for item in items:
+        rng = np.random.default_rng([*step_seed, item])
+        reference = references[rng.integers(len(references))]
+        image, edges = draw_crop(reference, size, rng)
+        noise, eps = (draw_noise(latent_shape, derive_seed(*step_seed, item, purpose)) for purpose in (1, 2))
+        values = (
+            to_signed(image)[None],
+            to_signed(edges)[None],
+            noise,
+            eps,
+            schedule[rng.integers(len(schedule))][None],
+        )
+        for column, value in zip(columns, (*values, reference.prompt), strict=True):
+            column.append(value)
+    return Batch(*(torch.cat(column) for column in columns[:5]), prompts=columns[5])
+
+
+@torch.no_grad()
+def batch_flow_sample(models: FluxModels, batch: Batch) -> FlowSample:
+    """Encode the pictures of a batch and noise them."""
+    latents = encode_image(models, batch.images, batch.eps)
+    return flow_sample(pack(latents), pack(batch.noise).to(latents), batch.t)
 
 
 def optimizer_step(

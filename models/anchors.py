@@ -80,7 +80,7 @@ def warp_anchor(previous: np.ndarray, code: np.ndarray, dilations: int) -> Warpe
 @torch.no_grad()
 def encode_warped(models: FluxModels, warped: Warped, eps: torch.Tensor) -> Replacement:
     """VAE-encode a warped anchor and bring its mask to the latent grid. eps: N(0, 1) [1, 16, h, w]."""
-    latents = encode_image(models.vae, to_signed(warped.image)[None], eps)
+    latents = encode_image(models, to_signed(warped.image)[None], eps)
     mask = torch.from_numpy(latent_mask(warped.mask)).to(latents)
     return Replacement(latents, mask.expand_as(latents))
 
@@ -104,7 +104,7 @@ def sample_anchor(
     height, width = noise.shape[-2:]
     schedule = anchor_schedule(settings.num_steps, 8 * width, 8 * height)
     use_cfg = not positive.same_as(negative)
-    x0 = tokens = pack(noise)
+    x0 = tokens = pack(noise).to(models.device)
     if replacement is not None:
         x1, keep = pack(replacement.latents), pack(replacement.mask)
     for i, (t, t_next) in enumerate(zip(schedule[:-1].tolist(), schedule[1:].tolist(), strict=True)):
@@ -125,4 +125,4 @@ def sample_anchor(
 @torch.no_grad()
 def decode_anchor(models: FluxModels, latents: torch.Tensor) -> np.ndarray:
     """Latents [1, 16, h, w] -> image uint8 [8 h, 8 w, 3]."""
-    return to_bytes(decode_latents(models.vae, latents))[0]
+    return to_bytes(decode_latents(models, latents))[0]

@@ -160,6 +160,17 @@ def load_reference_file(kind: str, path: Path) -> torch.nn.Module:
         raise InputError(f"{path} is not a {kind} checkpoint: {error}") from error
 
 
+def reference_config(kind: str, path: Path) -> dict:
+    """The diffusers config of a reference-format file, from its header alone."""
+    with open_weights(path) as handle, torch.device("meta"):
+        shapes = {key: torch.empty(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+        params = _decode((handle.metadata() or {}).get(MODEL_KINDS[kind][2], "null"))
+    try:
+        return MODEL_KINDS[kind][1](shapes, params)[0]
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path} is not a {kind} checkpoint: {error}") from error
+
+
 def load_ggi_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """The 48-channel transformer of a folder in either layout, merged and cast tensor by tensor."""
     config, source = read_json(folder / "config.json"), Shards(folder)

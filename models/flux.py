@@ -4,6 +4,7 @@ The reference runs the ControlNet for both branches of true CFG; diffusers' Cont
 residuals. The numbers must agree with the reference, so this is a thin layer over diffusers' models instead.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ class FluxModels:
     transformer: FluxTransformer2DModel
     controlnet: FluxControlNetModel
     vae: AutoencoderKL
+    device: str = "cpu"  # where they compute; with offloading their weights are elsewhere
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Text:
 
     def same_as(self, other: "Text") -> bool:
         return torch.equal(self.tokens, other.tokens) and torch.equal(self.pooled, other.pooled)
+
+
+def stack_texts(texts: Sequence[Text]) -> Text:
+    """One batch of prompts that were encoded one by one."""
+    return Text(torch.cat([text.tokens for text in texts]), torch.cat([text.pooled for text in texts]))
 
 
 def shifted_schedule(num_steps: int, tokens: int) -> torch.Tensor:
@@ -63,19 +70,21 @@ def training_schedule() -> torch.Tensor:
     return shifted_schedule(TRAINING_STEPS, TRAINING_TOKENS)
 
 
-def encode_image(vae: AutoencoderKL, images: torch.Tensor, eps: torch.Tensor | None) -> torch.Tensor:
+def encode_image(models: FluxModels, images: torch.Tensor, eps: torch.Tensor | None) -> torch.Tensor:
     """Images [B, 3, H, W] in [-1, 1] -> float32 latents [B, 16, H/8, W/8].
 
     eps: N(0, 1) of the latents' shape (the posterior is sampled, as in the reference); None takes the mean.
     """
-    latents = posterior_sample(vae.encode(images.to(vae.device, vae.dtype)).latent_dist, eps)
+    vae = models.vae
+    latents = posterior_sample(vae.encode(images.to(models.device, vae.dtype)).latent_dist, eps)
     return vae.config.scaling_factor * (latents.float() - vae.config.shift_factor)
 
 
-def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+def decode_latents(models: FluxModels, latents: torch.Tensor) -> torch.Tensor:
     """Latents [B, 16, h, w] -> float32 images [B, 3, 8 h, 8 w], about [-1, 1]."""
+    vae = models.vae
     latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
+    return vae.decode(latents.to(models.device, vae.dtype)).sample.float()
 
 
 def to_bytes(images: torch.Tensor) -> np.ndarray:
@@ -85,12 +94,17 @@ def to_bytes(images: torch.Tensor) -> np.ndarray:
 
 
 def control_residuals(
-    models: FluxModels, tokens: torch.Tensor, timestep: float, text: Text, control: torch.Tensor, guidance: float
+    models: FluxModels,
+    tokens: torch.Tensor,
+    timestep: float | torch.Tensor,
+    text: Text,
+    control: torch.Tensor,
+    guidance: float,
 ) -> list[torch.Tensor]:
     """Unscaled ControlNet residuals, one [B, L, hidden] per ControlNet block. Arguments as for `velocity`."""
     network = models.controlnet
     samples, _ = network(
-        controlnet_cond=control.to(network.device, network.dtype),
+        controlnet_cond=control.to(tokens.device, network.dtype),
         return_dict=False,
         **_inputs(network, tokens, timestep, text, control, guidance),
     )
@@ -100,7 +114,7 @@ def control_residuals(
 def velocity(
     models: FluxModels,
     tokens: torch.Tensor,
-    timestep: float,
+    timestep: float | torch.Tensor,
     text: Text,
     control: torch.Tensor,
     *,
@@ -109,8 +123,9 @@ def velocity(
 ) -> torch.Tensor:
     """Predicted velocity (noise minus image) of one branch, in the transformer's dtype, [B, L, 64].
 
-    tokens: packed latents [B, L, 64]. timestep in [0, 1]. control: edge images [B, 3, H, W] in [-1, 1], H W = 256 L.
-    guidance: distilled guidance scale (4 at inference, 1 in training). control_weight: 0 leaves the ControlNet out.
+    tokens: packed latents [B, L, 64]. timestep in [0, 1], one or [B]. control: edge images [B, 3, H, W] in [-1, 1], H
+    W = 256 L. guidance: distilled guidance scale (4 at inference, 1 in training). control_weight: 0 leaves the
+    ControlNet out.
     """
     residuals = None
     if control_weight:
@@ -139,7 +154,7 @@ def _inputs(network, tokens, timestep, text, control, guidance) -> dict:
         "hidden_states": tokens.to(dtype),
         "encoder_hidden_states": text.tokens.to(device, dtype),
         "pooled_projections": text.pooled.to(device, dtype),
-        "timestep": torch.full((batch,), float(timestep), device=device, dtype=dtype),
+        "timestep": torch.as_tensor(timestep, dtype=torch.float32).expand(batch).to(device, dtype),
         "img_ids": token_positions(control.shape[-2] // 8, control.shape[-1] // 8, device),
         "txt_ids": torch.zeros(text.tokens.shape[1], 3, device=device),
         "guidance": torch.full((batch,), float(guidance), device=device, dtype=dtype)

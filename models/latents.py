@@ -43,4 +43,4 @@ def to_signed(images: np.ndarray, mid: float = 127.5) -> torch.Tensor:
     """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
     if images.dtype != np.uint8 or images.shape[-1] != 3:
         raise ValueError(f"expected uint8 [..., H, W, 3], got {images.dtype} {images.shape}")
-    return torch.from_numpy(images).movedim(-1, -3).float() / mid - 1
+    return torch.tensor(images).movedim(-1, -3).float() / mid - 1

@@ -4,13 +4,14 @@ q, k and v share one `down` matrix in the reference. diffusers' fused projection
 exactly that with plain peft layers, and cost nothing once the separate weights of the fused blocks are dropped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from models.convert import read_weights
 from models.keymaps import MLP_RATIO, lora_from_peft, lora_to_peft
@@ -100,3 +101,28 @@ def save_lora(model: FluxModel, path: Path, dtype: torch.dtype = torch.bfloat16)
     """Write the LoRA as the reference does: its key names, bfloat16. Atomic."""
     with atomic_path(path) as temporary:
         save_file({key: tensor.to("cpu", dtype) for key, tensor in lora_state(model).items()}, temporary)
+
+
+def set_lora_state(model: FluxModel, state: Mapping[str, torch.Tensor]) -> None:
+    """Put values under the reference's names (`lora_state`) into LoRA layers that exist already."""
+    result = set_peft_model_state_dict(model, lora_to_peft(state))
+    if result.unexpected_keys:
+        raise ValueError(f"LoRA keys that the model does not have: {result.unexpected_keys[:3]}")
+
+
+def save_loras_only(accelerator: Accelerator, models: Sequence[FluxModel]) -> None:
+    """Make `save_state` and `load_state` of `accelerator` carry the LoRAs alone, in the dtype they are trained in."""
+
+    def save(_: list, weights: list, folder: str) -> None:
+        weights.clear()
+        if accelerator.is_main_process:
+            for i, model in enumerate(models):
+                save_file(lora_state(model), Path(folder) / f"lora_{i}.safetensors")
+
+    def load(modules: list, folder: str) -> None:
+        modules.clear()
+        for i, model in enumerate(models):
+            set_lora_state(model, load_file(Path(folder) / f"lora_{i}.safetensors"))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

@@ -8,7 +8,9 @@ arc1/hed/0046.png ...               neighbouring arcs share their boundary frame
 multiviews/<run>/image_00.png ...   anchors: the first frame of arc 0 and the last frame of every arc
 """
 
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,3 +150,97 @@ def _one_size(sizes: dict[Path, tuple[int, int]]) -> tuple[int, int]:
                 "must have one size"
             )
     return first
+
+
+# --- runs: anchors of a scene, videos of anchors, LoRAs ---
+
+MULTIVIEWS = "multiviews"
+
+
+def pad_prompts(prompts: Sequence[str], count: int) -> list[str]:
+    """One prompt per anchor: the last one is repeated. Raises InputError when there are more than `count`."""
+    if len(prompts) > count:
+        raise InputError(f"{len(prompts)} prompts for {count} anchors: give at most one for each")
+    return [*prompts, *[prompts[-1]] * (count - len(prompts))]
+
+
+def anchor_run_name(pfix: str, prompts: Sequence[str], epoch: int, seed: int, num_replacement: int) -> str:
+    """Folder name of a set of anchors. prompts: one per anchor (`pad_prompts`)."""
+    shown = re.sub(r"[^\w.-]", "_", prompts[0])[:60]
+    digest = hashlib.sha256("".join(prompts).encode()).hexdigest()[:8]
+    return f"{pfix}_p{shown}-{digest}_e{epoch:03d}_s{seed:06d}_r{num_replacement:02d}_ip1"
+
+
+def anchor_path(run: Path, k: int) -> Path:
+    return run / f"image_{k:02d}.png"
+
+
+def warped_path(run: Path, k: int) -> Path:
+    """The previous anchor as it was carried to anchor k."""
+    return run / f"warped_x_{k:02d}.png"
+
+
+def mask_path(run: Path, k: int) -> Path:
+    """White where anchor k was generated freely."""
+    return run / f"mask_{k:02d}.png"
+
+
+def find_anchors(run: Path, count: int) -> list[Path]:
+    """The finished anchors of a run. Raises InputError unless they are exactly image_00 … image_<count - 1>."""
+    if not run.is_dir():
+        raise InputError(f"run folder {run} does not exist: give a folder that sag_generate_anchor_view.py wrote")
+    paths = [anchor_path(run, k) for k in range(count)]
+    present = set(run.glob("image_*.png"))
+    missing, extra = [p for p in paths if p not in present], sorted(present - set(paths))
+    if missing:
+        raise InputError(f"{missing[0]} is missing: the scene needs {count} anchors; run sag_generate_anchor_view.py")
+    if extra:
+        raise InputError(f"{extra[0]}: the scene has {count} anchors only; are these anchors of another scene?")
+    return paths
+
+
+def video_run_name(degradation: float, epoch: int, steps: int) -> str:
+    return f"d{degradation}_e{epoch}_n{steps}"
+
+
+def frame_path(run: Path, index: int) -> Path:
+    """Frame of a video run: one running index over all arcs, 46 per arc, from 0."""
+    return run / f"{index:04d}.png"
+
+
+def chain_path(run: Path, arc: int) -> Path:
+    """The generated frame that arc `arc` starts from when arcs are chained."""
+    return run / "chain" / f"start_{arc:02d}.png"
+
+
+def lora_paths(loras: Path, pfix: str, epoch: int) -> tuple[Path, Path]:
+    """(FLUX LoRA, ControlNet LoRA) of a training checkpoint."""
+    return checkpoint_lora_paths(loras / pfix / f"checkpoint-{epoch}")
+
+
+def checkpoint_lora_paths(checkpoint: Path) -> tuple[Path, Path]:
+    return checkpoint / "lora.safetensors", checkpoint / "controlnet.lora.safetensors"
+
+
+def find_checkpoints(run: Path) -> dict[int, Path]:
+    """{step: folder} of the checkpoints of a training run, in order."""
+    steps = {
+        int(m[1]): path for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    return dict(sorted(steps.items()))
+
+
+def find_lora(loras: Path, pfix: str, epoch: int) -> tuple[Path, Path]:
+    """Like `lora_paths`. Raises InputError, naming the LoRAs that exist, when one of the two is missing."""
+    paths = lora_paths(loras, pfix, epoch)
+    missing = [path for path in paths if not path.is_file()]
+    if not missing:
+        return paths
+    exist = [
+        f"{p.name} (epochs {', '.join(map(str, e))})" for p in sorted(loras.glob("*")) if (e := find_checkpoints(p))
+    ]
+    raise InputError(f"{missing[0]} does not exist; {loras} holds {'; '.join(exist) or 'no LoRA'}")
+
+
+def ggi_transformer_folder(model_path: Path, epoch: int) -> Path:
+    return model_path / f"checkpoint-{epoch}" / "transformer"

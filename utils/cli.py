@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 def run_script(main: Callable[[], None]) -> None:
     """Call `main` and exit: 0, 2 for bad input, 3 when the machine fails (disk full, I/O error), 130 on Ctrl-C."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # read when they are imported; their errors still raise
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         main()
     except InputError as error:

@@ -101,16 +101,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weight_hashes(sources: dict[str, Path]) -> dict[str, dict[str, str]]:
-    """{component: {file: sha256}} of the weight files in each source (a folder or one file)."""
-    hashes = {}
-    for name, source in sources.items():
-        files = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
-        root = source.parent if source.is_file() else source
-        hashes[name] = {str(file.relative_to(root)): file_sha256(file) for file in files}
-    return hashes
-
-
 @dataclasses.dataclass
 class Run:
     """One output folder and its manifest."""
@@ -151,8 +141,8 @@ class Run:
 def open_run(folder: Path, arguments: dict, *, overwrite: bool = False) -> Run:
     """Open or continue the run in `folder`. Nothing is written or removed before `Run.begin`.
 
-    arguments: everything that decides the result (JSON values). Raises InputError when the folder holds a run with other
-    arguments, or files but no manifest, unless `overwrite`.
+    arguments: everything that decides the result (JSON values). Raises InputError when the folder holds a run with
+    other arguments, or files but no manifest, unless `overwrite`.
     """
     require_writable(folder)
     arguments = json.loads(json.dumps(arguments, default=str))
@@ -192,3 +182,16 @@ def peak_memory_mib() -> dict[str, int]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         peak["cuda"] = torch.cuda.max_memory_allocated() // 2**20
     return peak
+
+
+def find_unfinished(parent: Path, arguments: dict, free: str) -> object | None:
+    """Value of argument `free` in the newest unfinished run below `parent` that agrees in all other arguments."""
+    wanted = {key: value for key, value in json.loads(json.dumps(arguments, default=str)).items() if key != free}
+    candidates = []
+    for path in parent.glob(f"*/{MANIFEST}"):
+        manifest = read_json(path)
+        found = manifest.get("arguments", {})
+        same = {key: value for key, value in found.items() if key != free} == wanted
+        if same and not manifest.get("finished"):
+            candidates.append((path.stat().st_mtime_ns, found[free]))
+    return max(candidates)[1] if candidates else None

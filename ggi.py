@@ -1,0 +1,263 @@
+"""Geometry-guided in-betweening: the frames between the anchors, as a video (stage 3).
+
+    python ggi.py --target assets/sampleA/multiviews/RUN
+
+RUN is a folder that sag_generate_anchor_view.py wrote. Writes RUN/d0.5_e1350_n30/{0000.png …, video.mp4}: 46 numbered
+frames per arc; the video shows the frame that two arcs share once. The same command continues an interrupted run.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from models.weights import (
+    GGI_STAGE,
+    Preset,
+    add_weight_flags,
+    caption_source,
+    load_preset,
+    locate,
+    resolve_device,
+    weight_hashes,
+)
+from utils.arcs import (
+    ARC_FRAMES,
+    LATENT_FRAMES,
+    MULTIVIEWS,
+    Arc,
+    Scene,
+    chain_path,
+    find_anchors,
+    frame_path,
+    ggi_transformer_folder,
+    load_scene,
+    resample_indices,
+    video_run_name,
+)
+from utils.cli import Help, InputError, non_negative_int, positive_int, run_script, unit_float
+from utils.edges import resize_edges
+from utils.images import contact_sheet, read_image, resize_image, write_image, write_video
+from utils.noise import blend_noise, load_or_make_noise
+from utils.runs import MANIFEST, Run, derive_seed, file_sha256, open_run, read_json
+
+PADDING = 3  # copies of the last frame, so that the last latent holds the end anchor alone
+SHEET_COLUMNS = 8  # frames per arc on the contact sheet
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add("--target", type=Path, required=True, metavar="RUN", help="run folder with the anchors image_00.png …")
+    add("--scene", type=Path, help="scene folder (default: the one that RUN lies in, else the one RUN was drawn for)")
+    add("--prompt", help="what the video shows; may be empty (default: a caption of the first anchor by BLIP-2)")
+    add("--caption_model", metavar="REPO|PATH", help="BLIP-2 for the caption (default: Salesforce/blip2-opt-2.7b)")
+    add("--model_path", type=Path, help="folder with checkpoint-<epoch>/transformer (default: checkpoints for full)")
+    add("--epoch", type=positive_int, default=1350, help="training step of the in-between transformer")
+    add(
+        "--degradation",
+        type=unit_float,
+        default=0.5,
+        help="share of fresh noise: 0 keeps the warped noise, 1 drops it",
+    )
+    add("--num_inference_steps", type=positive_int, default=30, help="DDIM steps")
+    add("--guidance_scale", type=float, default=6.0, help="classifier-free guidance scale; 1 switches it off")
+    add("--width", type=positive_int, help="pixels (default: the weights' preset)")
+    add("--height", type=positive_int, help="pixels (default: the weights' preset)")
+    add(
+        "--num_frames", type=positive_int, help="frames of the model per arc, padding included (default: the preset's)"
+    )
+    add("--fps", type=positive_int, default=12, help="frames per second of video.mp4")
+    add("--seed", type=non_negative_int, default=43, help="seed of fresh noise and of the VAE's draws")
+    add(
+        "--chain",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="start each arc from the last generated frame of the one before (default); --no-chain: from its anchor",
+    )
+    add("--offload", action="store_true", help="keep networks in CPU memory until they are used: slower, smaller")
+    add("--output_dir", type=Path, help="folder to put the video's folder into (default: RUN)")
+    add("--overwrite", action="store_true", help="replace a video of this name that was made with other arguments")
+    add_weight_flags(parser, GGI_STAGE)
+    return parser.parse_args()
+
+
+def find_scene(args: argparse.Namespace) -> Path:
+    """The scene folder of a run: named, or the run's grandparent, or noted in the run's manifest."""
+    if args.scene:
+        return args.scene
+    run = args.target.absolute()
+    if run.parent.name == MULTIVIEWS and (run.parent.parent / "arc0").is_dir():
+        return args.target.parent.parent
+    if (args.target / MANIFEST).exists() and (noted := read_json(args.target / MANIFEST).get("scene")):
+        return Path(noted)
+    raise InputError(f"{args.target} does not lie in a scene folder: pass --scene")
+
+
+def find_transformer(args: argparse.Namespace, preset: Preset) -> Path:
+    """Folder of the 48-channel transformer. Raises InputError when it is not there."""
+    if args.model_path is None and preset.ggi_transformer:
+        return Path(preset.ggi_transformer)
+    folder = ggi_transformer_folder(args.model_path or Path("checkpoints"), args.epoch)
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{folder} holds no transformer: download checkpoint-{args.epoch} from the paper's project page into "
+            f"{folder.parent.parent}, or pass --model_path and --epoch"
+        )
+    return folder
+
+
+def check_size(args: argparse.Namespace, config: dict) -> None:
+    """Refuse sizes that the transformer cannot do. config: its config.json."""
+    if config.get("in_channels") != 48:
+        raise InputError(f"the transformer has {config.get('in_channels')} input channels; in-betweening needs 48")
+    frames = (LATENT_FRAMES - 1) * config["temporal_compression_ratio"] + 1
+    if args.num_frames != frames:
+        raise InputError(
+            f"--num_frames {args.num_frames}: an arc has {LATENT_FRAMES} latent frames, which are {frames}"
+        )
+    trained = (8 * config["sample_width"], 8 * config["sample_height"])
+    if config["use_learned_positional_embeddings"] and (args.width, args.height) != trained:
+        raise InputError(
+            f"{args.width}x{args.height}: these weights have learned positions for {trained[0]}x{trained[1]}"
+        )
+    if args.width % 16 or args.height % 16:
+        raise InputError(f"{args.width}x{args.height}: width and height must be multiples of 16")
+
+
+def result_arguments(args: argparse.Namespace, anchors: list[Path]) -> dict:
+    """The arguments that decide the video; where it is made and put does not."""
+    elsewhere = {"output_dir", "overwrite", "device", "offload", "scene", "target"}
+    chosen = {key: value for key, value in vars(args).items() if key not in elsewhere}
+    return chosen | {"anchors_sha256": [file_sha256(path) for path in anchors]}
+
+
+def main() -> None:
+    args = parse_args()
+    preset = load_preset(args.weights)
+    args.width, args.height = args.width or preset.video_size[0], args.height or preset.video_size[1]
+    args.num_frames = args.num_frames or preset.num_frames
+    args.dtype = args.dtype or preset.dtype
+    if not args.target.is_dir():
+        raise InputError(f"run folder {args.target} does not exist: give one that sag_generate_anchor_view.py wrote")
+    scene = load_scene(find_scene(args))
+    anchors = find_anchors(args.target, len(scene.arcs) + 1)
+    transformer = find_transformer(args, preset)
+    check_size(args, read_json(transformer / "config.json"))
+    folder = (args.output_dir or args.target) / video_run_name(args.degradation, args.epoch, args.num_inference_steps)
+    run = open_run(folder, result_arguments(args, anchors), overwrite=args.overwrite)
+    if run.finished:
+        print(f"{run.folder} is finished")
+        return
+    device = resolve_device(args.device)
+    noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]
+    caption_model = caption_source(args.caption_model) if args.prompt is None else None
+    paths = locate(args, preset, GGI_STAGE)
+    fill_arcs(args, preset, scene, anchors, noises, run, device, paths, transformer, caption_model)
+    finish(args, scene, anchors, run)
+
+
+def fill_arcs(
+    args: argparse.Namespace,
+    preset: Preset,
+    scene: Scene,
+    anchors: list[Path],
+    noises: list[np.ndarray],
+    run: Run,
+    device: str,
+    paths: dict[str, Path],
+    transformer: Path,
+    caption_model: Path | None,
+) -> None:
+    """Generate every arc that is not there yet."""
+    import torch
+    from tqdm import tqdm
+
+    from models.inbetween import ConditionEps
+    from models.latents import draw_noise, to_signed
+    from models.loading import DTYPES, caption_image, encode_video_prompts, load_inbetween
+
+    dtype = DTYPES[args.dtype]
+    if caption_model:
+        prompt = caption_image(read_image(anchors[0]), caption_model, device, dtype, args.seed)
+    else:
+        prompt = args.prompt
+    length = read_json(transformer / "config.json")["max_text_seq_length"]
+    embeds = encode_video_prompts(paths["cogvideox_text"], [prompt, ""], device, dtype, length)
+    pipe = load_inbetween(
+        paths, transformer, device, dtype, tiling=preset.vae_tiling, offload=args.offload and device != "cpu"
+    )
+    run.begin(
+        weights=weight_hashes(paths | {"transformer": transformer}), prompt=prompt, scene=str(scene.folder.resolve())
+    )
+
+    def picture(path: Path) -> torch.Tensor:
+        return to_signed(resize_image(read_image(path), args.width, args.height))[None]
+
+    with tqdm(total=len(scene.arcs), desc="arcs", unit="arc") as progress:
+        for arc, warped in zip(scene.arcs, noises, strict=True):
+            if is_done(run, arc):
+                progress.update()
+                continue
+            start_path = chain_path(run.folder, arc.index) if args.chain and arc.index else anchors[arc.index]
+            latent_shape = warped.shape[:3]
+            eps = ConditionEps.draw(*latent_shape, seed=args.seed, arc=arc.index)
+            edges = to_signed(edge_video(arc, args.width, args.height, args.num_frames))[None]
+            conditions = pipe.encode_conditions(picture(start_path), picture(anchors[arc.index + 1]), edges, eps)
+            background = torch.from_numpy(warped).movedim(-1, 1)[None]
+            noise = blend_noise(
+                background, draw_noise(background.shape, derive_seed(args.seed, arc.index, 1)), args.degradation
+            )
+            latents = pipe(
+                conditions,
+                noise.to(dtype),
+                embeds[prompt],
+                embeds[""],
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+            )
+            save_arc(run, arc, pipe.decode_video(latents))
+            progress.update()
+
+
+def edge_video(arc: Arc, width: int, height: int, num_frames: int) -> np.ndarray:
+    """Edge frames of an arc at the model's size, its last one repeated: uint8 [num_frames, height, width, 3]."""
+    paths = [arc.edge_paths[i] for i in resample_indices(ARC_FRAMES, num_frames - PADDING)]
+    frames = [resize_edges(read_image(path), width, height) for path in paths]
+    return np.stack(frames + frames[-1:] * PADDING)
+
+
+def arc_frame_paths(run: Run, arc: Arc) -> list[Path]:
+    return [frame_path(run.folder, arc.index * ARC_FRAMES + i) for i in range(ARC_FRAMES)]
+
+
+def is_done(run: Run, arc: Arc) -> bool:
+    """The frame that the next arc starts from is written last, so it stands for the whole arc."""
+    return chain_path(run.folder, arc.index + 1).exists() and all(p.exists() for p in arc_frame_paths(run, arc))
+
+
+def save_arc(run: Run, arc: Arc, frames: np.ndarray) -> None:
+    for path, frame in zip(arc_frame_paths(run, arc), frames[:ARC_FRAMES], strict=True):
+        write_image(path, frame)
+    write_image(chain_path(run.folder, arc.index + 1), frames[-1])
+
+
+def finish(args: argparse.Namespace, scene: Scene, anchors: list[Path], run: Run) -> None:
+    """Video and contact sheet from the saved frames."""
+    shown = [path for arc in scene.arcs for path in arc_frame_paths(run, arc)[bool(arc.index) :]]
+    write_video(run.folder / "video.mp4", (read_image(path) for path in shown), args.fps)
+    rows = []
+    columns = resample_indices(ARC_FRAMES, SHEET_COLUMNS)
+    for arc in scene.arcs:
+        frames = arc_frame_paths(run, arc)
+        rows.append((f"arc {arc.index}: edges", [read_image(arc.edge_paths[i]) for i in columns]))
+        rows.append((f"arc {arc.index}: frames", [read_image(frames[i]) for i in columns]))
+    rows.append(("anchors", [read_image(path) for path in anchors]))
+    write_image(run.folder / "contact_sheet.png", contact_sheet(rows))
+    run.finish()
+    print(run.folder / "video.mp4")
+    print(run.folder / "contact_sheet.png")
+
+
+if __name__ == "__main__":
+    run_script(main)

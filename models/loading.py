@@ -1,0 +1,161 @@
+"""Loading the networks of a stage from the local paths that `models.weights.locate` found.
+
+Text encoders are loaded, used and freed before the big networks are touched: they are the largest part that is needed
+the shortest. All loading is strict: a missing, extra or misshapen key is an error.
+"""
+
+import gc
+from collections.abc import Iterable
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    FluxControlNetModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from PIL import Image
+
+from models.convert import load_ggi_transformer, load_reference_file, reference_config
+from models.flux import FluxModels, Text
+from models.inbetween import CogVideoXInbetweenPipeline
+from models.weights import component_folder
+from utils.cli import InputError
+from utils.runs import read_json
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# The scripts show a progress bar of their own.
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+REFERENCE_KINDS = {"flux_transformer": "flux", "flux_vae": "autoencoder", "controlnet": "controlnet"}
+
+
+def component_config(name: str, path: Path) -> dict:
+    """Config of a model without loading it; for a reference-format file it is read from the tensors' shapes."""
+    folder = component_folder(name, path)
+    if folder.is_dir():
+        return read_json(folder / "config.json")
+    return reference_config(REFERENCE_KINDS[name], folder)
+
+
+def load_model(name: str, cls: type, path: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """Load one diffusers model, frozen. path: from `locate`. Raises InputError when keys are missing or extra."""
+    folder = component_folder(name, path)
+    if folder.is_file():
+        return load_reference_file(REFERENCE_KINDS[name], folder).to(dtype).requires_grad_(False)
+    try:
+        model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}: {folder} cannot be loaded: {error}") from error
+    wrong = {kind: keys for kind, keys in info.items() if keys}
+    if wrong:
+        raise InputError(f"{name}: {folder} does not hold a whole {cls.__name__}: {wrong}")
+    return model.eval().requires_grad_(False)
+
+
+def load_flux(paths: dict[str, Path], device: str, dtype: torch.dtype, *, offload: bool = False) -> FluxModels:
+    """Transformer, ControlNet and VAE of FLUX on `device`; with `offload` not placed yet: `offload_flux` does it."""
+    models = FluxModels(
+        load_model("flux_transformer", FluxTransformer2DModel, paths["flux_transformer"], dtype),
+        load_model("controlnet", FluxControlNetModel, paths["controlnet"], dtype),
+        load_model("flux_vae", AutoencoderKL, paths["flux_vae"], dtype),
+        device,
+    )
+    if not offload:
+        for model in (models.transformer, models.controlnet, models.vae):
+            model.to(device)
+    return models
+
+
+def offload_flux(models: FluxModels) -> None:
+    """Keep FLUX in CPU memory and stream it to its device layer by layer; call it after LoRA layers were added."""
+    for model in (models.transformer, models.controlnet, models.vae):
+        model.enable_group_offload(
+            onload_device=torch.device(models.device), offload_type="leaf_level", use_stream=True, record_stream=True
+        )
+
+
+def encode_flux_prompts(
+    path: Path, prompts: Iterable[str], device: str, dtype: torch.dtype, max_length: int
+) -> dict[str, Text]:
+    """{prompt: Text} from the text encoders of the pipeline folder `path`, which are freed again. On the CPU."""
+    pipeline = FluxPipeline.from_pretrained(path, transformer=None, vae=None, dtype=dtype, local_files_only=True)
+    pipeline.to(device)
+    texts = {}
+    with torch.no_grad():
+        for prompt in dict.fromkeys(prompts):
+            tokens, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=max_length)
+            texts[prompt] = Text(tokens.cpu(), pooled.cpu())
+    _free(pipeline)
+    return texts
+
+
+def encode_video_prompts(
+    path: Path, prompts: Iterable[str], device: str, dtype: torch.dtype, max_length: int
+) -> dict[str, torch.Tensor]:
+    """{prompt: T5 embedding [1, T, D]} for CogVideoX; the text encoder is freed again. Tensors on the CPU."""
+    pipeline = CogVideoXInbetweenPipeline.from_pretrained(
+        path, transformer=None, vae=None, dtype=dtype, local_files_only=True
+    )
+    pipeline.to(device)
+    with torch.no_grad():
+        embeds = {
+            prompt: pipeline.encode_prompt(prompt, None, False, max_sequence_length=max_length)[0].cpu()
+            for prompt in dict.fromkeys(prompts)
+        }
+    _free(pipeline)
+    return embeds
+
+
+@torch.no_grad()
+def caption_image(image: np.ndarray, path: Path, device: str, dtype: torch.dtype, seed: int) -> str:
+    """Describe uint8 [H, W, 3] with the BLIP-2 model in `path`, which is freed again."""
+    from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessorPil
+
+    # The processor is put together here because its own loader wants torchvision.
+    model = Blip2ForConditionalGeneration.from_pretrained(path, dtype=dtype, local_files_only=True).to(device)
+    processor = Blip2Processor(
+        BlipImageProcessorPil.from_pretrained(path, local_files_only=True),
+        AutoTokenizer.from_pretrained(path, local_files_only=True),
+        num_query_tokens=model.config.num_query_tokens,
+    )
+    torch.manual_seed(seed)
+    inputs = processor(images=Image.fromarray(image), return_tensors="pt").to(device, dtype)
+    tokens = model.generate(**inputs, max_new_tokens=40)
+    return processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+
+
+def load_inbetween(
+    paths: dict[str, Path], transformer: Path, device: str, dtype: torch.dtype, *, tiling: bool, offload: bool
+) -> CogVideoXInbetweenPipeline:
+    """The in-between pipeline without its text encoder. transformer: folder in either layout, merged while loading."""
+    pipeline = CogVideoXInbetweenPipeline.from_pretrained(
+        paths["cogvideox_text"],
+        transformer=load_ggi_transformer(transformer, dtype).requires_grad_(False),
+        vae=load_model("cogvideox_vae", AutoencoderKLCogVideoX, paths["cogvideox_vae"], dtype),
+        text_encoder=None,
+        tokenizer=None,
+        local_files_only=True,
+    )
+    pipeline.vae.enable_slicing()
+    if tiling:
+        pipeline.vae.enable_tiling()
+    if offload:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    pipeline.set_progress_bar_config(leave=False, desc="steps")
+    return pipeline
+
+
+def _free(pipeline: diffusers.DiffusionPipeline) -> None:
+    pipeline.to("cpu")
+    del pipeline
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

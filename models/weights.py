@@ -1,0 +1,225 @@
+"""Where weights come from: the presets `full` and `tiny`, hub repositories, local folders and files.
+
+`locate` turns every component of a stage into a local path before anything is loaded, so that a gated repository or a
+missing file is reported at once. A component is named on the command line by a repo id (`org/name`), by a file in a
+repository (`org/name/file.safetensors`), by a local folder in diffusers format, or by a local reference-format file.
+"""
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from utils.cli import InputError
+from utils.runs import file_sha256, read_json
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT / "checkpoints"  # <name>/preset.json beside each weight set
+
+# component -> (preset entry it comes from, sub-folder in a pipeline repository, files needed from there)
+COMPONENTS = {
+    "flux_transformer": ("flux", "transformer", ["transformer/*"]),
+    "flux_vae": ("flux", "vae", ["vae/*"]),
+    "flux_text": ("flux", None, ["model_index.json", "scheduler/*", "tokenizer*/*", "text_encoder*/*"]),
+    "controlnet": ("controlnet", None, ["*.safetensors", "*.json"]),
+    "cogvideox_vae": ("cogvideox", "vae", ["vae/*"]),
+    "cogvideox_text": ("cogvideox", None, ["model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/*"]),
+}
+FLUX_STAGE = ("flux_transformer", "flux_vae", "flux_text", "controlnet")
+GGI_STAGE = ("cogvideox_vae", "cogvideox_text")
+CAPTION_MODEL = "Salesforce/blip2-opt-2.7b"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What one weight set can do, and where it lives (`preset.json`). Sizes are (width, height) in pixels."""
+
+    name: str
+    image_size: tuple[int, int] | None  # anchors; None: the size of the edge frames
+    image_multiple: int  # sides of anchors are floored to it
+    training_multiple: int  # sides of training crops
+    resolution: int  # long side of training crops
+    mask_dilations: int  # growth of the unreliable area around a warped anchor
+    video_size: tuple[int, int]
+    num_frames: int
+    edges: str  # edge detector for reference pictures: lines or hed
+    dtype: str
+    max_sequence_length: int  # tokens of T5 for FLUX
+    vae_tiling: bool  # decode videos in tiles; changes the numbers slightly
+    flux: str
+    controlnet: str
+    cogvideox: str
+    ggi_transformer: str | None  # None: --model_path/checkpoint-<epoch>/transformer
+
+
+def load_preset(name: str) -> Preset:
+    """Read `checkpoints/<name>/preset.json`; the tiny weights are made on first use."""
+    folder = WEIGHTS / name
+    if name == "tiny" and not (folder / "preset.json").exists():
+        print("making the tiny weights (once) …", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "synthetic.init_tiny"], cwd=ROOT, check=True)
+    entries = read_json(folder / "preset.json")
+    for key in ("flux", "controlnet", "cogvideox", "ggi_transformer"):
+        if entries[key] and (folder / entries[key]).exists():
+            entries[key] = str(folder / entries[key])  # paths in a preset are relative to it
+    for key in ("image_size", "video_size"):
+        entries[key] = entries[key] and tuple(entries[key])
+    return Preset(name=name, **entries)
+
+
+def add_weight_flags(parser: argparse.ArgumentParser, components: Iterable[str], *, dtype: bool = True) -> None:
+    """--weights, --device, --dtype, and one flag per component and per repository that components come from."""
+    components = tuple(components)
+    group = parser.add_argument_group("weights")
+    group.add_argument("--weights", choices=["full", "tiny"], default="full", help="weight set")
+    for name in dict.fromkeys(COMPONENTS[c][0] for c in components):
+        group.add_argument(f"--{name}", metavar="REPO|PATH", help=f"another {name}: repo id or local path")
+    for name in components:
+        source, _, _ = COMPONENTS[name]
+        if source != name:
+            group.add_argument(
+                f"--{name}", metavar="REPO|PATH", help=f"another {name}; overrides --{source} for this part"
+            )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    if not dtype:
+        return
+    group.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="precision of the networks (default: bfloat16 for full, float32 for tiny)",
+    )
+
+
+def resolve_device(name: str) -> str:
+    """Turn --device into a torch device string. Raises InputError when there is no such device."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise InputError(f"--device {name}: this machine has no such CUDA device; use --device cpu")
+    return name
+
+
+def locate(args: argparse.Namespace, preset: Preset, components: Iterable[str]) -> dict[str, Path]:
+    """Local paths of all components; access to every one is checked before the first is downloaded."""
+    sources = {name: _source(args, preset, name) for name in components}
+    for name, source in sources.items():
+        _check_access(name, source)
+    return {name: _fetch(name, source) for name, source in sources.items()}
+
+
+def _source(args: argparse.Namespace, preset: Preset, name: str) -> str:
+    origin = COMPONENTS[name][0]
+    return getattr(args, name, None) or getattr(args, origin, None) or getattr(preset, origin)
+
+
+def caption_source(given: str | None) -> Path:
+    """Local path of BLIP-2. Raises InputError, saying how to do without, when it is not at hand."""
+    source = given or CAPTION_MODEL
+    try:
+        _check_access("caption_model", source)
+        return _fetch("caption_model", source)
+    except InputError as error:
+        raise InputError(
+            f"no --prompt, and no model to write one ({error}); give --prompt '…', '' is allowed"
+        ) from error
+
+
+def _split_repo(source: str) -> tuple[str, str | None]:
+    """'org/name/file' -> ('org/name', 'file')."""
+    parts = source.split("/", 2)
+    return "/".join(parts[:2]), parts[2] if len(parts) > 2 else None
+
+
+def _is_repo(source: str) -> bool:
+    parts = source.split("/")
+    return len(parts) >= 2 and not source.startswith((".", "/", "~")) and all(parts)
+
+
+def _cached(name: str, source: str) -> Path | None:
+    """The component in the hub's local cache, if it is complete enough to load."""
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repo, file = _split_repo(source)
+    if file:
+        path = try_to_load_from_cache(repo, file)
+        return Path(path) if isinstance(path, str) else None
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    patterns = COMPONENTS[name][2] if name in COMPONENTS else ["*.json", "*.safetensors"]
+    return folder if all(any(folder.glob(pattern)) for pattern in patterns) else None
+
+
+def _check_access(name: str, source: str) -> None:
+    """Raise InputError unless `source` is on disk, cached, or open to this user on the hub."""
+    if Path(source).exists():
+        return
+    if not _is_repo(source):
+        raise InputError(f"{name}: {source} does not exist")
+    if _cached(name, source):
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    repo, _ = _split_repo(source)
+    url = f"https://huggingface.co/{repo}"
+    instead = f"or pass a local copy with --{name}"
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        raise InputError(f"{name}: {repo} is not in the local cache and HF_HUB_OFFLINE is set; unset it, {instead}")
+    try:
+        HfApi().auth_check(repo)
+    except GatedRepoError as error:
+        raise InputError(
+            f"{name}: {repo} is gated: accept its licence at {url}, run `hf auth login`, then try again, {instead}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{name}: there is no repository {repo} on the hub, nor a local path; check the spelling"
+        ) from error
+    except (HfHubHTTPError, OSError, RuntimeError) as error:
+        raise InputError(
+            f"{name}: {repo} is not in the local cache and {url} cannot be reached; go online, {instead}"
+        ) from error
+
+
+def _fetch(name: str, source: str) -> Path:
+    """The component's local path; downloads what is missing (interrupted downloads resume)."""
+    if Path(source).exists():
+        return Path(source)
+    if cached := _cached(name, source):
+        return cached
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    repo, file = _split_repo(source)
+    if file:
+        return Path(hf_hub_download(repo, file))
+    patterns = COMPONENTS[name][2] if name in COMPONENTS else None
+    return Path(snapshot_download(repo, allow_patterns=patterns))
+
+
+def component_folder(name: str, path: Path) -> Path:
+    """Where a component's config.json lies: in the pipeline's sub-folder or in `path` itself. Files stay files."""
+    subfolder = COMPONENTS[name][1]
+    return path / subfolder if subfolder and (path / subfolder).is_dir() else path
+
+
+def weight_hashes(paths: dict[str, Path]) -> dict[str, dict[str, str]]:
+    """{component: {file: sha256}} of the weight files of each component, for the manifest."""
+    hashes = {}
+    for name, path in paths.items():
+        patterns = COMPONENTS[name][2] if name in COMPONENTS else ["*.safetensors"]
+        root = path.parent if path.is_file() else path
+        files = [path] if path.is_file() else [f for pattern in patterns for f in sorted(path.glob(pattern))]
+        hashes[name] = {str(f.relative_to(root)): file_sha256(f) for f in files if f.suffix == ".safetensors"}
+    return hashes

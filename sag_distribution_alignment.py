@@ -1,0 +1,207 @@
+"""Distribution alignment: a LoRA on FLUX and on its HED ControlNet, trained on the reference picture (stage 1).
+
+    accelerate launch --num_processes 1 --main_process_port=4401 sag_distribution_alignment.py \\
+        --path_image assets/references/X.png --pfix NAME
+
+    accelerate launch … sag_distribution_alignment.py --path_image A.png B.png --prompt 'exterior' 'interior' --pfix
+    school
+
+Writes loras/NAME/checkpoint-<step>/{lora,controlnet.lora}.safetensors every --checkpointing_steps steps, the loss
+curve, and a copy of the references. The same command continues an interrupted run, to the same weights as an
+uninterrupted one.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+from models.weights import (
+    FLUX_STAGE,
+    Preset,
+    add_weight_flags,
+    load_preset,
+    locate,
+    resolve_device,
+    weight_hashes,
+)
+from utils.arcs import checkpoint_lora_paths, find_checkpoints
+from utils.cli import Help, InputError, non_negative_int, positive_int, run_script
+from utils.edges import edge_detector
+from utils.images import plot_curve, write_image
+from utils.references import Reference, load_references
+from utils.runs import Run, atomic_path, open_run
+
+LOSSES, STATE = "loss.csv", "state"
+PRECISION = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add("--path_image", type=Path, nargs="+", required=True, metavar="PNG", help="reference picture(s)")
+    add("--prompt", nargs="+", default=[], help="identifier prompt of each picture, in order (default: empty)")
+    add("--pfix", required=True, metavar="NAME", help="name of the LoRA: the folder in --output_dir")
+    add("--path_edges", type=Path, nargs="+", default=[], metavar="PNG", help="ready edge picture of each reference")
+    add("--edges", choices=["hed", "lines"], help="edge detector (default: hed for full, lines for tiny weights)")
+    add("--max_train_steps", type=positive_int, default=600, help="optimizer steps; may be raised later to go on")
+    add("--checkpointing_steps", type=positive_int, default=100, help="steps between checkpoints")
+    add("--learning_rate", type=float, default=1e-4, help="constant learning rate of AdamW")
+    add("--rank", type=positive_int, default=16, help="LoRA rank")
+    add("--resolution", type=positive_int, help="long side of training crops in pixels (default: the weights' preset)")
+    add("--train_batch_size", type=positive_int, default=1, help="crops per process and step")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
+    add(
+        "--mixed_precision", choices=list(PRECISION), default="bf16", help="precision of the networks; LoRA is float32"
+    )
+    add("--seed", type=non_negative_int, default=0, help="seed of LoRA's start values, crops, noise and timesteps")
+    add("--report_to", choices=["tensorboard", "none"], default="tensorboard", help="where the loss is logged")
+    add("--resume_from_checkpoint", default="latest", help="latest, a step such as 300, or none to start again")
+    add("--output_dir", type=Path, default=Path("loras"), help="folder of all LoRAs")
+    add("--overwrite", action="store_true", help="replace a LoRA of this name that was trained with other arguments")
+    add_weight_flags(parser, FLUX_STAGE, dtype=False)
+    return parser.parse_args()
+
+
+def result_arguments(args: argparse.Namespace) -> dict:
+    """The arguments that decide the weights; how far and where to train does not."""
+    elsewhere = {"max_train_steps", "checkpointing_steps", "report_to", "resume_from_checkpoint", "output_dir"}
+    return {k: v for k, v in vars(args).items() if k not in elsewhere | {"overwrite", "device"}}
+
+
+def resume_step(args: argparse.Namespace, run: Run) -> int:
+    """The checkpoint to go on from; 0 to start."""
+    wanted, found = args.resume_from_checkpoint.removeprefix("checkpoint-"), list(find_checkpoints(run.folder))
+    if run.replaces or (not found and wanted in ("latest", "none")):
+        return 0
+    if wanted == "none":
+        raise InputError(f"{run.folder} holds checkpoints {found}: pass --overwrite to start again")
+    if wanted != "latest" and not (wanted.isdigit() and int(wanted) in found):
+        raise InputError(f"--resume_from_checkpoint {wanted}: {run.folder} holds checkpoints {found or 'none'}")
+    return found[-1] if wanted == "latest" else int(wanted)
+
+
+def read_losses(path: Path, steps: int) -> list[float]:
+    """The losses of the first `steps` steps of an interrupted run."""
+    if not steps or not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)][:steps]
+
+
+def write_losses(folder: Path, losses: list[float]) -> None:
+    with atomic_path(folder / LOSSES) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file).writerows([("step", "loss"), *enumerate(losses, start=1)])
+    write_image(folder / "loss.png", plot_curve(losses, "loss"))
+
+
+def main() -> None:
+    args = parse_args()
+    preset = load_preset(args.weights)
+    args.resolution = args.resolution or preset.resolution
+    args.edges = args.edges or preset.edges
+    if args.resolution < preset.training_multiple:
+        raise InputError(
+            f"--resolution {args.resolution}: these weights need at least {preset.training_multiple} pixels"
+        )
+    detect = None if args.path_edges else edge_detector(args.edges)
+    references = load_references(args.path_image, args.prompt, args.path_edges, detect, args.resolution)
+    run = open_run(args.output_dir / args.pfix, result_arguments(args), overwrite=args.overwrite)
+    first_step = resume_step(args, run)
+    if first_step >= args.max_train_steps:
+        print(f"{run.folder} is finished at step {first_step}; raise --max_train_steps to train on")
+        return
+    device = resolve_device(args.device)
+    paths = locate(args, preset, FLUX_STAGE)
+    train(args, preset, references, run, first_step, device, paths)
+
+
+def train(
+    args: argparse.Namespace,
+    preset: Preset,
+    references: list[Reference],
+    run: Run,
+    first_step: int,
+    device: str,
+    paths: dict[str, Path],
+) -> None:
+    import accelerate
+    import torch
+    from diffusers.training_utils import cast_training_params
+    from tqdm import trange
+
+    from models.alignment import FlowObjective, batch_flow_sample, draw_batch, lora_optimizer, optimizer_step
+    from models.flux import stack_texts
+    from models.loading import DTYPES, encode_flux_prompts, load_flux
+    from models.lora import add_lora, save_loras_only
+
+    accelerator = accelerate.Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=run.folder,
+        cpu=device == "cpu",
+        # The text output of the ControlNet's last block is unused, so its LoRA never gets a gradient.
+        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    dtype, device = DTYPES[PRECISION[args.mixed_precision]], accelerator.device
+    prompts = [reference.prompt for reference in references]
+    texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, preset.max_sequence_length)
+    models = load_flux(paths, device, dtype)
+    accelerate.utils.set_seed(args.seed)  # the start values of the LoRAs
+    networks = (models.transformer, models.controlnet)
+    loras = [add_lora(model, args.rank) for model in networks]
+    cast_training_params(list(networks), torch.float32)
+    for model in networks:
+        model.enable_gradient_checkpointing()
+    optimizer = lora_optimizer([p for group in loras for p in group], args.learning_rate)
+    objective, optimizer = accelerator.prepare(FlowObjective(models), optimizer)
+    save_loras_only(accelerator, networks)
+    if first_step:
+        accelerator.load_state(find_checkpoints(run.folder)[first_step] / STATE)
+
+    if accelerator.is_main_process:
+        run.begin(weights=weight_hashes(paths))
+        for i, reference in enumerate(references):
+            copy = run.folder / "references" / f"{i:02d}_{reference.path.name}"
+            write_image(copy.with_suffix(".png"), reference.image)
+            write_image(copy.with_suffix(".edges.png"), reference.edges)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("alignment")
+    losses = read_losses(run.folder / LOSSES, first_step)
+    rank, batch_size = accelerator.process_index, args.train_batch_size
+    for step in trange(first_step, args.max_train_steps, desc="align", disable=not accelerator.is_main_process):
+        step_losses = []
+        for micro in range(args.gradient_accumulation_steps):
+            items = range(rank * batch_size, (rank + 1) * batch_size)
+            batch = draw_batch(references, (args.seed, step, micro), items, args.resolution, preset.training_multiple)
+            sample = batch_flow_sample(models, batch)
+            with accelerator.accumulate(objective):
+                loss = objective(sample, stack_texts([texts[prompt] for prompt in batch.prompts]), batch.control)
+                accelerator.backward(loss)
+            step_losses.append(accelerator.gather(loss.detach()).mean().item())
+        norms = optimizer_step(optimizer, loras, clip=accelerator.clip_grad_norm_)
+        losses.append(sum(step_losses) / len(step_losses))
+        accelerator.log({"loss": losses[-1], "grad_norm/flux": norms[0], "grad_norm/controlnet": norms[1]}, step + 1)
+        if (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.max_train_steps:
+            save_checkpoint(accelerator, run.folder, step + 1, networks, losses)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        run.finish(steps=args.max_train_steps)
+        print(find_checkpoints(run.folder)[args.max_train_steps])
+
+
+def save_checkpoint(accelerator, folder: Path, step: int, networks, losses: list[float]) -> None:
+    """LoRAs for use, and the state to go on from; the folder gets its name when it is complete."""
+    from models.lora import save_lora
+
+    checkpoint = folder / f"checkpoint-{step}"
+    accelerator.wait_for_everyone()
+    with atomic_path(checkpoint) as temporary:
+        accelerator.save_state(temporary / STATE)
+        for model, path in zip(networks, checkpoint_lora_paths(temporary), strict=True):
+            save_lora(model, path)
+    write_losses(folder, losses)
+
+
+if __name__ == "__main__":
+    run_script(main)
