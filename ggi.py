@@ -28,6 +28,7 @@ from utils.arcs import (
     Arc,
     Scene,
     chain_path,
+    edge_frame_indices,
     find_anchors,
     frame_path,
     ggi_transformer_folder,
@@ -41,7 +42,7 @@ from utils.images import contact_sheet, read_image, resize_image, write_image, w
 from utils.noise import blend_noise, load_or_make_noise
 from utils.runs import MANIFEST, Run, derive_seed, file_sha256, open_run, read_json
 
-PADDING = 3  # copies of the last frame, so that the last latent holds the end anchor alone
+VIDEO, CONTACT_SHEET = "video.mp4", "contact_sheet.png"
 SHEET_COLUMNS = 8  # frames per arc on the contact sheet
 
 
@@ -148,6 +149,7 @@ def main() -> None:
     run = open_run(folder, result_arguments(args, anchors), overwrite=args.overwrite)
     if run.finished:
         print(f"{run.folder} is finished")
+        print_results(run)
         return
     device = resolve_device(args.device)
     noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]
@@ -222,9 +224,8 @@ def fill_arcs(
 
 def edge_video(arc: Arc, width: int, height: int, num_frames: int) -> np.ndarray:
     """Edge frames of an arc at the model's size, its last one repeated: uint8 [num_frames, height, width, 3]."""
-    paths = [arc.edge_paths[i] for i in resample_indices(ARC_FRAMES, num_frames - PADDING)]
-    frames = [resize_edges(read_image(path), width, height) for path in paths]
-    return np.stack(frames + frames[-1:] * PADDING)
+    frames = [resize_edges(read_image(path), width, height) for path in arc.edge_paths]
+    return np.stack([frames[i] for i in edge_frame_indices(num_frames)])
 
 
 def arc_frame_paths(run: Run, arc: Arc) -> list[Path]:
@@ -245,7 +246,7 @@ def save_arc(run: Run, arc: Arc, frames: np.ndarray) -> None:
 def finish(args: argparse.Namespace, scene: Scene, anchors: list[Path], run: Run) -> None:
     """Video and contact sheet from the saved frames."""
     shown = [path for arc in scene.arcs for path in arc_frame_paths(run, arc)[bool(arc.index) :]]
-    write_video(run.folder / "video.mp4", (read_image(path) for path in shown), args.fps)
+    write_video(run.folder / VIDEO, (read_image(path) for path in shown), args.fps)
     rows = []
     columns = resample_indices(ARC_FRAMES, SHEET_COLUMNS)
     for arc in scene.arcs:
@@ -253,10 +254,14 @@ def finish(args: argparse.Namespace, scene: Scene, anchors: list[Path], run: Run
         rows.append((f"arc {arc.index}: edges", [read_image(arc.edge_paths[i]) for i in columns]))
         rows.append((f"arc {arc.index}: frames", [read_image(frames[i]) for i in columns]))
     rows.append(("anchors", [read_image(path) for path in anchors]))
-    write_image(run.folder / "contact_sheet.png", contact_sheet(rows))
+    write_image(run.folder / CONTACT_SHEET, contact_sheet(rows))
     run.finish()
-    print(run.folder / "video.mp4")
-    print(run.folder / "contact_sheet.png")
+    print_results(run)
+
+
+def print_results(run: Run) -> None:
+    print(run.folder / VIDEO)
+    print(run.folder / CONTACT_SHEET)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from utils.arcs import (
     anchor_path,
     anchor_run_name,
     find_lora,
+    floor_to,
     load_scene,
     mask_path,
     pad_prompts,
@@ -77,7 +78,7 @@ def anchor_size(args: argparse.Namespace, preset: Preset, scene: Scene) -> tuple
         given = getattr(args, name)
         if given and given % multiple:
             raise InputError(f"--{name} {given}: these weights need a multiple of {multiple}")
-    default = preset.image_size or tuple(side // multiple * multiple for side in scene.edge_size)
+    default = preset.image_size or tuple(floor_to(side, multiple) for side in scene.edge_size)
     size = (args.width or default[0], args.height or default[1])
     if min(size) < multiple:
         raise InputError(
@@ -172,12 +173,13 @@ def draw_anchors(
             replacement = None
             if k:
                 previous = read_image(anchor_path(run.folder, k - 1))
-                warped = warp_anchor(previous, read_map(scene.arcs[k - 1].corres_end_path), preset.mask_dilations)
+                code = read_map(scene.arcs[k - 1].corres_end_path)
+                warped, mask = warp_anchor(previous, code, preset.mask_dilations)
                 # The reference's posterior draw is the first after seeding the previous anchor: its noise, bit for
                 # bit.
-                replacement = encode_warped(models, warped, noise_of(k - 1))
-                write_image(warped_path(run.folder, k), warped.image)
-                write_image(mask_path(run.folder, k), 255 * warped.mask)
+                replacement = encode_warped(models, warped, mask, noise_of(k - 1))
+                write_image(warped_path(run.folder, k), warped)
+                write_image(mask_path(run.folder, k), 255 * mask)
             latents = sample_anchor(
                 models,
                 noise_of(k),

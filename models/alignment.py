@@ -113,6 +113,12 @@ def optimizer_step(
     return norms
 
 
-def lora_optimizer(parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
+def lora_optimizer(
+    parameters: Iterable[torch.nn.Parameter],
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.01,
+    eps: float = 1e-8,
+) -> torch.optim.AdamW:
     """AdamW as the reference sets it; one optimizer for both LoRAs, constant learning rate."""
-    return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8)
+    return torch.optim.AdamW(parameters, lr=learning_rate, betas=tuple(betas), weight_decay=weight_decay, eps=eps)

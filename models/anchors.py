@@ -38,17 +38,6 @@ class AnchorSettings:
 
 
 @dataclass(frozen=True)
-class Warped:
-    """The previous anchor carried to this view.
-
-    image: uint8 [H, W, 3], black where nothing arrives. mask: uint8 [H, W], 1 = generate freely, 0 = keep the warp.
-    """
-
-    image: np.ndarray
-    mask: np.ndarray
-
-
-@dataclass(frozen=True)
 class Replacement:
     """What the early steps are replaced by. latents x_1: [1, 16, h, w]; mask: [1, 16, h, w], 1 = keep the sample."""
 
@@ -67,22 +56,23 @@ class Step:
     tokens_out: torch.Tensor
 
 
-def warp_anchor(previous: np.ndarray, code: np.ndarray, dilations: int) -> Warped:
+def warp_anchor(previous: np.ndarray, code: np.ndarray, dilations: int) -> tuple[np.ndarray, np.ndarray]:
     """Carry the previous anchor along a correspondence map.
 
     previous: uint8 [H, W, 3]. code: uint16 map of any size. dilations: growth of the mask (`mask_dilations` of a
-    preset).
+    preset). Returns the image, uint8 [H, W, 3], black where nothing arrives, and its mask, uint8 [H, W]: 1 = generate
+    freely, 0 = keep the warp.
     """
     resized = resize_map(code, previous.shape[1], previous.shape[0])
-    return Warped(warp_image(previous, resized), unreliable_mask(resized, dilations))
+    return warp_image(previous, resized), unreliable_mask(resized, dilations)
 
 
 @torch.no_grad()
-def encode_warped(models: FluxModels, warped: Warped, eps: torch.Tensor) -> Replacement:
+def encode_warped(models: FluxModels, image: np.ndarray, mask: np.ndarray, eps: torch.Tensor) -> Replacement:
     """VAE-encode a warped anchor and bring its mask to the latent grid. eps: N(0, 1) [1, 16, h, w]."""
-    latents = encode_image(models, to_signed(warped.image)[None], eps)
-    mask = torch.from_numpy(latent_mask(warped.mask)).to(latents)
-    return Replacement(latents, mask.expand_as(latents))
+    latents = encode_image(models, to_signed(image)[None], eps)
+    keep = torch.from_numpy(latent_mask(mask)).to(latents)
+    return Replacement(latents, keep.expand_as(latents))
 
 
 @torch.no_grad()

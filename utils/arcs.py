@@ -22,6 +22,7 @@ from utils.correspondence import read_map
 
 ARC_STEPS = 45  # steps between the two anchors of an arc
 ARC_FRAMES = ARC_STEPS + 1
+PADDING_FRAMES = 3
 LATENT_FRAMES = 13  # CogVideoX: 49 frames in 4x temporal compression
 NOISE_CHANNELS = 16
 REFERENCE_LATENT_SIZE = (90, 60)  # width, height; the size whose noise file carries no size in its name
@@ -88,6 +89,20 @@ def latent_frame_numbers(first: int, last: int) -> list[int]:
 def resample_indices(n: int, m: int) -> list[int]:
     """Nearest resampling of n items to m: index_k = round_half_even(k (n - 1) / (m - 1))."""
     return [round(k * (n - 1) / (m - 1)) for k in range(m)]
+
+
+def edge_frame_indices(num_frames: int) -> list[int]:
+    """Which of an arc's 46 edge frames each frame of the video model sees.
+
+    The model's last 3 frames repeat the arc's last one, so that its last latent frame holds the end anchor alone.
+    """
+    indices = resample_indices(ARC_FRAMES, num_frames - PADDING_FRAMES)
+    return indices + indices[-1:] * PADDING_FRAMES
+
+
+def floor_to(side: int, multiple: int) -> int:
+    """The largest multiple of `multiple` that is not above `side`."""
+    return side // multiple * multiple
 
 
 def load_scene(folder: Path) -> Scene:

@@ -21,7 +21,6 @@ and surfaces that reappear get fresh noise.
 import argparse
 import contextlib
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ import numpy as np
 from utils.arcs import LATENT_FRAMES, NOISE_CHANNELS, Arc, load_scene
 from utils.cli import Help, InputError, non_negative_int, require_writable, run_script, size
 from utils.correspondence import read_map, source_positions
+from utils.runs import atomic_path
 
 REACH = 1.6  # elements; an element that nobody sees joins a carried one at most this far away
 MAX_OFFSET = 0.75  # elements; how far a mass may sit from the centre of its element
@@ -315,16 +315,8 @@ def read_noise(path: Path, latent_size: tuple[int, int]) -> np.ndarray:
 
 def write_noise(path: Path, noise: np.ndarray) -> None:
     """Write a noise file whole or not at all."""
-    # One name per process: several may make the same file at once, and the last one to finish wins.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.save(file, noise, allow_pickle=False)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, noise, allow_pickle=False)
 
 
 def _can_write(folder: Path) -> bool:

@@ -1,0 +1,117 @@
+"""Running the scripts from tests: as subprocesses, or as functions of this process, which saves six seconds each."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+from utils.cli import run_script
+from utils.runs import MANIFEST
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+ALIGN, ANCHORS, GGI = "sag_distribution_alignment", "sag_generate_anchor_view", "ggi"
+ON_CPU = ("--weights", "tiny", "--device", "cpu")
+SECONDS = 120  # no script of a test takes longer
+
+
+def words(*arguments: object) -> list[str]:
+    return [str(argument) for argument in (*arguments, *ON_CPU)]
+
+
+def call(script: str, *arguments: object) -> int:
+    """Run `main` of a script in this process on the tiny weights; returns the exit code that a shell would see."""
+    module = importlib.import_module(script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", *words(*arguments)])
+        try:
+            run_script(module.main)
+        except SystemExit as stop:
+            return stop.code or 0
+        finally:
+            _forget_accelerator()
+    return 0
+
+
+def _forget_accelerator() -> None:
+    """accelerate keeps its precision and device for the life of a process."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def start(script: str, *arguments: object, **options) -> subprocess.Popen:
+    command = [sys.executable, f"{script}.py", *words(*arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+    )
+
+
+def run(script: str, *arguments: object, **options) -> subprocess.CompletedProcess:
+    """Run a script as a user does, on the tiny weights."""
+    process = start(script, *arguments, **options)
+    out, err = process.communicate(timeout=SECONDS)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def kill_at(path: Path, script: str, *arguments: object) -> None:
+    """Start a script and kill it, with its children, as soon as `path` is there."""
+    process = start(script, *arguments)
+    deadline = time.monotonic() + SECONDS
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    out, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, f"{script} ended before it could be killed: {out}{err}"
+
+
+def contents(folder: Path, *left_out: str) -> dict[str, bytes]:
+    """{name: bytes} of all files below `folder`, except manifests, event logs, and names that hold a `left_out`."""
+    return {name: path.read_bytes() for name, path in _files(folder) if not any(part in name for part in left_out)}
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST and "tfevents" not in path.name:
+            yield str(path.relative_to(folder)), path
+
+
+def assert_same(found: dict[str, bytes], wanted: dict[str, bytes]) -> None:
+    """The same names and the same bytes; a failure lists names, not bytes."""
+    assert sorted(found) == sorted(wanted)
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
+def assert_whole(folder: Path, finished: dict[str, bytes], *left_out: str) -> None:
+    """After a kill: every file with a final name is already what an undisturbed run makes of it."""
+    present = {name: data for name, data in contents(folder, *left_out).items() if ".tmp" not in name}
+    assert present, "nothing was written yet"
+    assert sorted(present.keys() - finished.keys()) == []
+    assert [name for name, data in present.items() if finished[name] != data] == []
+
+
+def write_picture(path: Path, width: int = 200, height: int = 160, seed: int = 0) -> Path:
+    """A reference picture: smooth patches of colour."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC))
+    return path
+
+
+def probe_video(path: Path) -> tuple[dict, int]:
+    """(metadata, number of frames that decode) of a video."""
+    frames = imageio_ffmpeg.read_frames(str(path))
+    metadata = next(frames)
+    return metadata, sum(1 for _ in frames)
