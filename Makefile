@@ -11,6 +11,9 @@ SEED := 42
 RUN = $(OUT)/boxtown_p-e3b0c442_e0$(STEPS)_s0000$(SEED)_r12_ip1
 TINY := --weights tiny --device cpu
 
+# OpenMP threads that spin while they wait crawl on a machine that is not idle.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test lint clean
 
 demo: $(SETUP)

@@ -7,6 +7,8 @@ frames per arc; the video shows the frame that two arcs share once. The same com
 """
 
 import argparse
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from models.weights import (
     load_preset,
     locate,
     resolve_device,
+    use_offload,
     weight_hashes,
 )
 from utils.arcs import (
@@ -40,7 +43,7 @@ from utils.cli import Help, InputError, non_negative_int, positive_int, run_scri
 from utils.edges import resize_edges
 from utils.images import contact_sheet, read_image, resize_image, write_image, write_video
 from utils.noise import blend_noise, load_or_make_noise
-from utils.runs import MANIFEST, Run, derive_seed, file_sha256, open_run, read_json
+from utils.runs import MANIFEST, Run, derive_seed, files_sha256, open_run, read_json
 
 VIDEO, CONTACT_SHEET = "video.mp4", "contact_sheet.png"
 SHEET_COLUMNS = 8  # frames per arc on the contact sheet
@@ -89,7 +92,7 @@ def find_scene(args: argparse.Namespace) -> Path:
         return args.scene
     run = args.target.absolute()
     if run.parent.name == MULTIVIEWS and (run.parent.parent / "arc0").is_dir():
-        return args.target.parent.parent
+        return run.parent.parent
     if (args.target / MANIFEST).exists() and (noted := read_json(args.target / MANIFEST).get("scene")):
         return Path(noted)
     raise InputError(f"{args.target} does not lie in a scene folder: pass --scene")
@@ -126,11 +129,18 @@ def check_size(args: argparse.Namespace, config: dict) -> None:
         raise InputError(f"{args.width}x{args.height}: width and height must be multiples of 16")
 
 
-def result_arguments(args: argparse.Namespace, anchors: list[Path]) -> dict:
-    """The arguments that decide the video; where it is made and put does not."""
+def result_arguments(
+    args: argparse.Namespace, scene: Scene, anchors: Sequence[Path], noises: Sequence[np.ndarray]
+) -> dict:
+    """What decides the video: arguments, and inputs by their content. Where it is made and put does not."""
     elsewhere = {"output_dir", "overwrite", "device", "offload", "scene", "target"}
     chosen = {key: value for key, value in vars(args).items() if key not in elsewhere}
-    return chosen | {"anchors_sha256": [file_sha256(path) for path in anchors]}
+    edges = [path for arc in scene.arcs for path in arc.edge_paths]
+    return chosen | {
+        "anchors_sha256": files_sha256(anchors),
+        "edges_sha256": files_sha256(edges),
+        "noise_sha256": hashlib.sha256(np.stack(noises)).hexdigest(),
+    }
 
 
 def main() -> None:
@@ -146,13 +156,13 @@ def main() -> None:
     transformer = find_transformer(args, preset)
     check_size(args, read_json(transformer / "config.json"))
     folder = (args.output_dir or args.target) / video_run_name(args.degradation, args.epoch, args.num_inference_steps)
-    run = open_run(folder, result_arguments(args, anchors), overwrite=args.overwrite)
+    noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]
+    run = open_run(folder, result_arguments(args, scene, anchors, noises), overwrite=args.overwrite)
     if run.finished:
         print(f"{run.folder} is finished")
         print_results(run)
         return
     device = resolve_device(args.device)
-    noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]
     caption_model = caption_source(args.caption_model) if args.prompt is None else None
     paths = locate(args, preset, GGI_STAGE)
     fill_arcs(args, preset, scene, anchors, noises, run, device, paths, transformer, caption_model)
@@ -187,7 +197,7 @@ def fill_arcs(
     length = read_json(transformer / "config.json")["max_text_seq_length"]
     embeds = encode_video_prompts(paths["cogvideox_text"], [prompt, ""], device, dtype, length)
     pipe = load_inbetween(
-        paths, transformer, device, dtype, tiling=preset.vae_tiling, offload=args.offload and device != "cpu"
+        paths, transformer, device, dtype, tiling=preset.vae_tiling, offload=use_offload(args, device)
     )
     run.begin(
         weights=weight_hashes(paths | {"transformer": transformer}), prompt=prompt, scene=str(scene.folder.resolve())

@@ -29,7 +29,7 @@ from utils.cli import Help, InputError, non_negative_int, positive_int, run_scri
 from utils.edges import edge_detector
 from utils.images import plot_curve, write_image
 from utils.references import Reference, load_references
-from utils.runs import Run, atomic_path, open_run
+from utils.runs import Run, atomic_path, files_sha256, open_run
 
 LOSSES, STATE = "loss.csv", "state"
 PRECISION = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
@@ -63,9 +63,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def result_arguments(args: argparse.Namespace) -> dict:
-    """The arguments that decide the weights; how far and where to train does not."""
+    """What decides the weights: arguments, and pictures by their content. How far and where to train does not."""
     elsewhere = {"max_train_steps", "checkpointing_steps", "report_to", "resume_from_checkpoint", "output_dir"}
-    return {k: v for k, v in vars(args).items() if k not in elsewhere | {"overwrite", "device"}}
+    chosen = {key: value for key, value in vars(args).items() if key not in elsewhere | {"overwrite", "device"}}
+    return chosen | {"pictures_sha256": files_sha256([*args.path_image, *args.path_edges])}
 
 
 def resume_step(args: argparse.Namespace, run: Run) -> int:
@@ -99,9 +100,9 @@ def main() -> None:
     preset = load_preset(args.weights)
     args.resolution = args.resolution or preset.resolution
     args.edges = args.edges or preset.edges
-    if args.resolution < preset.training_multiple:
+    if args.resolution % preset.training_multiple:
         raise InputError(
-            f"--resolution {args.resolution}: these weights need at least {preset.training_multiple} pixels"
+            f"--resolution {args.resolution}: these weights need a multiple of {preset.training_multiple}"
         )
     detect = None if args.path_edges else edge_detector(args.edges)
     references = load_references(args.path_image, args.prompt, args.path_edges, detect, args.resolution)

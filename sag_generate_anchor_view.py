@@ -7,6 +7,7 @@ depend on the one before, so they are drawn in order; the same command continues
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from models.weights import (
@@ -16,6 +17,7 @@ from models.weights import (
     load_preset,
     locate,
     resolve_device,
+    use_offload,
     weight_hashes,
 )
 from utils.arcs import (
@@ -30,11 +32,11 @@ from utils.arcs import (
     pad_prompts,
     warped_path,
 )
-from utils.cli import Help, InputError, non_negative_int, positive_int, run_script
+from utils.cli import Help, InputError, non_negative_int, positive_int, run_script, seed_or_draw
 from utils.correspondence import read_map
 from utils.edges import resize_edges
 from utils.images import contact_sheet, read_image, write_image
-from utils.runs import Run, draw_seed, file_sha256, find_unfinished, open_run
+from utils.runs import Run, draw_seed, files_sha256, find_unfinished, open_run
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,7 +60,12 @@ def parse_args() -> argparse.Namespace:
     add("--true_gs", type=float, default=3.5, help="scale of true classifier-free guidance")
     add("--timestep_to_start_cfg", type=non_negative_int, default=1, help="first step with true CFG")
     add("--control_weight", type=float, default=0.8, help="strength of the edge ControlNet")
-    add("--seed", type=int, default=-1, help="noise seed; -1 continues the newest unfinished run, else draws one")
+    add(
+        "--seed",
+        type=seed_or_draw,
+        default=-1,
+        help="noise seed; -1 continues the newest unfinished run, else draws one",
+    )
     add("--use_else_noise", action="store_true", help="a different noise for every anchor: seed, seed + 1, …")
     add("--width", type=positive_int, help="pixels (default: the weights' preset, else the edge frames' width)")
     add("--height", type=positive_int, help="pixels (default: the weights' preset, else the edge frames' height)")
@@ -87,22 +94,24 @@ def anchor_size(args: argparse.Namespace, preset: Preset, scene: Scene) -> tuple
     return size
 
 
-def result_arguments(args: argparse.Namespace, size: tuple[int, int], loras: tuple[Path, Path]) -> dict:
-    """The arguments that decide the pictures; where they are drawn and put does not."""
+def result_arguments(args: argparse.Namespace, scene: Scene, size: tuple[int, int], loras: Sequence[Path]) -> dict:
+    """What decides the pictures: arguments, and files by their content. Where they are drawn and put does not."""
     elsewhere = {"output_dir", "overwrite", "device", "offload", "loras", "target"}
     chosen = {key: value for key, value in vars(args).items() if key not in elsewhere}
-    return chosen | {"width": size[0], "height": size[1], "lora_sha256": [file_sha256(path) for path in loras]}
+    inputs = [*scene.anchor_edge_paths, *(arc.corres_end_path for arc in scene.arcs)]
+    hashes = {"scene_sha256": files_sha256(inputs), "loras_sha256": files_sha256(loras)}
+    return chosen | {"width": size[0], "height": size[1]} | hashes
 
 
-def open_anchor_run(args: argparse.Namespace, size: tuple[int, int], loras: tuple[Path, Path]) -> Run:
+def open_anchor_run(args: argparse.Namespace, arguments: dict) -> Run:
     """The run to continue or begin; fixes `args.seed` when it is -1."""
     parent = args.output_dir or args.target / MULTIVIEWS
     if args.seed < 0:
-        unfinished = find_unfinished(parent, result_arguments(args, size, loras), "seed")
+        unfinished = find_unfinished(parent, arguments, "seed")
         args.seed = draw_seed() if unfinished is None else unfinished
         print(f"seed {args.seed}" + ("" if unfinished is None else ", continuing an unfinished run"))
     name = anchor_run_name(args.pfix, args.prompt, args.epoch, args.seed, args.num_replacement)
-    return open_run(parent / name, result_arguments(args, size, loras), overwrite=args.overwrite)
+    return open_run(parent / name, arguments | {"seed": args.seed}, overwrite=args.overwrite)
 
 
 def main() -> None:
@@ -114,7 +123,7 @@ def main() -> None:
     size = anchor_size(args, preset, scene)
     lora_files = find_lora(args.loras, args.pfix, args.epoch)
     device = resolve_device(args.device)
-    run = open_anchor_run(args, size, lora_files)
+    run = open_anchor_run(args, result_arguments(args, scene, size, lora_files))
     if run.finished:
         print(f"{run.folder} is finished")
         return
@@ -146,7 +155,7 @@ def draw_anchors(
     texts = encode_flux_prompts(
         paths["flux_text"], [*args.prompt, args.neg_prompt], device, dtype, preset.max_sequence_length
     )
-    offload = args.offload and device != "cpu"
+    offload = use_offload(args, device)
     models = load_flux(paths, device, dtype, offload=offload)
     for model, state in zip((models.transformer, models.controlnet), states, strict=True):
         load_lora(model, state, args.lora_weight)

@@ -39,8 +39,8 @@ def token_positions(h: int, w: int, device: torch.device) -> torch.Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float().to(device)
 
 
-def to_signed(images: np.ndarray, mid: float = 127.5) -> torch.Tensor:
+def to_signed(images: np.ndarray) -> torch.Tensor:
     """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
     if images.dtype != np.uint8 or images.shape[-1] != 3:
         raise ValueError(f"expected uint8 [..., H, W, 3], got {images.dtype} {images.shape}")
-    return torch.tensor(images).movedim(-1, -3).float() / mid - 1
+    return torch.tensor(images).movedim(-1, -3).float() / 127.5 - 1

@@ -108,6 +108,13 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def use_offload(args: argparse.Namespace, device: str) -> bool:
+    """Whether --offload applies; on the CPU there is nowhere to stream weights to."""
+    if args.offload and device == "cpu":
+        print("--offload has no effect on the CPU", file=sys.stderr)
+    return args.offload and device != "cpu"
+
+
 def locate(args: argparse.Namespace, preset: Preset, components: Iterable[str]) -> dict[str, Path]:
     """Local paths of all components; access to every one is checked before the first is downloaded."""
     sources = {name: _source(args, preset, name) for name in components}

@@ -29,6 +29,8 @@ def run_script(main: Callable[[], None]) -> None:
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # read when they are imported; their errors still raise
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # OpenMP threads that spin while they wait are many times slower when anything else runs on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         main()
     except InputError as error:
@@ -60,6 +62,11 @@ def non_negative_int(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
+
+
+def seed_or_draw(text: str) -> int:
+    """argparse type: a seed of 0 or more, or -1 to have one drawn."""
+    return -1 if text == "-1" else non_negative_int(text)
 
 
 def unit_float(text: str) -> float:

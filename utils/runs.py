@@ -15,7 +15,7 @@ import resource
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -101,6 +101,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def files_sha256(paths: Iterable[Path]) -> str:
+    """One SHA-256 over several files, in order."""
+    return hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()
+
+
 @dataclasses.dataclass
 class Run:
     """One output folder and its manifest."""
@@ -115,12 +120,18 @@ class Run:
         return bool(self.manifest.get("finished"))
 
     def begin(self, **entries: object) -> None:
-        """Make the folder and its manifest. Call it when everything is loaded: a failed load then changes nothing."""
+        """Make the folder and its manifest. Call it when everything is loaded: a failed load then changes nothing.
+
+        Raises InputError when an interrupted run was begun with other weights.
+        """
+        before = None if self.replaces else self.manifest.get("weights")
+        if before and before != entries.get("weights", before):
+            raise InputError(f"{self.folder} was begun with other weights; pass --overwrite to start again")
         if self.replaces and self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(self.folder)
-        self.save(**entries)
+        self.save(**entries, finished=False)
 
     def save(self, **entries: object) -> None:
         """Merge `entries` into run.json."""
