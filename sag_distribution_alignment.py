@@ -112,6 +112,8 @@ def main() -> None:
         print(f"{run.folder} is finished at step {first_step}; raise --max_train_steps to train on")
         return
     device = resolve_device(args.device)
+    if ":" in device:
+        raise InputError(f"--device {device}: choose GPUs by `accelerate launch --gpu_ids …` and pass --device cuda")
     paths = locate(args, preset, FLUX_STAGE)
     train(args, preset, references, run, first_step, device, paths)
 
@@ -126,14 +128,11 @@ def train(
     paths: dict[str, Path],
 ) -> None:
     import accelerate
-    import torch
-    from diffusers.training_utils import cast_training_params
     from tqdm import trange
 
-    from models.alignment import FlowObjective, batch_flow_sample, draw_batch, lora_optimizer, optimizer_step
-    from models.flux import stack_texts
-    from models.loading import DTYPES, encode_flux_prompts, load_flux
-    from models.lora import add_lora, save_loras_only
+    from models.alignment import FlowObjective, load_trainable, lora_optimizer, optimizer_step
+    from models.loading import DTYPES, encode_flux_prompts
+    from models.lora import save_loras_only
 
     accelerator = accelerate.Accelerator(
         mixed_precision=args.mixed_precision,
@@ -147,41 +146,22 @@ def train(
     dtype, device = DTYPES[PRECISION[args.mixed_precision]], accelerator.device
     prompts = [reference.prompt for reference in references]
     texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, preset.max_sequence_length)
-    models = load_flux(paths, device, dtype)
-    accelerate.utils.set_seed(args.seed)  # the start values of the LoRAs
+    models, loras = load_trainable(paths, device, dtype, args.rank, args.seed)
     networks = (models.transformer, models.controlnet)
-    loras = [add_lora(model, args.rank) for model in networks]
-    cast_training_params(list(networks), torch.float32)
-    for model in networks:
-        model.enable_gradient_checkpointing()
     optimizer = lora_optimizer([p for group in loras for p in group], args.learning_rate)
     objective, optimizer = accelerator.prepare(FlowObjective(models), optimizer)
     save_loras_only(accelerator, networks)
     if first_step:
         accelerator.load_state(find_checkpoints(run.folder)[first_step] / STATE)
-
     if accelerator.is_main_process:
-        run.begin(weights=weight_hashes(paths))
-        for i, reference in enumerate(references):
-            copy = run.folder / "references" / f"{i:02d}_{reference.path.name}"
-            write_image(copy.with_suffix(".png"), reference.image)
-            write_image(copy.with_suffix(".edges.png"), reference.edges)
+        begin(run, references, paths)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("alignment")
+
     losses = read_losses(run.folder / LOSSES, first_step)
-    rank, batch_size = accelerator.process_index, args.train_batch_size
     for step in trange(first_step, args.max_train_steps, desc="align", disable=not accelerator.is_main_process):
-        step_losses = []
-        for micro in range(args.gradient_accumulation_steps):
-            items = range(rank * batch_size, (rank + 1) * batch_size)
-            batch = draw_batch(references, (args.seed, step, micro), items, args.resolution, preset.training_multiple)
-            sample = batch_flow_sample(models, batch)
-            with accelerator.accumulate(objective):
-                loss = objective(sample, stack_texts([texts[prompt] for prompt in batch.prompts]), batch.control)
-                accelerator.backward(loss)
-            step_losses.append(accelerator.gather(loss.detach()).mean().item())
+        losses.append(backward(args, preset, references, step, accelerator, objective, models, texts))
         norms = optimizer_step(optimizer, loras, clip=accelerator.clip_grad_norm_)
-        losses.append(sum(step_losses) / len(step_losses))
         accelerator.log({"loss": losses[-1], "grad_norm/flux": norms[0], "grad_norm/controlnet": norms[1]}, step + 1)
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.max_train_steps:
             save_checkpoint(accelerator, run.folder, step + 1, networks, losses)
@@ -191,17 +171,44 @@ def train(
         print(find_checkpoints(run.folder)[args.max_train_steps])
 
 
+def begin(run: Run, references: list[Reference], paths: dict[str, Path]) -> None:
+    """Open the run's folder and put a copy of what it is trained on there."""
+    run.begin(weights=weight_hashes(paths))
+    for i, reference in enumerate(references):
+        copy = run.folder / "references" / f"{i:02d}_{reference.path.stem}"
+        write_image(copy.with_name(f"{copy.name}.png"), reference.image)
+        write_image(copy.with_name(f"{copy.name}.edges.png"), reference.edges)
+
+
+def backward(args, preset: Preset, references, step: int, accelerator, objective, models, texts) -> float:
+    """Gradients of one optimizer step, accumulated over its batches; returns their mean loss over all processes."""
+    from models.alignment import batch_flow_sample, draw_batch
+    from models.flux import stack_texts
+
+    rank, size = accelerator.process_index, args.train_batch_size
+    losses = []
+    for micro in range(args.gradient_accumulation_steps):
+        items = range(rank * size, (rank + 1) * size)
+        batch = draw_batch(references, (args.seed, step, micro), items, args.resolution, preset.training_multiple)
+        sample, text = batch_flow_sample(models, batch), stack_texts([texts[prompt] for prompt in batch.prompts])
+        with accelerator.accumulate(objective):
+            loss = objective(sample, text, batch.control)
+            accelerator.backward(loss)
+        losses.append(accelerator.gather(loss.detach()).mean().item())
+    return sum(losses) / len(losses)
+
+
 def save_checkpoint(accelerator, folder: Path, step: int, networks, losses: list[float]) -> None:
     """LoRAs for use, and the state to go on from; the folder gets its name when it is complete."""
     from models.lora import save_lora
 
-    checkpoint = folder / f"checkpoint-{step}"
+    if accelerator.is_main_process:
+        with atomic_path(folder / f"checkpoint-{step}") as temporary:
+            accelerator.save_state(temporary / STATE)
+            for model, path in zip(networks, checkpoint_lora_paths(temporary), strict=True):
+                save_lora(model, path)
+        write_losses(folder, losses)
     accelerator.wait_for_everyone()
-    with atomic_path(checkpoint) as temporary:
-        accelerator.save_state(temporary / STATE)
-        for model, path in zip(networks, checkpoint_lora_paths(temporary), strict=True):
-            save_lora(model, path)
-    write_losses(folder, losses)
 
 
 if __name__ == "__main__":

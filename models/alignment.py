@@ -6,13 +6,18 @@ FLUX and its ControlNet must add so that edges of the reference give the referen
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import set_seed
+from diffusers.training_utils import cast_training_params
 
 from models.flux import FluxModels, Text, encode_image, training_schedule, velocity
 from models.latents import draw_noise, pack, to_signed
+from models.loading import load_flux
+from models.lora import add_lora
 from utils.references import Reference, crop_size, draw_aspect, draw_crop
 from utils.runs import derive_seed
 
@@ -95,6 +100,23 @@ def batch_flow_sample(models: FluxModels, batch: Batch) -> FlowSample:
     """Encode the pictures of a batch and noise them."""
     latents = encode_image(models, batch.images, batch.eps)
     return flow_sample(pack(latents), pack(batch.noise).to(latents), batch.t)
+
+
+def load_trainable(
+    paths: dict[str, Path], device: torch.device, dtype: torch.dtype, rank: int, seed: int
+) -> tuple[FluxModels, list[list[torch.nn.Parameter]]]:
+    """Frozen networks in `dtype`, and new float32 LoRAs on transformer and ControlNet: (models, parameters of each).
+
+    paths: as `models.weights.locate` gives them. seed: of the LoRAs' start values.
+    """
+    models = load_flux(paths, device, dtype)
+    networks = [models.transformer, models.controlnet]
+    set_seed(seed)
+    loras = [add_lora(model, rank) for model in networks]
+    cast_training_params(networks, torch.float32)
+    for model in networks:
+        model.enable_gradient_checkpointing()
+    return models, loras
 
 
 def optimizer_step(

@@ -25,7 +25,8 @@ SECONDS = 120  # no script of a test takes longer
 
 
 def words(*arguments: object) -> list[str]:
-    return [str(argument) for argument in (*arguments, *ON_CPU)]
+    """Command-line words of a script; tests may override the weights and the device."""
+    return [str(argument) for argument in (*ON_CPU, *arguments)]
 
 
 def call(script: str, *arguments: object) -> int:
@@ -90,16 +91,31 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def assert_same(found: dict[str, bytes], wanted: dict[str, bytes]) -> None:
     """The same names and the same bytes; a failure lists names, not bytes."""
-    assert sorted(found) == sorted(wanted)
-    assert [name for name in wanted if found[name] != wanted[name]] == []
+    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
+    problems += [f"{name} is too many" for name in found.keys() - wanted.keys()]
+    problems += [f"{name} differs" for name in wanted.keys() & found.keys() if found[name] != wanted[name]]
+    assert not problems, sorted(problems)
 
 
 def assert_whole(folder: Path, finished: dict[str, bytes], *left_out: str) -> None:
     """After a kill: every file with a final name is already what an undisturbed run makes of it."""
     present = {name: data for name, data in contents(folder, *left_out).items() if ".tmp" not in name}
     assert present, "nothing was written yet"
-    assert sorted(present.keys() - finished.keys()) == []
-    assert [name for name, data in present.items() if finished[name] != data] == []
+    assert_same(present, {name: data for name, data in finished.items() if name in present})
+
+
+def forbid_models(patch: pytest.MonkeyPatch) -> None:
+    """Make the test fail when a script loads a network or a text encoder."""
+    import diffusers
+
+    import models.loading
+
+    def load(*arguments, **options):
+        pytest.fail("a model was loaded")
+
+    patch.setattr(models.loading, "load_model", load)
+    patch.setattr(models.loading, "load_ggi_transformer", load)
+    patch.setattr(diffusers.DiffusionPipeline, "from_pretrained", load)
 
 
 def write_picture(path: Path, width: int = 200, height: int = 160, seed: int = 0) -> Path:
