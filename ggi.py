@@ -39,7 +39,7 @@ from utils.arcs import (
     resample_indices,
     video_run_name,
 )
-from utils.cli import Help, InputError, non_negative_int, positive_int, run_script, unit_float
+from utils.cli import InputError, Parser, positive_int, run_script, seed, unit_float
 from utils.edges import resize_edges
 from utils.images import contact_sheet, read_image, resize_image, write_image, write_video
 from utils.noise import blend_noise, load_or_make_noise
@@ -50,7 +50,7 @@ SHEET_COLUMNS = 8  # frames per arc on the contact sheet
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--target", type=Path, required=True, metavar="RUN", help="run folder with the anchors image_00.png …")
     add("--scene", type=Path, help="scene folder (default: the one that RUN lies in, else the one RUN was drawn for)")
@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
         "--num_frames", type=positive_int, help="frames of the model per arc, padding included (default: the preset's)"
     )
     add("--fps", type=positive_int, default=12, help="frames per second of video.mp4")
-    add("--seed", type=non_negative_int, default=43, help="seed of fresh noise and of the VAE's draws")
+    add("--seed", type=seed, default=43, help="seed of fresh noise and of the VAE's draws")
     add(
         "--chain",
         action=argparse.BooleanOptionalAction,
@@ -96,6 +96,16 @@ def find_scene(args: argparse.Namespace) -> Path:
     if (args.target / MANIFEST).exists() and (noted := read_json(args.target / MANIFEST).get("scene")):
         return Path(noted)
     raise InputError(f"{args.target} does not lie in a scene folder: pass --scene")
+
+
+def check_anchors(anchors: Sequence[Path]) -> None:
+    """Raise InputError unless all anchors are readable and of one size."""
+    shapes = [read_image(path).shape for path in anchors]
+    for path, shape in zip(anchors, shapes, strict=True):
+        if shape != shapes[0]:
+            raise InputError(
+                f"{path} is {shape[1]}x{shape[0]}, {anchors[0]} {shapes[0][1]}x{shapes[0][0]}: draw them again"
+            )
 
 
 def find_transformer(args: argparse.Namespace, preset: Preset) -> Path:
@@ -153,9 +163,11 @@ def main() -> None:
         raise InputError(f"run folder {args.target} does not exist: give one that sag_generate_anchor_view.py wrote")
     scene = load_scene(find_scene(args))
     anchors = find_anchors(args.target, len(scene.arcs) + 1)
+    check_anchors(anchors)
     transformer = find_transformer(args, preset)
     check_size(args, read_json(transformer / "config.json"))
     folder = (args.output_dir or args.target) / video_run_name(args.degradation, args.epoch, args.num_inference_steps)
+    caption_model = caption_source(args.caption_model) if args.prompt is None else None
     noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]
     run = open_run(folder, result_arguments(args, scene, anchors, noises), overwrite=args.overwrite)
     if run.finished:
@@ -163,7 +175,6 @@ def main() -> None:
         print_results(run)
         return
     device = resolve_device(args.device)
-    caption_model = caption_source(args.caption_model) if args.prompt is None else None
     paths = locate(args, preset, GGI_STAGE)
     fill_arcs(args, preset, scene, anchors, noises, run, device, paths, transformer, caption_model)
     finish(args, scene, anchors, run)
@@ -229,6 +240,7 @@ def fill_arcs(
                 guidance_scale=args.guidance_scale,
             )
             save_arc(run, arc, pipe.decode_video(latents))
+            run.save()
             progress.update()
 
 

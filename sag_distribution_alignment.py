@@ -13,6 +13,7 @@ uninterrupted one.
 
 import argparse
 import csv
+import errno
 from pathlib import Path
 
 from models.weights import (
@@ -25,7 +26,7 @@ from models.weights import (
     weight_hashes,
 )
 from utils.arcs import checkpoint_lora_paths, find_checkpoints
-from utils.cli import Help, InputError, non_negative_int, positive_int, run_script
+from utils.cli import InputError, Parser, folder_name, positive_int, run_script, seed
 from utils.edges import edge_detector
 from utils.images import plot_curve, write_image
 from utils.references import Reference, load_references
@@ -36,11 +37,11 @@ PRECISION = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--path_image", type=Path, nargs="+", required=True, metavar="PNG", help="reference picture(s)")
     add("--prompt", nargs="+", default=[], help="identifier prompt of each picture, in order (default: empty)")
-    add("--pfix", required=True, metavar="NAME", help="name of the LoRA: the folder in --output_dir")
+    add("--pfix", type=folder_name, required=True, metavar="NAME", help="name of the LoRA: the folder in --output_dir")
     add("--path_edges", type=Path, nargs="+", default=[], metavar="PNG", help="ready edge picture of each reference")
     add("--edges", choices=["hed", "lines"], help="edge detector (default: hed for full, lines for tiny weights)")
     add("--max_train_steps", type=positive_int, default=600, help="optimizer steps; may be raised later to go on")
@@ -53,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     add(
         "--mixed_precision", choices=list(PRECISION), default="bf16", help="precision of the networks; LoRA is float32"
     )
-    add("--seed", type=non_negative_int, default=0, help="seed of LoRA's start values, crops, noise and timesteps")
+    add("--seed", type=seed, default=0, help="seed of LoRA's start values, crops, noise and timesteps")
     add("--report_to", choices=["tensorboard", "none"], default="tensorboard", help="where the loss is logged")
     add("--resume_from_checkpoint", default="latest", help="latest, a step such as 300, or none to start again")
     add("--output_dir", type=Path, default=Path("loras"), help="folder of all LoRAs")
@@ -161,10 +162,11 @@ def train(
     losses = read_losses(run.folder / LOSSES, first_step)
     for step in trange(first_step, args.max_train_steps, desc="align", disable=not accelerator.is_main_process):
         losses.append(backward(args, preset, references, step, accelerator, objective, models, texts))
-        norms = optimizer_step(optimizer, loras, clip=accelerator.clip_grad_norm_)
+        accelerator.unscale_gradients()  # float16 scales them
+        norms = optimizer_step(optimizer, loras)
         accelerator.log({"loss": losses[-1], "grad_norm/flux": norms[0], "grad_norm/controlnet": norms[1]}, step + 1)
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.max_train_steps:
-            save_checkpoint(accelerator, run.folder, step + 1, networks, losses)
+            save_checkpoint(accelerator, run, step + 1, networks, losses)
     accelerator.end_training()
     if accelerator.is_main_process:
         run.finish(steps=args.max_train_steps)
@@ -198,16 +200,23 @@ def backward(args, preset: Preset, references, step: int, accelerator, objective
     return sum(losses) / len(losses)
 
 
-def save_checkpoint(accelerator, folder: Path, step: int, networks, losses: list[float]) -> None:
+def save_checkpoint(accelerator, run: Run, step: int, networks, losses: list[float]) -> None:
     """LoRAs for use, and the state to go on from; the folder gets its name when it is complete."""
+    from safetensors import SafetensorError
+
     from models.lora import save_lora
 
     if accelerator.is_main_process:
-        with atomic_path(folder / f"checkpoint-{step}") as temporary:
-            accelerator.save_state(temporary / STATE)
-            for model, path in zip(networks, checkpoint_lora_paths(temporary), strict=True):
-                save_lora(model, path)
-        write_losses(folder, losses)
+        write_losses(run.folder, losses)  # before the checkpoint: a kill in between leaves rows too many, not too few
+        checkpoint = run.folder / f"checkpoint-{step}"
+        try:
+            with atomic_path(checkpoint) as temporary:
+                accelerator.save_state(temporary / STATE)
+                for model, path in zip(networks, checkpoint_lora_paths(temporary), strict=True):
+                    save_lora(model, path)
+        except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
+            raise OSError(errno.EIO, f"cannot write a checkpoint ({error})", str(checkpoint)) from error
+        run.save()
     accelerator.wait_for_everyone()
 
 

@@ -32,7 +32,7 @@ from utils.arcs import (
     pad_prompts,
     warped_path,
 )
-from utils.cli import Help, InputError, non_negative_int, positive_int, run_script, seed_or_draw
+from utils.cli import InputError, Parser, folder_name, non_negative_int, positive_int, run_script, seed_or_draw
 from utils.correspondence import read_map
 from utils.edges import resize_edges
 from utils.images import contact_sheet, read_image, write_image
@@ -40,10 +40,10 @@ from utils.runs import Run, draw_seed, files_sha256, find_unfinished, open_run
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--target", type=Path, required=True, metavar="SCENE", help="scene folder with arc0, arc1, …")
-    add("--pfix", required=True, metavar="NAME", help="name of the LoRA")
+    add("--pfix", type=folder_name, required=True, metavar="NAME", help="name of the LoRA")
     add("--epoch", type=positive_int, default=400, help="training step of the LoRA's checkpoint")
     add("--loras", type=Path, default=Path("loras"), help="folder of all LoRAs")
     add("--lora_weight", type=float, default=1.0, help="multiplies both LoRA factors: the strength is its square")
@@ -200,6 +200,7 @@ def draw_anchors(
                 on_step=lambda step: progress.update(),
             )
             write_image(anchor_path(run.folder, k), decode_anchor(models, latents))
+            run.save()
     write_image(run.folder / "contact_sheet.png", anchor_sheet(scene, run.folder))
     run.finish()
 

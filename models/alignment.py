@@ -1,10 +1,10 @@
-"""Distribution alignment: the training objective and one optimizer step (paper section 4.1).
+"""Distribution alignment: the training objective and one optimizer step.
 
 Rectified flow on the reference image, with the ControlNet's residuals unscaled and guidance 1: the LoRAs learn what
 FLUX and its ControlNet must add so that edges of the reference give the reference.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,13 +123,12 @@ def optimizer_step(
     optimizer: torch.optim.Optimizer,
     clip_groups: Iterable[Iterable[torch.nn.Parameter]],
     max_norm: float = 1.0,
-    clip: Callable[[Iterable[torch.nn.Parameter], float], torch.Tensor] = torch.nn.utils.clip_grad_norm_,
 ) -> list[float]:
     """Clip each group of parameters to `max_norm` on its own, step, and clear gradients.
 
-    clip: `torch.nn.utils.clip_grad_norm_` or accelerate's version of it. Returns each group's norm before clipping.
+    Returns each group's norm before clipping.
     """
-    norms = [float(clip(list(group), max_norm)) for group in clip_groups]
+    norms = [float(torch.nn.utils.clip_grad_norm_(list(group), max_norm)) for group in clip_groups]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norms

@@ -1,4 +1,4 @@
-"""Sparse appearance-guided sampling: one anchor view, kept consistent with the previous one (paper section 4.2).
+"""Sparse appearance-guided sampling: one anchor view, kept consistent with the previous one.
 
 The loop is rectified flow with true CFG. In its first steps the latents are replaced, wherever the previous anchor
 can be warped to this view reliably, by that anchor noised to the current time.

@@ -34,7 +34,7 @@ from models.keymaps import (
     unfuse_lora,
     with_base,
 )
-from utils.cli import Help, InputError, run_script
+from utils.cli import InputError, Parser, run_script
 from utils.runs import atomic_path, read_json, write_json
 
 
@@ -194,7 +194,7 @@ def convert_lora(source: Path, target: Path, prefix: str) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     parser.add_argument("kind", choices=[*MODEL_KINDS, "lora", "controlnet_lora", "ggi"], help="what SRC holds")
     parser.add_argument("src", type=Path, help="file to convert (ggi: folder)")
     parser.add_argument("dst", type=Path, help="folder to write (LoRAs: .safetensors file); must not exist")

@@ -1,4 +1,4 @@
-"""Geometry-guided generative in-betweening: CogVideoX between two anchor views (paper section 4.3).
+"""Geometry-guided generative in-betweening: CogVideoX between two anchor views.
 
 The transformer takes 48 channels: noisy latents 16 | image latents 16 (start, zeros …, end) | edge latents 16.
 diffusers' image-to-video pipeline already concatenates noise and conditions, so only where the conditions come from

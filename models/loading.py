@@ -80,12 +80,20 @@ def offload_flux(models: FluxModels) -> None:
         )
 
 
+def load_pipeline(name: str, cls: type, path: Path, dtype: torch.dtype, **parts) -> diffusers.DiffusionPipeline:
+    """A pipeline from the folder `path`, without transformer and VAE unless they are among `parts`."""
+    parts = {"transformer": None, "vae": None} | parts
+    try:
+        return cls.from_pretrained(path, dtype=dtype, local_files_only=True, **parts)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: {path} cannot be loaded: {error}") from error
+
+
 def encode_flux_prompts(
     path: Path, prompts: Iterable[str], device: str, dtype: torch.dtype, max_length: int
 ) -> dict[str, Text]:
     """{prompt: Text} from the text encoders of the pipeline folder `path`, which are freed again. On the CPU."""
-    pipeline = FluxPipeline.from_pretrained(path, transformer=None, vae=None, dtype=dtype, local_files_only=True)
-    pipeline.to(device)
+    pipeline = load_pipeline("flux_text", FluxPipeline, path, dtype).to(device)
     texts = {}
     with torch.no_grad():
         for prompt in dict.fromkeys(prompts):
@@ -99,10 +107,7 @@ def encode_video_prompts(
     path: Path, prompts: Iterable[str], device: str, dtype: torch.dtype, max_length: int
 ) -> dict[str, torch.Tensor]:
     """{prompt: T5 embedding [1, T, D]} for CogVideoX; the text encoder is freed again. Tensors on the CPU."""
-    pipeline = CogVideoXInbetweenPipeline.from_pretrained(
-        path, transformer=None, vae=None, dtype=dtype, local_files_only=True
-    )
-    pipeline.to(device)
+    pipeline = load_pipeline("cogvideox_text", CogVideoXInbetweenPipeline, path, dtype).to(device)
     with torch.no_grad():
         embeds = {
             prompt: pipeline.encode_prompt(prompt, None, False, max_sequence_length=max_length)[0].cpu()
@@ -134,13 +139,13 @@ def load_inbetween(
     paths: dict[str, Path], transformer: Path, device: str, dtype: torch.dtype, *, tiling: bool, offload: bool
 ) -> CogVideoXInbetweenPipeline:
     """The in-between pipeline without its text encoder. transformer: folder in either layout, merged while loading."""
-    pipeline = CogVideoXInbetweenPipeline.from_pretrained(
-        paths["cogvideox_text"],
-        transformer=load_ggi_transformer(transformer, dtype).requires_grad_(False),
-        vae=load_model("cogvideox_vae", AutoencoderKLCogVideoX, paths["cogvideox_vae"], dtype),
-        text_encoder=None,
-        tokenizer=None,
-        local_files_only=True,
+    networks = {
+        "transformer": load_ggi_transformer(transformer, dtype).requires_grad_(False),
+        "vae": load_model("cogvideox_vae", AutoencoderKLCogVideoX, paths["cogvideox_vae"], dtype),
+    }
+    no_text = {"text_encoder": None, "tokenizer": None}
+    pipeline = load_pipeline(
+        "cogvideox_text", CogVideoXInbetweenPipeline, paths["cogvideox_text"], dtype, **networks, **no_text
     )
     pipeline.vae.enable_slicing()
     if tiling:

@@ -1,4 +1,4 @@
-"""LoRA on FLUX and its ControlNet, where the reference has it (DESIGN: distribution alignment).
+"""LoRA on FLUX and its ControlNet, where the reference has it.
 
 q, k and v share one `down` matrix in the reference. diffusers' fused projections (`to_qkv`, `to_added_qkv`) give
 exactly that with plain peft layers, and cost nothing once the separate weights of the fused blocks are dropped.
@@ -46,6 +46,8 @@ def check_lora(path: Path, config: Mapping) -> dict[str, torch.Tensor]:
         state = lora_to_peft(tensors)
     except ValueError as error:
         raise InputError(f"{path} is not a LoRA of this project: {error}") from error
+    if not state:
+        raise InputError(f"{path} holds no LoRA")
     rank = next(tensor.shape[0] for key, tensor in state.items() if "lora_A" in key)
     wanted = {}
     for name, (features, out) in lora_targets(config).items():

@@ -7,6 +7,7 @@ repository (`org/name/file.safetensors`), by a local folder in diffusers format,
 
 import argparse
 import dataclasses
+import fcntl
 import os
 import subprocess
 import sys
@@ -59,8 +60,7 @@ def load_preset(name: str) -> Preset:
     """Read `checkpoints/<name>/preset.json`; the tiny weights are made on first use."""
     folder = WEIGHTS / name
     if name == "tiny" and not (folder / "preset.json").exists():
-        print("making the tiny weights (once) …", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, "-m", "synthetic.init_tiny"], cwd=ROOT, check=True)
+        _make_tiny(folder)
     entries = read_json(folder / "preset.json")
     for key in ("flux", "controlnet", "cogvideox", "ggi_transformer"):
         if entries[key] and (folder / entries[key]).exists():
@@ -68,6 +68,15 @@ def load_preset(name: str) -> Preset:
     for key in ("image_size", "video_size"):
         entries[key] = entries[key] and tuple(entries[key])
     return Preset(name=name, **entries)
+
+
+def _make_tiny(folder: Path) -> None:
+    """Make the tiny weights. Of several processes that come here at once, one does it and the others wait."""
+    with (WEIGHTS / ".tiny.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            print("making the tiny weights (once) …", file=sys.stderr, flush=True)
+            subprocess.run([sys.executable, "-m", "synthetic.init_tiny"], cwd=ROOT, check=True, capture_output=True)
 
 
 def add_weight_flags(parser: argparse.ArgumentParser, components: Iterable[str], *, dtype: bool = True) -> None:

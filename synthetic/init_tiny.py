@@ -23,7 +23,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from utils.cli import Help, InputError, non_negative_int, run_script
+from utils.cli import InputError, Parser, non_negative_int, run_script
 from utils.runs import atomic_path, write_json
 
 WIDTH, HEIGHT, FRAMES = 144, 96, 49
@@ -169,7 +169,7 @@ def cogvideox_pipeline() -> CogVideoXImageToVideoPipeline:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("checkpoints/tiny"), help="folder to write")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the random weights")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")

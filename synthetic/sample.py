@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.arcs import ARC_STEPS, Arc, latent_frame_numbers
-from utils.cli import Help, InputError, run_script
+from utils.cli import InputError, Parser, run_script
 from utils.correspondence import VISIBLE
 
 ARCS = 2
@@ -329,7 +329,7 @@ def check_replaceable(scene: Path, reference: Path, overwrite: bool) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m synthetic.sample", description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__, "python -m synthetic.sample")
     parser.add_argument("--output", type=Path, default=Path("assets/sampleA"), help="scene folder to make")
     parser.add_argument(
         "--reference", type=Path, default=Path("assets/references/boxtown.png"), help="style picture to make"

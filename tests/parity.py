@@ -10,7 +10,6 @@ edges named assets/sampleA/… are looked for in DIR/sampleA (default: FOLDER/..
 Exit code 0 with at least one pass and no FAIL, 1 on any FAIL, 2 when there is nothing to run.
 """
 
-import argparse
 import hashlib
 import json
 import re
@@ -32,7 +31,7 @@ from models.flux import anchor_schedule, shifted_schedule
 from models.lora import add_lora, lora_state
 from tests.parity_models import ggi_cases, image_cases, training_steps
 from utils import arcs
-from utils.cli import Help, InputError, run_script
+from utils.cli import InputError, Parser, run_script
 from utils.correspondence import gather_indices, latent_mask, read_map, resize_map, unreliable_mask, warp_image
 from utils.noise import blend_noise
 
@@ -287,7 +286,7 @@ def checks(golden: Golden) -> Iterator[tuple[str, Check]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of golden vectors")
     parser.add_argument("--data", type=Path, help="folder that holds sampleA (default: FOLDER/../data)")
     args = parser.parse_args()

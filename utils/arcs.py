@@ -25,6 +25,7 @@ ARC_FRAMES = ARC_STEPS + 1
 PADDING_FRAMES = 3
 LATENT_FRAMES = 13  # CogVideoX: 49 frames in 4x temporal compression
 NOISE_CHANNELS = 16
+SCENE_FILE, CAMERAS_FILE = "scene.glb", "cameras.json"  # the mesh and the path, as preprocess.py used them
 REFERENCE_LATENT_SIZE = (90, 60)  # width, height; the size whose noise file carries no size in its name
 
 
@@ -79,6 +80,13 @@ class Scene:
     def num_frames(self) -> int:
         """Different frames along the whole path: 45 N + 1."""
         return ARC_STEPS * len(self.arcs) + 1
+
+
+def count_arcs(poses: int) -> int:
+    """Arcs of a path of 45 N + 1 poses."""
+    if poses < ARC_FRAMES or (poses - 1) % ARC_STEPS:
+        raise ValueError(f"{poses} poses are not {ARC_STEPS} N + 1")
+    return (poses - 1) // ARC_STEPS
 
 
 def latent_frame_numbers(first: int, last: int) -> list[int]:

@@ -24,6 +24,16 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, like all others. `doc` is the module docstring."""
+
+    def __init__(self, doc: str, prog: str | None = None):
+        super().__init__(prog=prog, description=doc, formatter_class=Help)
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Call `main` and exit: 0, 2 for bad input, 3 when the machine fails (disk full, I/O error), 130 on Ctrl-C."""
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # read when they are imported; their errors still raise
@@ -64,9 +74,24 @@ def non_negative_int(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """argparse type: a seed from 0 to 2^63 - 1, which leaves room for seed + 1, … in 64 bits."""
+    value = non_negative_int(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not below 2^63")
+    return value
+
+
 def seed_or_draw(text: str) -> int:
-    """argparse type: a seed of 0 or more, or -1 to have one drawn."""
-    return -1 if text == "-1" else non_negative_int(text)
+    """argparse type: a seed, or -1 to have one drawn."""
+    return -1 if text == "-1" else seed(text)
+
+
+def folder_name(text: str) -> str:
+    """argparse type: one plain folder name."""
+    if text in ("", ".", "..") or any(c in text for c in "/\\\0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one plain folder name")
+    return text
 
 
 def unit_float(text: str) -> float:

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from utils.cli import InputError
+from utils.runs import atomic_path
 
 VISIBLE = 65535  # blue value of a valid pixel
 MASK_KERNEL = 5  # pixels; side of the dilation kernel
@@ -32,6 +33,31 @@ def read_map(path: Path) -> np.ndarray:
         channels = stored.shape[2] if stored.ndim == 3 else 1
         raise InputError(f"{path} must be a 16-bit RGB image, but has {channels} channel(s) of {stored.dtype}")
     return np.ascontiguousarray(stored[..., 2::-1])  # OpenCV stores B, G, R (, A)
+
+
+def encode_map(position: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Write source positions as a map, uint16 [H, W, 3]; pixels without a visible source become all zero.
+
+    position: float [H, W, 2], x then y, in pixels of the map with the origin at the outer corner of the top-left
+    pixel. visible: bool [H, W]. Floored, so that both readers below give the pixel it came from.
+    """
+    height, width = visible.shape
+    share = np.where(visible[..., None], position, 0) / (width, height)
+    if share.min() < 0 or share.max() > 1:
+        raise ValueError(f"visible sources must lie inside the frame, found {share.min():.3g} to {share.max():.3g}")
+    column, row = np.moveaxis(np.minimum(65535, np.floor(share * 65536)), -1, 0)
+    code = np.zeros((height, width, 3), np.uint16)
+    code[visible] = np.stack([column, 65535 - row, np.full_like(row, VISIBLE)], axis=-1)[visible]
+    return code
+
+
+def write_map(path: Path, code: np.ndarray) -> None:
+    """Write a map as a 16-bit PNG, atomically. code: uint16 [H, W, 3], R, G, B."""
+    done, data = cv2.imencode(".png", np.ascontiguousarray(code[..., ::-1]))
+    if not done:
+        raise ValueError(f"{path}: a map of {code.dtype} {code.shape} cannot be written as PNG")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.tobytes())  # unlike imwrite, this raises when the disk is full
 
 
 def source_positions(code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

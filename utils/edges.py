@@ -7,7 +7,6 @@
 its crest and drawn with a soft pen. Lengths are in pixels of a picture REFERENCE_WIDTH wide and shrink with it.
 """
 
-import argparse
 import functools
 import importlib.util
 import math
@@ -18,7 +17,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from utils.cli import Help, InputError, require_writable, run_script
+from utils.cli import InputError, Parser, require_writable, run_script
 from utils.images import read_image, resize_image, write_image
 
 DETECTORS = ("lines", "hed")
@@ -185,7 +184,7 @@ def _hed_network() -> Callable[[Image.Image], Image.Image]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m utils.edges", description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__, "python -m utils.edges")
     parser.add_argument("image", type=Path, help="picture to read, in any format that Pillow knows")
     parser.add_argument("output", type=Path, help="PNG to write, of the picture's size")
     parser.add_argument("--edges", choices=DETECTORS, default="lines", help="classical detector or HED network")

@@ -1,9 +1,11 @@
 """Pictures and videos on disk: PNG in and out, H.264, contact sheets, curves. Arrays are uint8 RGB [H, W, 3]."""
 
+import errno
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -42,15 +44,37 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> None:
     """
     flags = ["-crf", "16", "-movflags", "+faststart", "-fflags", "+bitexact", "-flags:v", "+bitexact"]
     with atomic_path(path) as temporary:
-        writer = imageio.get_writer(
-            temporary, fps=fps, codec="libx264", quality=None, pixelformat="yuv420p", macro_block_size=2,
-            output_params=flags,
-        )  # fmt: skip
-        with writer:
-            for frame in frames:
-                if frame.shape[0] % 2 or frame.shape[1] % 2:
-                    raise ValueError(f"frames of {frame.shape[1]}x{frame.shape[0]} have an odd side; H.264 needs even")
-                writer.append_data(frame)
+        try:
+            count = _encode(temporary, frames, fps, flags)
+        except OSError:  # a broken pipe to ffmpeg
+            count = -1
+        # ffmpeg's exit code is lost on the way, so what it wrote is read again before it gets its name.
+        if not temporary.exists() or _count_frames(temporary) != count:
+            raise OSError(errno.EIO, "cannot write the whole video (disk full?)", str(path))
+
+
+def _encode(path: Path, frames: Iterable[np.ndarray], fps: float, flags: list[str]) -> int:
+    """Encode and return the number of frames."""
+    count = 0
+    writer = imageio.get_writer(
+        path, fps=fps, codec="libx264", quality=None, pixelformat="yuv420p", macro_block_size=2,
+        ffmpeg_log_level="quiet", output_params=flags,
+    )  # fmt: skip
+    with writer:
+        for frame in frames:
+            if frame.shape[0] % 2 or frame.shape[1] % 2:
+                raise ValueError(f"frames of {frame.shape[1]}x{frame.shape[0]} have an odd side; H.264 needs even")
+            writer.append_data(frame)
+            count += 1
+    return count
+
+
+def _count_frames(path: Path) -> int:
+    """Frames that decode, 0 for a damaged file."""
+    try:
+        return imageio_ffmpeg.count_frames_and_secs(str(path))[0]
+    except RuntimeError:
+        return 0
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], cell_width: int = 180) -> np.ndarray:

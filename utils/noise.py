@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from utils.arcs import LATENT_FRAMES, NOISE_CHANNELS, Arc, load_scene
-from utils.cli import Help, InputError, non_negative_int, require_writable, run_script, size
+from utils.cli import InputError, Parser, non_negative_int, require_writable, run_script, size
 from utils.correspondence import read_map, source_positions
 from utils.runs import atomic_path
 
@@ -328,7 +328,7 @@ def _can_write(folder: Path) -> bool:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m utils.noise", description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__, "python -m utils.noise")
     parser.add_argument("scene", type=Path, help="scene folder with arc0, arc1, …")
     size_help = "WIDTHxHEIGHT in latent cells; must divide the maps"
     parser.add_argument("--latent_size", type=size, default="90x60", help=size_help)

@@ -14,6 +14,7 @@ import platform
 import resource
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -58,8 +59,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove temporary names that a killed process left in `folder` (not below it)."""
-    for path in folder.glob(".*.tmp*"):
+    """Remove temporary names that a killed process left in `folder` and its parts.
+
+    A sub-folder with a manifest is another run, which may be in progress, and is left alone.
+    """
+    parts = [path for path in folder.iterdir() if path.is_dir() and not (path / MANIFEST).exists()]
+    for path in [leftover for part in (folder, *parts) for leftover in part.glob(".*.tmp*")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -113,7 +118,13 @@ class Run:
     folder: Path
     manifest: dict
     replaces: bool = False  # an older run in the folder goes when this one begins
+    owned: tuple[str, ...] = ("*",)  # patterns of what belongs to the run; a folder may hold other things
+    manifest_name: str = MANIFEST
     started: float = dataclasses.field(default_factory=time.monotonic)
+    earlier: float = dataclasses.field(init=False)  # seconds of attempts before this one
+
+    def __post_init__(self) -> None:
+        self.earlier = self.manifest.get("wall_seconds", 0.0)
 
     @property
     def finished(self) -> bool:
@@ -127,45 +138,54 @@ class Run:
         before = None if self.replaces else self.manifest.get("weights")
         if before and before != entries.get("weights", before):
             raise InputError(f"{self.folder} was begun with other weights; pass --overwrite to start again")
-        if self.replaces and self.folder.exists():
-            shutil.rmtree(self.folder)
+        if self.replaces:
+            for path in owned_paths(self.folder, self.owned):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(self.folder)
         self.save(**entries, finished=False)
 
     def save(self, **entries: object) -> None:
-        """Merge `entries` into run.json."""
-        self.manifest.update(entries)
-        write_json(self.folder / MANIFEST, self.manifest)
+        """Merge `entries`, and the wall time over all attempts so far, into the manifest."""
+        self.manifest.update(entries, wall_seconds=round(self.earlier + time.monotonic() - self.started, 1))
+        write_json(self.folder / self.manifest_name, self.manifest)
 
     def finish(self, **entries: object) -> None:
-        """Mark the run as complete, with its wall time over all attempts and the peak memory of this one."""
-        earlier = self.manifest.get("wall_seconds", 0.0)
-        self.save(
-            **entries,
-            finished=True,
-            wall_seconds=round(earlier + time.monotonic() - self.started, 1),
-            peak_memory_mib=peak_memory_mib(),
-        )
+        """Mark the run as complete, with the peak memory of this attempt."""
+        self.save(**entries, finished=True, peak_memory_mib=peak_memory_mib())
 
 
-def open_run(folder: Path, arguments: dict, *, overwrite: bool = False) -> Run:
+def owned_paths(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """What is in `folder` and matches one of `patterns`; leftovers of killed processes do not count."""
+    return sorted({p for pattern in patterns for p in folder.glob(pattern) if ".tmp" not in p.name})
+
+
+def open_run(
+    folder: Path,
+    arguments: dict,
+    *,
+    overwrite: bool = False,
+    owned: tuple[str, ...] = ("*",),
+    manifest_name: str = MANIFEST,
+) -> Run:
     """Open or continue the run in `folder`. Nothing is written or removed before `Run.begin`.
 
-    arguments: everything that decides the result (JSON values). Raises InputError when the folder holds a run with
+    arguments: everything that decides the result (JSON values). owned: patterns of the run's files, when the folder
+    may hold others, which are then left alone. Raises InputError when the folder holds a run with
     other arguments, or files but no manifest, unless `overwrite`.
     """
     require_writable(folder)
     arguments = json.loads(json.dumps(arguments, default=str))
-    fresh = Run(folder, {"arguments": arguments, "versions": versions()}, replaces=overwrite)
+    first = {"arguments": arguments, "versions": versions()}
+    fresh = Run(folder, first, overwrite, owned, manifest_name)
     if overwrite or not folder.exists():
         return fresh
-    if (folder / MANIFEST).exists():
-        manifest = read_json(folder / MANIFEST)
+    if (folder / manifest_name).exists():
+        manifest = read_json(folder / manifest_name)
         _require_same_arguments(folder, manifest.get("arguments", {}), arguments)
-        return Run(folder, manifest)
-    if any(path for path in folder.iterdir() if ".tmp" not in path.name):
-        raise InputError(f"{folder} holds files but no {MANIFEST}: pass --overwrite to replace them")
+        return Run(folder, manifest, False, owned, manifest_name)
+    if owned_paths(folder, owned):
+        raise InputError(f"{folder} holds files but no {manifest_name}: pass --overwrite to replace them")
     return fresh
 
 
@@ -187,10 +207,9 @@ def versions() -> dict[str, str]:
 
 def peak_memory_mib() -> dict[str, int]:
     """Peak memory of this process in MiB: resident, and allocated on the GPU if one was used."""
-    import torch
-
     peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")  # not worth importing for this
+    if torch and torch.cuda.is_available() and torch.cuda.is_initialized():
         peak["cuda"] = torch.cuda.max_memory_allocated() // 2**20
     return peak
 

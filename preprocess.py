@@ -1,0 +1,181 @@
+"""Preprocessing: a coarse scene and a camera path become arcs of edges, correspondences and noise (stage 0).
+
+    python preprocess.py --scene scene.glb --cameras cameras.json --output assets/myscene --preview
+    python preprocess.py --scene scene.glb --path orbit --num_arcs 2 --output assets/myscene
+
+An arc is one interval of 45 steps; a path of another length is resampled evenly in time. Look at OUTPUT/preview
+before you spend hours on a GPU. The same command continues an interrupted run, arc by arc.
+"""
+
+import argparse
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.arcs import ARC_FRAMES, CAMERAS_FILE, SCENE_FILE, Arc, count_arcs, latent_frame_numbers
+from utils.cameras import CameraPath, builtin_path, read_cameras, to_arcs, write_transforms
+from utils.cli import InputError, Parser, non_negative_int, positive_int, run_script, size
+from utils.correspondence import encode_map, write_map
+from utils.edges import DETECTORS, check_edge_detector, hed_edges
+from utils.geometry import Geometry, RayCaster, load_geometry, turn, write_glb
+from utils.images import write_image
+from utils.line_art import find_lines, shade, soften
+from utils.noise import elements_per_cell, warp_noise, write_noise
+from utils.preview import write_preview
+from utils.runs import Run, atomic_path, file_sha256, open_run
+from utils.survey import Survey, survey
+from utils.views import View, correspondence, make_views
+
+MANIFEST = "preprocess.json"
+OWNED = ("arc*", SCENE_FILE, CAMERAS_FILE, MANIFEST, "preview")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--scene", type=Path, required=True, help="mesh: GLB, glTF, OBJ, PLY, STL or OFF")
+    add("--cameras", type=Path, help="transforms.json, keyframes JSON, COLMAP model folder, or GLB with a camera")
+    add("--path", choices=["orbit", "dolly", "flythrough"], help="a built-in path around the scene, without --cameras")
+    add("--output", type=Path, required=True, help="scene folder to write")
+    add("--num_arcs", type=positive_int, help="arcs of 45 steps (default: as many as fit the path)")
+    add("--fps", type=positive_int, default=24, help="frames per second of an animated camera, and of the preview")
+    add("--frames", metavar="A:B", help="use frames A to B of the cameras only, by number")
+    add("--edges", choices=DETECTORS, default="lines", help="lines of the geometry, or the HED network on a render")
+    add("--edge_size", type=size, default="1080x720", help="WIDTHxHEIGHT of the edge frames in pixels")
+    add("--map_size", type=size, default="360x240", help="WIDTHxHEIGHT of the correspondence maps in pixels")
+    add(
+        "--latent_size", type=size, default="90x60", help="WIDTHxHEIGHT of the noise in latent cells; divides the maps"
+    )
+    add("--scene_up", choices=["y", "z"], help="up axis of the mesh (default: the file's, y for glTF, else z)")
+    add("--cameras_up", choices=["y", "z"], help="up axis of the cameras' world (default: the file's `world_up`)")
+    add("--no_sky", action="store_true", help="no correspondences where nothing is hit, as in the reference")
+    add("--seed", type=non_negative_int, default=0, help="seed of the noise")
+    add("--threads", type=positive_int, default=os.cpu_count() or 1, help="frames worked on at a time")
+    add("--preview", action="store_true", help="also write a contact sheet, an mp4 of the edges and a view from above")
+    add("--overwrite", action="store_true", help="replace arcs that were made with other arguments")
+    return parser.parse_args()
+
+
+def load_path(args: argparse.Namespace, geometry: Geometry) -> CameraPath:
+    """The camera path, cut to --frames and brought to 45 N + 1 poses."""
+    if bool(args.cameras) == bool(args.path):
+        raise InputError("give either --cameras FILE or --path orbit|dolly|flythrough")
+    if args.path:
+        bounds = np.stack([geometry.vertices.min(0), geometry.vertices.max(0)])
+        return builtin_path(args.path, bounds, geometry.up, args.num_arcs or 1, args.fps)
+    path = read_cameras(args.cameras, args.cameras_up and f"+{args.cameras_up}", args.fps)
+    if args.frames:
+        first, _, last = args.frames.partition(":")
+        if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+            raise InputError(f"--frames {args.frames} is not A:B, two frame numbers in order")
+        path = path.subset(int(first), int(last))
+    return to_arcs(path, args.num_arcs)
+
+
+def result_arguments(args: argparse.Namespace) -> dict:
+    """What decides the arcs; how fast they are made does not."""
+    elsewhere = {"output", "threads", "preview", "overwrite", "scene", "cameras"}
+    chosen = {key: value for key, value in vars(args).items() if key not in elsewhere}
+    cameras = args.cameras and args.cameras.is_file() and file_sha256(args.cameras)
+    return chosen | {"scene": args.scene.name, "scene_sha256": file_sha256(args.scene), "cameras_sha256": cameras}
+
+
+def main() -> None:
+    args = parse_args()
+    elements_per_cell(args.map_size, args.latent_size)
+    check_edge_detector(args.edges)
+    geometry = load_geometry(args.scene, args.scene_up and f"+{args.scene_up}")
+    path = load_path(args, geometry)
+    geometry = turn(geometry, path.up)
+    run = open_run(args.output, result_arguments(args), overwrite=args.overwrite, owned=OWNED, manifest_name=MANIFEST)
+    caster = RayCaster(geometry)
+    found = survey(caster, make_views(path, args.map_size))
+    for warning in found.warnings:
+        print(f"warning: {warning}")
+    if not run.finished:
+        make_scene(args, geometry, caster, path, found, run)
+    if args.preview:
+        write_preview(args.output, geometry, path, args.fps)
+    print(args.output)
+
+
+def make_scene(
+    args: argparse.Namespace, geometry: Geometry, caster: RayCaster, path: CameraPath, found: Survey, run: Run
+) -> None:
+    """Write every arc that is not there yet, and the scene and cameras as they were used."""
+    arcs = [Arc(i, args.output / f"arc{i}") for i in range(count_arcs(len(path.c2w)))]
+    run.begin(faces=len(geometry.faces), dropped_faces=geometry.dropped, warnings=found.warnings)
+    write_glb(args.output / SCENE_FILE, geometry)
+    write_transforms(args.output / CAMERAS_FILE, path)
+    views = make_views(path, args.edge_size), make_views(path, args.map_size)
+    draw = edge_drawer(args.edges, geometry, caster, found.typical_depth)
+    statistics = run.manifest.get("arcs", {})
+    with ThreadPoolExecutor(args.threads) as pool, tqdm(total=len(arcs), desc="preprocess", unit="arc") as bar:
+        for arc in arcs:
+            if not (str(arc.index) in statistics and arc.folder.is_dir()):
+                statistics[str(arc.index)] = make_arc(args, arc, caster, views, draw, pool, bar)
+                run.save(arcs=statistics)
+            bar.update(arc.index + 1 - bar.n)
+    run.finish()
+
+
+def edge_drawer(
+    name: str, geometry: Geometry, caster: RayCaster, typical_depth: float
+) -> Callable[[View], np.ndarray]:
+    """A function that draws the soft edges of a view, uint8 [H, W, 3]."""
+    if name == "hed":
+        return lambda view: hed_edges(shade(caster, view))
+    return lambda view: soften(find_lines(geometry, caster, view), typical_depth)
+
+
+def make_arc(
+    args: argparse.Namespace,
+    arc: Arc,
+    caster: RayCaster,
+    views: tuple[list[View], list[View]],
+    draw: Callable[[View], np.ndarray],
+    pool: ThreadPoolExecutor,
+    bar: tqdm,
+) -> dict[str, float]:
+    """Write one arc, whole or not at all; returns its statistics."""
+    edge_views, map_views = views
+    numbers = latent_frame_numbers(arc.first, arc.last)
+    pairs = [*itertools.pairwise(numbers), (arc.first, arc.last)]
+    share = 1 / (ARC_FRAMES + len(pairs) + 1)  # of an arc, per file
+
+    def report(value):
+        bar.update(share)
+        return value
+
+    with atomic_path(arc.folder) as folder:
+        partial = Arc(arc.index, folder)
+        edges = pool.map(lambda n: draw(edge_views[n - 1]), range(arc.first, arc.last + 1))
+        maps = pool.map(lambda p: correspondence(caster, *(map_views[n - 1] for n in p), sky=not args.no_sky), pairs)
+        density = [_write_edges(path, report(image)) for path, image in zip(partial.edge_paths, edges, strict=True)]
+        found = [report(one) for one in maps]
+        for path, one in zip([*partial.corres_paths, partial.corres_end_path], found, strict=True):
+            write_map(path, encode_map(one.position, one.visible))
+        noise = warp_noise(
+            [(one.position, one.visible) for one in found[:-1]], args.latent_size, [args.seed, arc.index]
+        )
+        write_noise(partial.noise_path(args.latent_size), noise)
+    return {
+        "covisible_share": round(float(found[-1].visible.mean()), 4),
+        "occluded_share": round(float(np.mean([(one.hit & ~one.visible).mean() for one in found[:-1]])), 4),
+        "edge_density": round(float(np.mean(density)), 4),
+    }
+
+
+def _write_edges(path: Path, image: np.ndarray) -> float:
+    """Write an edge frame; returns its share of bright pixels."""
+    write_image(path, image)
+    return float((image[..., 0] > 127).mean())
+
+
+if __name__ == "__main__":
+    run_script(main)

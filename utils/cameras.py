@@ -1,0 +1,315 @@
+"""Camera paths: one in-memory form, reading and writing, resampling to arcs, and three paths that need no file.
+
+    path = to_arcs(read_cameras(Path("cameras.json")))      # 45 N + 1 poses
+    path = builtin_path("orbit", bounds, "+y", num_arcs=2)
+
+Formats (`read_cameras`): nerfstudio transforms.json, keyframes JSON, COLMAP models (text or binary), and an animated
+camera in a GLB or glTF file. The readers are in `utils.camera_files`, `utils.camera_colmap` and
+`utils.camera_gltf`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from scipy.interpolate import CubicHermiteSpline
+from scipy.spatial.transform import Rotation, Slerp
+
+from utils.arcs import ARC_STEPS
+from utils.cli import InputError
+from utils.runs import write_json
+
+UP_AXES = {"+y": np.array([0.0, 1.0, 0.0]), "+z": np.array([0.0, 0.0, 1.0])}
+Z_UP_TO_Y_UP = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])  # as Blender exports glTF
+DEFAULT_SIZE = (1080, 720)  # width, height where a format has none
+MAX_POSES = 100_000  # more than an hour at 24 fps: a number beyond it is a broken file
+MAX_NUMBER = 1e9  # metres, pixels or frames; keeps squares and products finite
+SHEAR_TOLERANCE = 1e-3  # of R^T R against the identity; files are rounded to as few as four digits
+KINDS = ("orbit", "dolly", "flythrough")
+
+
+@dataclass(frozen=True, eq=False)
+class CameraPath:
+    """P cameras, one per frame.
+
+    c2w: float64 [P, 4, 4], camera-to-world, OpenGL axes (+x right, +y up, -z forward), metres, no scale. focal:
+    float64 [P, 2], fl_x and fl_y, and center: float64 [P, 2], cx and cy, in pixels of `size` (width, height), with
+    the origin at the outer corner of the top-left pixel. up: the world's up axis, '+y' or '+z'. numbers: frame
+    numbers, increasing. fps: frames per second.
+    """
+
+    c2w: np.ndarray
+    focal: np.ndarray
+    center: np.ndarray
+    size: tuple[int, int]
+    up: str
+    numbers: tuple[int, ...]
+    fps: float
+
+    def __len__(self) -> int:
+        return len(self.c2w)
+
+    def intrinsics(self, width: int, height: int) -> np.ndarray:
+        """float64 [P, 4]: fx, fy, cx, cy in pixels of a width x height image.
+
+        Everything scales with the width, so that square pixels stay square; another aspect crops or extends the
+        image above and below, around its middle.
+        """
+        scale = width / self.size[0]
+        center_x = scale * self.center[:, 0]
+        center_y = height / 2 + scale * (self.center[:, 1] - self.size[1] / 2)
+        return np.column_stack([scale * self.focal, center_x, center_y])
+
+    def subset(self, start: int, stop: int) -> "CameraPath":
+        """The frames numbered `start` to `stop`, both included. Raises InputError unless two or more are left."""
+        has = f"the path has frames {self.numbers[0]} to {self.numbers[-1]}"
+        if not self.numbers[0] <= start < stop <= self.numbers[-1]:
+            raise InputError(f"frames {start}:{stop} cannot be taken: {has}")
+        kept = [i for i, number in enumerate(self.numbers) if start <= number <= stop]
+        if len(kept) < 2:
+            raise InputError(f"frames {start}:{stop} hold fewer than two poses: {has}, with gaps")
+        arrays = {name: getattr(self, name)[kept] for name in ("c2w", "focal", "center")}
+        return replace(self, **arrays, numbers=tuple(self.numbers[i] for i in kept))
+
+
+def make_path(
+    where: object,
+    c2w: np.ndarray,
+    focal: np.ndarray,
+    center: np.ndarray,
+    size: tuple[int, int],
+    up: str,
+    numbers: Sequence[int],
+    fps: float,
+) -> CameraPath:
+    """Check what was read and build the path; arguments as in CameraPath, but c2w may hold a uniform scale.
+
+    where: the file, for messages. Raises InputError naming the first pose that cannot be used.
+    """
+    if len(c2w) < 2:
+        raise InputError(f"{where} holds {len(c2w)} camera pose(s): a path needs at least two")
+    if len(c2w) > MAX_POSES:
+        raise InputError(f"{where} holds {len(c2w)} camera poses: at most {MAX_POSES} can be read")
+    for before, after in pairwise(numbers):
+        if before >= after:
+            raise InputError(
+                f"{where}: frame {after} comes after frame {before}; frame numbers must be unique, in order"
+            )
+    if min(size) < 1 or max(size) > MAX_NUMBER:
+        raise InputError(f"{where}: image size {size[0]}x{size[1]} is not usable; give w and h in pixels")
+    if not (math.isfinite(fps) and 0 < fps < MAX_NUMBER):
+        raise InputError(f"{where}: {fps} frames per second is not usable; give a positive number")
+    poses = [f"{where}: frame {number}" for number in numbers]
+    _require(_tame(focal) & (focal > 0).all(1), poses, "focal length must be positive and finite")
+    _require(_tame(center), poses, "cx and cy must be finite")
+    return CameraPath(_rigid(c2w, poses), focal, center, size, up, tuple(numbers), float(fps))
+
+
+def _tame(values: np.ndarray) -> np.ndarray:
+    """bool [P]: all numbers of a pose are finite and of a size that later arithmetic survives. values: [P, ...]."""
+    return (np.abs(values) <= MAX_NUMBER).reshape(len(values), -1).all(1)
+
+
+def _require(good: np.ndarray, poses: list[str], problem: str) -> None:
+    if not good.all():
+        raise InputError(f"{poses[int(np.argmin(good))]}: {problem}")
+
+
+def _rigid(c2w: np.ndarray, poses: list[str]) -> np.ndarray:
+    """Check matrices [P, 4, 4] and strip their scale; rotations are made orthonormal to rounding."""
+    _require(_tame(c2w), poses, "the camera matrix holds NaN, infinity or huge numbers")
+    last_row = np.abs(c2w[:, 3] - (0, 0, 0, 1)).max(1)
+    _require(last_row < 1e-6, poses, "the last row of the camera matrix must be 0 0 0 1 (is it stored transposed?)")
+    axes = c2w[:, :3, :3]
+    scale = np.linalg.norm(axes, axis=1).mean(1)
+    _require(scale > 1e-9, poses, "the camera matrix has scale 0")
+    axes = axes / scale[:, None, None]
+    _require(np.linalg.det(axes) > 0, poses, "the camera matrix is mirrored or flat; remove negative and zero scales")
+    error = np.abs(axes.transpose(0, 2, 1) @ axes - np.eye(3)).max((1, 2))
+    _require(error < SHEAR_TOLERANCE, poses, "the camera matrix is sheared or scaled unevenly; only rotate and move")
+    left, _, right = np.linalg.svd(axes)
+    rigid = np.zeros_like(c2w)
+    # What is orthonormal already stays as it is, so that a written path reads back bit for bit.
+    exact = (np.abs(c2w[:, :3, :3].transpose(0, 2, 1) @ c2w[:, :3, :3] - np.eye(3)).max((1, 2)) < 1e-12)[:, None, None]
+    rigid[:, :3, :3] = np.where(exact, c2w[:, :3, :3], left @ right)
+    rigid[:, :3, 3], rigid[:, 3, 3] = c2w[:, :3, 3], 1
+    return rigid
+
+
+# --- files ---
+
+
+def read_cameras(path: Path, up: str | None = None, fps: float = 24.0) -> CameraPath:
+    """Read a camera path of any supported format.
+
+    up: the world's up axis, '+y' or '+z', where the file does not say (COLMAP never does; transforms.json defaults to
+    '+z', glTF to '+y'). fps: frames per second where the file does not say; an animated glTF camera is sampled at it.
+    Raises InputError for anything that is not a usable path.
+    """
+    from utils import camera_colmap, camera_files, camera_gltf  # here: they build on this module
+
+    path = Path(path)
+    if up is not None and up not in UP_AXES:
+        raise InputError(f"up axis {up!r} is not known; choose +y or +z")
+    try:
+        if not path.exists():
+            raise InputError(f"camera file {path} does not exist")
+        if path.is_dir() or path.name in camera_colmap.COLMAP_NAMES:
+            return camera_colmap.read_colmap(path, up, fps)
+        if path.suffix.lower() == ".json":
+            return camera_files.read_camera_json(path, up, fps)
+        if path.suffix.lower() in (".glb", ".gltf"):
+            return camera_gltf.read_gltf(path, up, fps)
+    except OSError as error:
+        raise InputError(f"{error.filename or path} cannot be read ({error.strerror or error})") from error
+    raise InputError(f"{path}: cameras come as .json, .glb, .gltf or a COLMAP model folder")
+
+
+def write_transforms(path_file: Path, path: CameraPath) -> None:
+    """Write nerfstudio's transforms.json, atomically. What is constant along the path is stored once."""
+    values = dict(zip(("fl_x", "fl_y", "cx", "cy"), np.hstack([path.focal, path.center]).T.tolist(), strict=True))
+    shared = {key: column[0] for key, column in values.items() if min(column) == max(column)}
+    frames = [
+        {
+            "file_path": f"images/{number:04d}.png",
+            "frame": number,
+            **{key: column[i] for key, column in values.items() if key not in shared},
+            "transform_matrix": path.c2w[i].tolist(),
+        }
+        for i, number in enumerate(path.numbers)
+    ]
+    size = {"w": path.size[0], "h": path.size[1]}
+    undistorted = dict.fromkeys(("k1", "k2", "p1", "p2"), 0)
+    header = {"camera_model": "OPENCV", **shared, **size, **undistorted, "fps": path.fps, "world_up": path.up}
+    write_json(Path(path_file), {**header, "frames": frames})
+
+
+# --- interpolation ---
+
+
+def catmull_rom(knots: np.ndarray, points: np.ndarray) -> CubicHermiteSpline:
+    """The Catmull-Rom spline through points [P, C] at increasing knots [P], P >= 2; straight where the points are."""
+    slopes = np.diff(points, axis=0) / np.diff(knots)[:, None]
+    chords = (points[2:] - points[:-2]) / (knots[2:] - knots[:-2])[:, None]
+    return CubicHermiteSpline(knots, points, np.vstack([slopes[:1], slopes[:-1] + slopes[1:] - chords, slopes[-1:]]))
+
+
+def resample(path: CameraPath, poses: int) -> CameraPath:
+    """`poses` cameras, evenly in time from the first to the last, numbered from 1. Frame numbers count as time.
+
+    Positions follow a Catmull-Rom spline in time (constant velocities stay exact), rotations slerp, intrinsics are
+    linear. fps is kept: a path with more poses plays longer.
+    """
+    times = np.array(path.numbers, dtype=np.float64)
+    at = np.linspace(times[0], times[-1], poses)
+    c2w = np.tile(np.eye(4), (poses, 1, 1))
+    c2w[:, :3, :3] = Slerp(times, Rotation.from_matrix(path.c2w[:, :3, :3]))(at).as_matrix()
+    c2w[:, :3, 3] = catmull_rom(times, path.c2w[:, :3, 3])(at)
+    focal, center = (
+        np.column_stack([np.interp(at, times, column) for column in values.T]) for values in (path.focal, path.center)
+    )
+    return replace(path, c2w=c2w, focal=focal, center=center, numbers=tuple(range(1, poses + 1)))
+
+
+def to_arcs(path: CameraPath, num_arcs: int | None = None) -> CameraPath:
+    """The path with exactly 45 N + 1 poses, numbered from 1: as they are if there are that many, else resampled.
+
+    N = num_arcs, or the whole number of arcs nearest to the path's length.
+    """
+    if num_arcs is not None and num_arcs < 1:
+        raise InputError(f"{num_arcs} arcs cannot be made: give 1 or more")
+    arcs = num_arcs or max(1, round((len(path) - 1) / ARC_STEPS))
+    poses = ARC_STEPS * arcs + 1
+    return replace(path, numbers=tuple(range(1, poses + 1))) if len(path) == poses else resample(path, poses)
+
+
+def look_at(eye: np.ndarray, target: np.ndarray, up: np.ndarray, where: object) -> np.ndarray:
+    """Camera-to-world [P, 4, 4] of cameras at eye [P, 3] that look at target [P, 3], horizon level to up [3]."""
+    forward = target - eye
+    distance = np.linalg.norm(forward, axis=1, keepdims=True)
+    if not (distance > 1e-9).all():
+        raise InputError(f"{where}: a camera looks at its own position; move one of the two")
+    forward = forward / distance
+    right = np.cross(forward, up)
+    level = np.linalg.norm(right, axis=1, keepdims=True)
+    if not (level > 1e-6).all():
+        raise InputError(f"{where}: a camera looks straight up or down, which leaves its roll open; tilt it a little")
+    right = right / level
+    c2w = np.tile(np.eye(4), (len(eye), 1, 1))
+    c2w[:, :3] = np.stack([right, np.cross(right, forward), -forward, eye], axis=-1)
+    return c2w
+
+
+# --- built-in paths ---
+
+FIELD_OF_VIEW = math.radians(45)  # vertical
+ORBIT_PER_ARC = math.radians(40)  # neighbouring anchors must still see the same surfaces
+ORBIT_ELEVATION, DOLLY_ELEVATION = math.radians(25), math.radians(15)
+
+
+def builtin_path(kind: str, bounds: np.ndarray, up: str, num_arcs: int = 1, fps: float = 24.0) -> CameraPath:
+    """A path around or over whatever lies inside `bounds`, 45 N + 1 poses at 1080x720.
+
+    orbit: circles the centre, 40 degrees an arc up to a full turn; dolly: moves straight towards the centre, to half
+    the distance; flythrough: crosses above the scene along its longer side. No pose is inside the bounds. bounds:
+    [2, 3], smallest and largest coordinates in metres, in the world whose up axis is `up`. The paths are the same in
+    both worlds: 'in front' is +z of a Y-up and -y of a Z-up world.
+    """
+    bounds = np.asarray(bounds, dtype=np.float64)
+    if kind not in KINDS:
+        raise InputError(f"path {kind!r} is not known; choose one of {', '.join(KINDS)}")
+    if up not in UP_AXES or num_arcs < 1:
+        raise InputError(f"up axis {up!r} and {num_arcs} arc(s): choose +y or +z, and 1 or more")
+    if not (_tame(bounds).all() and (bounds[0] <= bounds[1]).all() and (bounds[0] < bounds[1]).any()):
+        raise InputError(f"the scene spans {bounds.tolist()}: a path needs a scene of some size")
+    turn = Z_UP_TO_Y_UP if up == "+z" else np.eye(3)
+    corners = np.sort(bounds @ turn.T, axis=0)
+    progress = np.linspace(0, 1, ARC_STEPS * num_arcs + 1)
+    shape = {"orbit": _orbit, "dolly": _dolly, "flythrough": _fly}[kind]
+    center, half = corners.mean(0), np.diff(corners, axis=0)[0] / 2
+    # Built at unit size: a scene may be a coin or a continent.
+    eye, target = shape(half / np.linalg.norm(half), progress, num_arcs)
+    c2w = look_at(eye, target, UP_AXES["+y"], kind)
+    c2w[:, :3, 3] = c2w[:, :3, 3] * np.linalg.norm(half) + center
+    c2w[:, :3] = turn.T @ c2w[:, :3]
+    width, height = DEFAULT_SIZE
+    focal = np.full((len(c2w), 2), height / 2 / math.tan(FIELD_OF_VIEW / 2))
+    center = np.tile([width / 2, height / 2], (len(c2w), 1))
+    return make_path(kind, c2w, focal, center, DEFAULT_SIZE, up, range(1, len(c2w) + 1), fps)
+
+
+# The three shapes: half: [3], half extents of norm 1 about the origin, Y-up. progress: [P], 0 to 1. Return eye and
+# target, each [P, 3].
+
+FIT = 1.05 / math.sin(FIELD_OF_VIEW / 2)  # the distance at which the unit sphere fills the image's height
+
+
+def _from_front(azimuth: np.ndarray, elevation: float, distance: np.ndarray) -> np.ndarray:
+    flat = math.cos(elevation) * distance
+    return np.stack([flat * np.sin(azimuth), math.sin(elevation) * distance, flat * np.cos(azimuth)], axis=-1)
+
+
+def _orbit(half: np.ndarray, progress: np.ndarray, num_arcs: int) -> tuple[np.ndarray, np.ndarray]:
+    sweep = min(2 * math.pi, ORBIT_PER_ARC * num_arcs)
+    eye = _from_front((progress - 0.5) * sweep, ORBIT_ELEVATION, np.full_like(progress, FIT))
+    return eye, np.zeros_like(eye)
+
+
+def _dolly(half: np.ndarray, progress: np.ndarray, num_arcs: int) -> tuple[np.ndarray, np.ndarray]:
+    eye = _from_front(np.zeros_like(progress), DOLLY_ELEVATION, FIT * (1 - progress / 2))
+    return eye, np.zeros_like(eye)
+
+
+def _fly(half: np.ndarray, progress: np.ndarray, num_arcs: int) -> tuple[np.ndarray, np.ndarray]:
+    along_x = half[0] > half[2]
+    length, breadth = (half[0], half[2]) if along_x else (half[2], half[0])
+    ahead = -(length + 0.5) + progress * (1.3 * length + 0.5)  # ends before the far side, so that something is in view
+    aside = 0.15 * breadth * np.sin(2 * np.pi * progress)
+    height = np.full_like(progress, half[1] + 0.15)
+    straight, middle = np.zeros_like(progress), np.zeros_like(progress)
+    if along_x:
+        return np.stack([ahead, height, aside], -1), np.stack([ahead + 1, middle, straight], -1)
+    return np.stack([aside, height, -ahead], -1), np.stack([straight, middle, -ahead - 1], -1)
