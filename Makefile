@@ -1,5 +1,6 @@
 # make demo   set up everything, then run the whole pipeline on the tiny weights; leaves a video
 # make test   set up everything, then run all tests
+# make sample make the committed scene folder and reference picture again
 PYTHON ?= python3
 BIN ?= .venv/bin
 SETUP ?= .venv/installed
@@ -14,7 +15,7 @@ TINY := --weights tiny --device cpu
 # OpenMP threads that spin while they wait crawl on a machine that is not idle.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sample clean
 
 demo: $(SETUP)
 	$(BIN)/accelerate launch --num_processes 1 --main_process_port=4401 sag_distribution_alignment.py \
@@ -30,6 +31,12 @@ test: $(SETUP)
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+sample: $(SETUP)
+	$(BIN)/python -m synthetic.scenes --output $(OUT)/town --overwrite
+	$(BIN)/python preprocess.py --scene $(OUT)/town/scene.glb --cameras $(OUT)/town/cameras.json \
+		--output assets/sampleA --overwrite --preview
+	$(BIN)/python -m synthetic.reference --overwrite
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv

@@ -17,21 +17,22 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.arcs import ARC_FRAMES, CAMERAS_FILE, SCENE_FILE, Arc, count_arcs, latent_frame_numbers
+from utils.arcs import ARC_FRAMES, CAMERAS_FILE, LATENT_FRAMES, SCENE_FILE, Arc, count_arcs, latent_frame_numbers
 from utils.cameras import CameraPath, builtin_path, read_cameras, to_arcs, write_transforms
 from utils.cli import InputError, Parser, non_negative_int, positive_int, run_script, size
 from utils.correspondence import encode_map, write_map
 from utils.edges import DETECTORS, check_edge_detector, hed_edges
 from utils.geometry import Geometry, RayCaster, load_geometry, turn, write_glb
 from utils.images import write_image
-from utils.line_art import find_lines, shade, soften
+from utils.line_art import find_lines, make_line_scene, shade, soften
 from utils.noise import elements_per_cell, warp_noise, write_noise
 from utils.preview import write_preview
-from utils.runs import Run, atomic_path, file_sha256, open_run
+from utils.runs import Run, atomic_path, files_sha256, open_run
 from utils.survey import Survey, survey
 from utils.views import View, correspondence, make_views
 
 MANIFEST = "preprocess.json"
+FILES = ARC_FRAMES + LATENT_FRAMES  # edges, maps and corres_end.png of an arc
 OWNED = ("arc*", SCENE_FILE, CAMERAS_FILE, MANIFEST, "preview")
 
 
@@ -81,8 +82,13 @@ def result_arguments(args: argparse.Namespace) -> dict:
     """What decides the arcs; how fast they are made does not."""
     elsewhere = {"output", "threads", "preview", "overwrite", "scene", "cameras"}
     chosen = {key: value for key, value in vars(args).items() if key not in elsewhere}
-    cameras = args.cameras and args.cameras.is_file() and file_sha256(args.cameras)
-    return chosen | {"scene": args.scene.name, "scene_sha256": file_sha256(args.scene), "cameras_sha256": cameras}
+    folder = args.cameras and args.cameras.is_dir()  # a COLMAP model
+    files = sorted(args.cameras.glob("*.*")) if folder else [args.cameras] if args.cameras else []
+    return chosen | {
+        "scene": args.scene.name,
+        "scene_sha256": files_sha256([args.scene]),
+        "cameras_sha256": files_sha256(files),
+    }
 
 
 def main() -> None:
@@ -115,12 +121,15 @@ def make_scene(
     views = make_views(path, args.edge_size), make_views(path, args.map_size)
     draw = edge_drawer(args.edges, geometry, caster, found.typical_depth)
     statistics = run.manifest.get("arcs", {})
-    with ThreadPoolExecutor(args.threads) as pool, tqdm(total=len(arcs), desc="preprocess", unit="arc") as bar:
+    with (
+        ThreadPoolExecutor(args.threads) as pool,
+        tqdm(total=FILES * len(arcs), desc="preprocess", unit="file") as bar,
+    ):
         for arc in arcs:
             if not (str(arc.index) in statistics and arc.folder.is_dir()):
                 statistics[str(arc.index)] = make_arc(args, arc, caster, views, draw, pool, bar)
                 run.save(arcs=statistics)
-            bar.update(arc.index + 1 - bar.n)
+            bar.update(FILES * (arc.index + 1) - bar.n)
     run.finish()
 
 
@@ -130,7 +139,8 @@ def edge_drawer(
     """A function that draws the soft edges of a view, uint8 [H, W, 3]."""
     if name == "hed":
         return lambda view: hed_edges(shade(caster, view))
-    return lambda view: soften(find_lines(geometry, caster, view), typical_depth)
+    scene = make_line_scene(geometry, caster)
+    return lambda view: soften(find_lines(scene, view), typical_depth)
 
 
 def make_arc(
@@ -146,10 +156,9 @@ def make_arc(
     edge_views, map_views = views
     numbers = latent_frame_numbers(arc.first, arc.last)
     pairs = [*itertools.pairwise(numbers), (arc.first, arc.last)]
-    share = 1 / (ARC_FRAMES + len(pairs) + 1)  # of an arc, per file
 
     def report(value):
-        bar.update(share)
+        bar.update()
         return value
 
     with atomic_path(arc.folder) as folder:

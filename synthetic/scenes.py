@@ -21,7 +21,7 @@ from utils.arcs import ARC_STEPS
 from utils.cli import Help, InputError, non_negative_int, positive_int, require_writable, run_script
 from utils.runs import atomic_path, write_json
 
-SAMPLE_SEED, SAMPLE_PATH, SAMPLE_FRAMES = 0, "walk", 2 * ARC_STEPS + 1
+SAMPLE_SEED, SAMPLE_PATH, SAMPLE_FRAMES = 46, "walk", 2 * ARC_STEPS + 1
 PATHS = ("walk", "orbit", "flyover", "rise")
 IMAGE_SIZE, FIELD_OF_VIEW = (1080, 720), 60.0  # width, height in pixels; degrees across
 
@@ -209,7 +209,7 @@ def draw_flyover(rng: np.random.Generator, parts: list[Part], arcs: np.ndarray) 
     eyes += np.stack([rng.uniform(2, 8) * _swing(rng, arcs, 3), 0 * arcs, _swing(rng, arcs, 3)], axis=1)
     eyes[:, 2] += top_of(parts) + rng.uniform(2, 5)
     yaw = way * np.pi / 2 + np.radians(rng.uniform(8, 16)) * _swing(rng, arcs, 2.5)
-    return eyes, eyes + np.stack([np.cos(yaw), np.sin(yaw), 0 * yaw - rng.uniform(0.4, 0.55)], axis=1)
+    return eyes, eyes + np.stack([np.cos(yaw), np.sin(yaw), 0 * yaw - rng.uniform(0.28, 0.42)], axis=1)
 
 
 def draw_rise(rng: np.random.Generator, parts: list[Part], arcs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ from utils.cli import InputError, Parser, run_script
 from utils.correspondence import read_map, source_positions
 from utils.geometry import Geometry, RayCaster, load_geometry, turn
 from utils.images import read_image
-from utils.line_art import find_lines
+from utils.line_art import LineScene, find_lines, make_line_scene
 from utils.views import View, correspondence, make_views
 
 WITHIN = 1.5  # pixels; how far apart two lines may be and still count as the same
@@ -55,6 +55,7 @@ class Town:
     folder: Path
     geometry: Geometry
     caster: RayCaster
+    lines: LineScene
     path: CameraPath
 
     def view(self, number: int, width: int, height: int) -> View:
@@ -69,7 +70,8 @@ class Town:
 def load_town(folder: Path) -> Town:
     path = read_cameras(folder / "cameras.json")
     geometry = turn(load_geometry(folder / "town.glb"), path.up)
-    return Town(folder, geometry, RayCaster(geometry), path)
+    caster = RayCaster(geometry)
+    return Town(folder, geometry, caster, make_line_scene(geometry, caster), path)
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
@@ -182,7 +184,7 @@ def line_art(town: Town) -> Iterator[Figure]:
     for path in files:
         truth = read_image(path)[..., 0] > 127
         view = town.view(int(path.stem), truth.shape[1], truth.shape[0])
-        lines = find_lines(town.geometry, town.caster, view).brightness > 0
+        lines = find_lines(town.lines, view).brightness > 0
         right, found = right + int((lines & _near(truth)).sum()), found + int(lines.sum())
         covered, wanted = covered + int((truth & _near(lines)).sum()), wanted + int(truth.sum())
     yield Figure("lines_precision", right / max(found, 1) if files else None, ">0.98")

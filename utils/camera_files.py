@@ -207,6 +207,9 @@ def _read_keyframes(path: Path, data: dict, up: str | None, fps: float) -> Camer
         for n, e in zip(names, entries, strict=True)
     ]
     world_up = _world_up(data, up, path, None)
+    for entry, name in zip(entries, names, strict=True):
+        if ("look_at" in entry) == ("quaternion" in entry):
+            raise InputError(f"{name}: give 'look_at' or 'quaternion', one of the two")
     eyes = _vectors(entries, names, "position", 3)
     if all("look_at" in entry for entry in entries):
         # Moving the target keeps the horizon level and what is looked at in the middle, between keyframes too.
@@ -253,10 +256,8 @@ def _vectors(entries: list[dict], names: list[str], key: str, length: int) -> np
 def _rotation(entry: dict, where: str, up: np.ndarray) -> Rotation:
     if "quaternion" in entry:
         return unit_rotation(_vectors([entry], [where], "quaternion", 4)[0], where)
-    if "look_at" in entry:
-        eye, target = (_vectors([entry], [where], key, 3) for key in ("position", "look_at"))
-        return Rotation.from_matrix(look_at(eye, target, up, where)[0, :3, :3])
-    raise InputError(f"{where}: give 'look_at' or 'quaternion'")
+    eye, target = (_vectors([entry], [where], key, 3) for key in ("position", "look_at"))
+    return Rotation.from_matrix(look_at(eye, target, up, where)[0, :3, :3])
 
 
 def unit_rotation(quaternions: np.ndarray, where: object) -> Rotation:

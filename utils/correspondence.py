@@ -53,7 +53,7 @@ def encode_map(position: np.ndarray, visible: np.ndarray) -> np.ndarray:
 
 def write_map(path: Path, code: np.ndarray) -> None:
     """Write a map as a 16-bit PNG, atomically. code: uint16 [H, W, 3], R, G, B."""
-    done, data = cv2.imencode(".png", np.ascontiguousarray(code[..., ::-1]))
+    done, data = cv2.imencode(".png", np.ascontiguousarray(code[..., ::-1]), [cv2.IMWRITE_PNG_COMPRESSION, 7])
     if not done:
         raise ValueError(f"{path}: a map of {code.dtype} {code.shape} cannot be written as PNG")
     with atomic_path(path) as temporary:

@@ -186,6 +186,8 @@ def _unique(names: list[str]) -> list[str]:
 def _to_part(path: Path, name: str, mesh) -> _Part:
     """Check a trimesh.Trimesh and take what we need from it, in its own coordinates."""
     vertices, faces = np.asarray(mesh.vertices, np.float64), np.asarray(mesh.faces, np.int64)
+    if vertices.shape[1:] != (3,) or faces.shape[1:] != (3,):
+        raise InputError(f"{path} has vertices that are not x, y, z or faces that are no triangles; export it again")
     if len(faces) and (faces.min() < 0 or faces.max() >= len(vertices)):
         raise InputError(f"{path} has faces with vertices that do not exist; export the scene again")
     used = np.zeros(len(vertices), bool)

@@ -8,18 +8,31 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
-from utils.geometry import Geometry, RayCaster
+from utils.geometry import Geometry, RayCaster, weld
 from utils.views import View
 
 SAMPLES = 2  # per pixel and axis
 CREASE_COS = np.cos(np.radians(40))  # sharper dihedral angles are lines
 OUTLINE, CREASE = 255, 215  # brightness: where depth jumps; where it does not
+DENSE_FACES = 50_000  # above, faces are about as small as samples, and most neighbours differ
+BAND = 32  # rows of samples
 SMALLEST = 6  # pixels; smaller groups of line pixels are specks
 REFERENCE_WIDTH = 1080  # pixels; the image width that pen widths are given for
 PEN_WIDTHS = (3, 4, 5, 6, 7, 8)  # pixels
 MIDDLE_WIDTH = 6.0  # pixels, at the typical depth of the scene
 SOFTNESS = 1.0  # pixels; standard deviation of the blur
+
+
+@dataclass(frozen=True)
+class LineScene:
+    """A scene made ready for drawing. patches: int32 [F], faces connected without a crease; None for coarse scenes."""
+
+    geometry: Geometry
+    caster: RayCaster
+    patches: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -30,16 +43,41 @@ class Lines:
     depth: np.ndarray
 
 
-def find_lines(geometry: Geometry, caster: RayCaster, view: View) -> Lines:
+def make_line_scene(geometry: Geometry, caster: RayCaster) -> LineScene:
+    """Prepare a scene; what dense meshes need on top is worked out once."""
+    dense = len(geometry.faces) > DENSE_FACES
+    return LineScene(geometry, caster, crease_patches(geometry, caster.normals) if dense else None)
+
+
+def crease_patches(geometry: Geometry, normals: np.ndarray) -> np.ndarray:
+    """Number of the patch of each face, int32 [F]. Inside a patch only a jump in depth can make a line.
+
+    Two faces of one component are in one patch if they share an edge without a crease.
+    """
+    corners = weld(geometry.vertices)[geometry.faces]
+    ends = np.sort(np.stack([corners, np.roll(corners, -1, axis=1)], axis=-1), axis=-1).reshape(-1, 2).astype(np.int64)
+    edge = ends[:, 0] * len(geometry.vertices) + ends[:, 1]
+    order = np.argsort(edge, kind="stable")
+    shared = np.flatnonzero(np.diff(edge[order]) == 0)
+    f, g = order[shared] // 3, order[shared + 1] // 3
+    flat = (_dot(normals[f], normals[g]) >= CREASE_COS) | (geometry.smooth[f] & geometry.smooth[g])
+    joined = flat & (geometry.components[f] == geometry.components[g])
+    count = len(geometry.faces)
+    graph = coo_matrix((np.ones(joined.sum(), bool), (f[joined], g[joined])), shape=(count, count))
+    return connected_components(graph, directed=False)[1]
+
+
+def find_lines(scene: LineScene, view: View) -> Lines:
     """Lines of the scene at one pixel width, before softening."""
-    faces = caster.cast(view.eye, view.rays(SAMPLES, np.float32).reshape(-1, 3))
-    faces = faces.reshape(SAMPLES * view.height, SAMPLES * view.width)
+    rays = view.rays(SAMPLES, np.float32)
+    faces = scene.caster.cast(view.eye, rays.reshape(-1, 3)).reshape(rays.shape[:2])
+    nearness = None if scene.patches is None else _nearness(scene.caster, view, faces, rays)
     brightness = np.zeros((view.height, view.width), np.uint8)
     depth = np.full((view.height, view.width), np.inf, np.float32)
     for step in ((0, 1), (1, 0)):
-        y, x = np.nonzero(faces[: faces.shape[0] - step[0], : faces.shape[1] - step[1]] != faces[step[0] :, step[1] :])
+        y, x = np.nonzero(_may_be_line(scene.patches, faces, nearness, view, step))
         first, second = _sample(faces, view, y, x), _sample(faces, view, y + step[0], x + step[1])
-        value, first_depth, second_depth = _classify(geometry, caster, view, first, second)
+        value, first_depth, second_depth = _classify(scene, view, first, second)
         line = value > 0
         # The line belongs to the surface in front.
         behind = (second_depth < first_depth)[line]
@@ -51,15 +89,47 @@ def find_lines(geometry: Geometry, caster: RayCaster, view: View) -> Lines:
     return Lines(brightness, depth)
 
 
+def _may_be_line(
+    patches: np.ndarray | None, faces: np.ndarray, nearness: np.ndarray | None, view: View, step: tuple[int, int]
+) -> np.ndarray:
+    """Pairs of neighbouring samples that need a closer look, bool [h, w]; with patches, few on a dense mesh.
+
+    Inside a patch that is a jump in depth. Over a plane 1/depth is linear in the image, so that a jump shows as a
+    difference well above the smaller one of the two beside it.
+    """
+    a, b = (np.s_[: faces.shape[0] - step[0], : faces.shape[1] - step[1]], np.s_[step[0] :, step[1] :])
+    if patches is None:
+        return faces[a] != faces[b]
+    patch = np.where(faces >= 0, patches[faces], -1)
+    slope = np.abs(nearness[b] - nearness[a])
+    before, after = slope.copy(), slope.copy()
+    axis = step.index(1)
+    if axis:
+        before[:, 1:], after[:, :-1] = slope[:, :-1], slope[:, 1:]
+    else:
+        before[1:], after[:-1] = slope[:-1], slope[1:]
+    footprint = np.minimum(nearness[a], nearness[b]) / (2 * SAMPLES * min(view.fx, view.fy))
+    jump = slope > np.minimum(before, after) + footprint
+    return (patch[a] != patch[b]) | (jump & (faces[a] != faces[b]))
+
+
+def _nearness(caster: RayCaster, view: View, faces: np.ndarray, rays: np.ndarray) -> np.ndarray:
+    """1/depth of every sample, float32, 0 where nothing is hit: enough to choose what is looked at in float64."""
+    depth = np.empty(faces.shape, np.float32)
+    for row in range(0, len(faces), BAND):  # in bands, which stay in the cache
+        band = np.s_[row : row + BAND]
+        depth[band].flat = caster.plane_depth(faces[band].ravel(), view.eye, rays[band].reshape(-1, 3))
+    return 1 / depth
+
+
 def _sample(faces: np.ndarray, view: View, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(face [N], direction [N, 3]) of samples."""
     return faces[y, x], view.directions((x + 0.5) / SAMPLES, (y + 0.5) / SAMPLES)
 
 
-def _classify(
-    geometry: Geometry, caster: RayCaster, view: View, first: tuple, second: tuple
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _classify(scene: LineScene, view: View, first: tuple, second: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Brightness of the line between pairs of neighbouring samples (0: none), and the depth of either sample."""
+    geometry, caster = scene.geometry, scene.caster
     (f, f_ray), (g, g_ray) = first, second
     f_depth, g_depth = (caster.plane_depth(a, view.eye, ray) for a, ray in (first, second))
     value = np.where((f < 0) != (g < 0), OUTLINE, 0).astype(np.uint8)

@@ -29,8 +29,8 @@ def survey(caster: RayCaster, views: list[View]) -> Survey:
     warnings = []
     if hit.mean() < ALMOST_NOTHING:
         warnings.append(
-            f"the path sees almost nothing of the scene ({hit.mean():.1%} of its rays hit): do mesh and cameras have the "
-            "same up axis? See --scene_up and --cameras_up"
+            f"the path sees almost nothing of the scene ({hit.mean():.1%} of its rays hit): do mesh and cameras have "
+            "the same up axis? See --scene_up and --cameras_up"
         )
     elif (hit == 0).any():
         warnings.append(f"the camera sees nothing in frames {_ranges(hit == 0)}")

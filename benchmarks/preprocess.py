@@ -1,0 +1,134 @@
+"""How fast preprocessing is: CPU and wall seconds, memory, and how cost grows with the mesh.
+
+    python -m benchmarks.preprocess [--scene assets/sampleA/scene.glb --cameras assets/sampleA/cameras.json]
+
+Every figure is the median of 3. The scene is subdivided up to --max_faces triangles, which changes no picture, only
+the size of the mesh; each size runs in a process of its own, so that its peak memory is its own.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from utils.cameras import read_cameras
+from utils.cli import Parser, positive_int, run_script
+from utils.geometry import Geometry, RayCaster, load_geometry, turn
+from utils.line_art import find_lines, make_line_scene, soften
+from utils.noise import warp_noise
+from utils.views import correspondence, make_views
+
+EDGE_SIZE, MAP_SIZE, LATENT_SIZE = (1080, 720), (360, 240), (90, 60)
+MAPS, FRAMES = 12, 4  # of each per measurement
+REPEATS = 3
+
+
+def subdivide(geometry: Geometry) -> Geometry:
+    """Split every face into four at the middles of its sides; the surface stays the same."""
+    corners, count = geometry.vertices[geometry.faces], len(geometry.faces)
+    middles = [(corners[:, i] + corners[:, (i + 1) % 3]) / 2 for i in range(3)]
+    a, b, c = (len(geometry.vertices) + i * count + np.arange(count) for i in range(3))
+    u, v, w = geometry.faces.T
+    faces = np.concatenate([np.stack(f, axis=1) for f in ((u, a, c), (v, b, a), (w, c, b), (a, b, c))])
+    four = {name: np.tile(getattr(geometry, name), 4) for name in ("objects", "components", "smooth")}
+    return replace(
+        geometry, vertices=np.concatenate([geometry.vertices, *middles]), faces=faces, corner_normals=None, **four
+    )
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Median CPU seconds of all threads over REPEATS runs, after one that warms up."""
+    work()
+    times = []
+    for _ in range(REPEATS):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return statistics.median(times)
+
+
+def wall_seconds(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure(scene_path: Path, cameras_path: Path, splits: int) -> dict[str, float]:
+    """Figures of one mesh size, from load to edge frame."""
+    path = read_cameras(cameras_path)
+    start = time.process_time()
+    geometry = turn(load_geometry(scene_path), path.up)
+    for _ in range(splits):
+        geometry = subdivide(geometry)
+    caster = RayCaster(geometry)
+    scene = make_line_scene(geometry, caster)
+    build = time.process_time() - start
+    maps, frames = make_views(path, MAP_SIZE), make_views(path, EDGE_SIZE)
+    pairs = [(maps[4 * i], maps[4 * i + 4]) for i in range(MAPS)]
+    views = [frames[i * (len(frames) - 1) // (FRAMES - 1)] for i in range(FRAMES)]
+
+    def draw(view):
+        return soften(find_lines(scene, view), typical_depth=5.0)
+
+    def on_threads(count: int) -> float:
+        with ThreadPoolExecutor(count) as pool:
+            return wall_seconds(lambda: list(pool.map(draw, views)))
+
+    found = [correspondence(caster, *pair) for pair in pairs]
+    noise = [(one.position, one.visible) for one in found]
+    return {
+        "faces": len(geometry.faces),
+        "build_s": build,
+        "maps_per_s": MAPS / cpu_seconds(lambda: [correspondence(caster, *pair) for pair in pairs]),
+        "frames_per_s": FRAMES / cpu_seconds(lambda: [draw(view) for view in views]),
+        "noise_s": cpu_seconds(lambda: warp_noise(noise, LATENT_SIZE, 0)),
+        "one_thread_s": on_threads(1),
+        "two_threads_s": on_threads(2),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__, "python -m benchmarks.preprocess")
+    parser.add_argument("--scene", type=Path, default=Path("assets/sampleA/scene.glb"), help="mesh to measure")
+    parser.add_argument(
+        "--cameras", type=Path, default=Path("assets/sampleA/cameras.json"), help="path of 49 poses or more"
+    )
+    parser.add_argument("--max_faces", type=positive_int, default=4_000_000, help="largest mesh, in triangles")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    print(
+        "triangles  load+build s  maps/CPU s  edge frames/CPU s  noise CPU s/arc  1 -> 2 threads  peak MiB", flush=True
+    )
+    splits, first = 0, None
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        while True:
+            row = pool.submit(measure, args.scene, args.cameras, splits).result()
+            first = first or row
+            print(
+                f"{row['faces']:9d}  {row['build_s']:12.2f}  {row['maps_per_s']:10.1f}  {row['frames_per_s']:17.2f}  "
+                f"{row['noise_s']:15.2f}  {row['one_thread_s'] / row['two_threads_s']:13.2f}x  {row['peak_mib']:8.0f}"
+                f"   cost per frame x{first['frames_per_s'] / row['frames_per_s']:.2f}, "
+                f"per map x{first['maps_per_s'] / row['maps_per_s']:.2f}",
+                flush=True,
+            )
+            splits += 1
+            if 4 * row["faces"] > args.max_faces:
+                break
+
+
+if __name__ == "__main__":
+    run_script(main)
