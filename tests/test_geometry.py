@@ -150,6 +150,13 @@ def test_nodes_are_nested_scaled_and_mirrored(tmp_path: Path) -> None:
     assert geometry.components.max() == 3
 
 
+def test_deep_trees_load_at_once(tmp_path: Path) -> None:
+    nodes = [{"mesh": 0, "translation": [2, 0, 0], "children": [k + 1]} for k in range(2000)] + [{}]
+    geometry = load_geometry(cube_glb(tmp_path / "a.glb", nodes))
+    assert geometry.vertices[:, 0].max() == 4001
+    assert geometry.names[::1999] == ("mesh", "mesh.1999")
+
+
 def test_repeated_names_never_take_anothers_name(tmp_path: Path) -> None:
     nodes = [
         {"mesh": 0, "name": name, "translation": [k, 0, 9 * k]} for k, name in enumerate(["a", "a", "a.001", "a"])
@@ -476,7 +483,8 @@ BAD_TREES = [
     ("images", [{"uri": "../../texture.png"}], "outside its own folder"),
     ("nodes.0.children", [0], "reached twice"),
     ("nodes.0.scale", [1, float("nan"), 1], "finite"),
-    ("nodes.0.scale", [1e30, 1e30, 1e30], "infinity"),
+    ("nodes.0.scale", [1e30, 1, 1], "finite"),
+    ("nodes", [{"scale": [1e14] * 3, "children": [1]}, {"mesh": 0, "scale": [1e14] * 3}], "infinity"),
     ("nodes.0.scale", [0, 0, 0], "without area"),
     ("nodes.0.mesh", 4, "does not exist"),
     ("scene", -1, "not a whole number"),
@@ -549,18 +557,20 @@ BAD_FILES = {
     ),
     "garbage.ply": (b"garbage", "cannot be read"),
     "cut.stl": (bytes(80) + struct.pack("<I", 10**9) + bytes(50), "cannot be read|no triangles"),
+    "mixed.stl": (b"solid x\nnormal x\n" + b"vertex 1 1 1\n" * 3 + b"endsolid", "without area"),
     "garbage.stl": (b"solid x\nfacet\nvertex 1 2 x\nendsolid", "cannot be read|no triangles"),
     "garbage.off": (b"OFF\n9 9 9\n1 2 3", "cannot be read"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_files_are_refused(tmp_path: Path, name: str) -> None:
+def test_bad_files_are_refused(tmp_path: Path, name: str, capsys: pytest.CaptureFixture) -> None:
     content, message = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
         load_geometry(tmp_path / name)
     assert "\n" not in str(caught.value)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_missing_files_and_lying_sizes(tmp_path: Path) -> None:

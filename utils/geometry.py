@@ -10,6 +10,7 @@ file's buffers in the same folder is opened.
 
 import io
 import json
+import logging
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -19,13 +20,12 @@ import numpy as np
 
 from utils.cli import InputError
 from utils.glb_writer import write_glb
-from utils.gltf_check import MAX_TRIANGLES, read_gltf
+from utils.gltf_check import FAR, MAX_TRIANGLES, read_gltf
 from utils.raycast import RayCaster, face_normals
 
 __all__ = ["Geometry", "RayCaster", "load_geometry", "turn", "write_glb"]
 
 UPS = ("+y", "+z")
-FAR = 1e15  # metres; beyond, float32 squares overflow
 FORMATS = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 SMOOTH = 1e-3  # difference between unit corner normals of a face that counts as smooth shading
 FLAT_FACE = 1e-6  # height of a triangle over its longest side; below, its normal is float32 rounding
@@ -131,6 +131,8 @@ def _load_trimesh(path: Path, file: io.BytesIO, kind: str, **options: object):
     """trimesh's scene of a file, exactly as it is stored: nothing merged, reordered or repaired."""
     import trimesh
 
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # trimesh prints tracebacks of what it can do without
     try:
         with warnings.catch_warnings():
             # numpy only warns when it meets something that is no number, and drops the rest of the file.
@@ -139,6 +141,8 @@ def _load_trimesh(path: Path, file: io.BytesIO, kind: str, **options: object):
     except Exception as error:  # whatever the parser stumbles over, the file is to blame
         reason = f"{type(error).__name__}: {error}"[:120]
         raise InputError(f"{path} cannot be read as {kind.upper()} ({reason}); export the scene again") from error
+    finally:
+        logging.disable(disabled)
 
 
 def _absolute_indices(path: Path, data: bytes) -> bytes:

@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
+
 from utils.cli import InputError
 
 MAX_TRIANGLES = 16_000_000  # in the whole scene, instances included; 4 million take about 3 GiB to load
-MAX_DEPTH = 500  # of nested nodes
+FAR = 1e15  # metres; beyond, float32 squares overflow
 GLB_MAGIC, JSON_CHUNK, BIN_CHUNK = 0x46546C67, 0x4E4F534A, 0x004E4942
 POINTS_AND_LINES, TRIANGLES, STRIP, FAN = (0, 1, 2, 3), 4, 5, 6
 FLOAT, INDEX_BYTES = 5126, {5121: 1, 5123: 2, 5125: 4}
-TRANSFORM = {"matrix": 16, "translation": 3, "rotation": 4, "scale": 3}
 UNSUPPORTED = {
     "KHR_draco_mesh_compression": "without compression",
     "EXT_meshopt_compression": "without compression",
@@ -39,8 +40,9 @@ class _Refused(ValueError):
 class CheckedGltf:
     """What is left of a glTF file after the checks.
 
-    Nodes are named by their index in the file, meshes "m<index>"; `names` gives their names in the file. `world_up` is
-    the extra of that name on the asset or the scene, None where the file has none.
+    Only nodes with a mesh are left, without parents: `matrix` takes them to the world. Each is named by its index in
+    the file, a mesh "m<number>"; `names` gives a node's name in the file. `world_up` is the extra of that name on the
+    asset or the scene, None where the file has none.
     """
 
     tree: dict
@@ -118,7 +120,7 @@ class _Checker:
                 self._inside(image["uri"])  # never opened, but a scene that points elsewhere is refused
         scene = self._scene()
         names = self._nodes(scene["nodes"])
-        self.tree["scenes"] = [{"nodes": list(scene["nodes"])}]
+        self.tree["scenes"] = [{"nodes": list(range(len(self.tree["nodes"])))}]
         return CheckedGltf(self.tree, self.data, names, self._world_up(scene))
 
     def _scene(self) -> dict:
@@ -138,37 +140,32 @@ class _Checker:
         return None
 
     def _nodes(self, roots: list[int]) -> dict[int, str]:
-        """Copy the nodes below `roots` into the reduced tree; returns the object name of each that has a mesh."""
-        source = self.source.get("nodes", [])
-        self.tree["nodes"] = [{"name": str(k)} for k in range(len(source))]
+        """Put the nodes with a mesh into the reduced tree, in the world; returns {index: object name}."""
         meshes, names, seen, triangles = {}, {}, set(), 0
-        stack = [(root, 0) for root in reversed(roots)]
+        stack = [(root, np.eye(4)) for root in reversed(roots)]
         while stack:
-            index, depth = stack.pop()
+            index, parent = stack.pop()
             node = _get(self.source, "nodes", index)
             if index in seen:
                 raise _Refused(f"node {index} is reached twice: the nodes must form a tree")
-            if depth > MAX_DEPTH:
-                raise _Refused(f"its nodes are nested more than {MAX_DEPTH} deep")
             seen.add(index)
-            kept = self.tree["nodes"][index]
-            kept.update({key: _numbers(node[key], size, key) for key, size in TRANSFORM.items() if key in node})
-            if children := node.get("children"):
-                kept["children"] = list(children)
-                stack += [(child, depth + 1) for child in reversed(children)]
-            if "mesh" in node:
-                mesh = _get(self.source, "meshes", node["mesh"])
-                if node["mesh"] not in meshes:
-                    meshes[node["mesh"]] = (len(self.tree["meshes"]), *self._mesh(mesh))
-                kept["mesh"], count = meshes[node["mesh"]]
-                names[index] = _text(node.get("name") or mesh.get("name") or f"object_{index:03d}")
-                triangles += count
-                if triangles > MAX_TRIANGLES:
-                    raise _Refused(f"it has more than {MAX_TRIANGLES:,} triangles with its instances: simplify it")
+            world = parent @ _local_matrix(node)
+            stack += [(child, world) for child in reversed(node.get("children", []))]
+            if "mesh" not in node:
+                continue
+            mesh = _get(self.source, "meshes", node["mesh"])
+            if node["mesh"] not in meshes:
+                meshes[node["mesh"]] = (len(self.tree["meshes"]), self._mesh(mesh))
+            number, count = meshes[node["mesh"]]
+            triangles += count
+            if triangles > MAX_TRIANGLES:
+                raise _Refused(f"it has more than {MAX_TRIANGLES:,} triangles with its instances: simplify it")
+            self.tree["nodes"].append({"name": str(index), "mesh": number, "matrix": world.T.ravel().tolist()})
+            names[index] = _text(node.get("name") or mesh.get("name") or f"object_{index:03d}")
         return names
 
-    def _mesh(self, mesh: dict) -> tuple[int]:
-        """Copy a mesh into the reduced tree; returns its number of triangles in a tuple."""
+    def _mesh(self, mesh: dict) -> int:
+        """Copy a mesh into the reduced tree; returns its number of triangles."""
         primitives, triangles = [], 0
         for primitive in mesh["primitives"]:
             mode = primitive.get("mode", TRIANGLES)
@@ -181,7 +178,7 @@ class _Checker:
                 primitives.append(kept)
                 triangles += count
         self.tree["meshes"].append({"name": f"m{len(self.tree['meshes'])}", "primitives": primitives})
-        return (triangles,)
+        return triangles
 
     def _primitive(self, primitive: dict, mode: int) -> tuple[dict, int]:
         attributes = primitive["attributes"]
@@ -300,9 +297,25 @@ def _whole(value: object, what: str) -> int:
     return value
 
 
-def _numbers(values: object, size: int, what: str) -> list[float]:
-    numbers = [float(value) for value in values]
-    if len(numbers) != size or not all(map(math.isfinite, numbers)):
+def _local_matrix(node: dict) -> np.ndarray:
+    """float64 [4, 4] to the node's parent: its matrix (stored by columns), or translation · rotation · scale."""
+    if "matrix" in node:
+        return _numbers(node["matrix"], 16, "matrix").reshape(4, 4).T
+    matrix = np.eye(4)
+    x, y, z, w = _numbers(node.get("rotation", (0, 0, 0, 1)), 4, "rotation")
+    if norm := math.hypot(x, y, z, w):
+        x, y, z, w = x / norm, y / norm, z / norm, w / norm
+        matrix[0, :3] = 1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)
+        matrix[1, :3] = 2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)
+        matrix[2, :3] = 2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)
+    matrix[:3, :3] *= _numbers(node.get("scale", (1, 1, 1)), 3, "scale")
+    matrix[:3, 3] = _numbers(node.get("translation", (0, 0, 0)), 3, "translation")
+    return matrix
+
+
+def _numbers(values: object, size: int, what: str) -> np.ndarray:
+    numbers = np.array([float(value) for value in values])
+    if len(numbers) != size or not (np.abs(numbers) < FAR).all():
         raise _Refused(f"a node's {what} is not {size} finite numbers")
     return numbers
 

@@ -58,7 +58,7 @@ class RayCaster:
         """
         normals = self.normals[face]
         origins = np.asarray(origin, np.float64) - self._centre
-        gap = self._offsets[face] - (normals @ origins if origins.ndim == 1 else _dot(normals, origins))
+        gap = self._offsets[face] - np.einsum("ij,j->i" if origins.ndim == 1 else "ij,ij->i", normals, origins)
         slope = _dot(normals, np.asarray(directions, np.float64))
         met = (np.asarray(face) >= 0) & (slope != 0)
         return np.divide(gap, slope, out=np.full(len(gap), np.inf), where=met)

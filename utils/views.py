@@ -42,11 +42,12 @@ class View:
     def directions(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Directions [N, 3] through image points, in pixels from the outer corner of the top-left pixel."""
         local = np.stack([(x - self.cx) / self.fx, (self.cy - y) / self.fy, np.full(len(x), -1.0)], axis=1)
-        return local @ self.c2w[:3, :3].T
+        return np.einsum("nj,kj->nk", local, self.c2w[:3, :3])
 
     def project(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Image points [N, 2] (x, y) of points `offsets` [N, 3] away from the eye, and which are in the image [N]."""
-        right, up, backward = (offsets @ self.c2w[:3, :3]).T
+        # Not `@`: BLAS would put all cores on each of many small products, which frames in threads do better.
+        right, up, backward = np.einsum("nj,jk->kn", offsets, self.c2w[:3, :3])
         with np.errstate(divide="ignore", invalid="ignore"):
             x = self.cx - self.fx * right / backward
             y = self.cy + self.fy * up / backward
@@ -81,9 +82,9 @@ def correspondence(caster: RayCaster, source: View, target: View, *, sky: bool =
     rays = target.rays().reshape(-1, 3)
     face = caster.cast(target.eye, rays)
     hit = face >= 0
-    depth = np.where(hit, caster.plane_depth(face, target.eye, rays), 0)
+    depth = np.where(hit, caster.plane_depth(face, target.eye, rays), 1)
     # A point at infinity has no parallax: its direction alone counts.
-    offsets = np.where(hit[:, None], target.eye + depth[:, None] * rays - source.eye, rays)
+    offsets = depth[:, None] * rays + hit[:, None] * (target.eye - source.eye)
     position, inside = source.project(offsets)
     asked = np.flatnonzero(inside & (hit | sky))
     visible = np.zeros(len(rays), bool)
