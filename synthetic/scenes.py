@@ -18,8 +18,9 @@ import numpy as np
 
 from synthetic.shapes import Mesh, box, loft, make_house, place, quads, turned
 from utils.arcs import ARC_STEPS
-from utils.cli import Help, InputError, non_negative_int, positive_int, require_writable, run_script
-from utils.runs import atomic_path, write_json
+from utils.cameras import CameraPath, look_at, write_transforms
+from utils.cli import InputError, Parser, non_negative_int, positive_int, require_writable, run_script
+from utils.runs import atomic_path
 
 SAMPLE_SEED, SAMPLE_PATH, SAMPLE_FRAMES = 46, "walk", 2 * ARC_STEPS + 1
 PATHS = ("walk", "orbit", "flyover", "rise")
@@ -171,7 +172,7 @@ def make_path(parts: list[Part], kind: str, seed: int, frames: int) -> np.ndarra
     everything = triangles_of(parts)
     terrain = triangles_of([part for part in parts if part.kind in TERRAIN])
     for _ in range(50):
-        c2w = look_at(*draw(rng, parts, arcs))
+        c2w = look_at(*draw(rng, parts, arcs), np.array([0.0, 0, 1]), kind)
         eyes = c2w[:, :3, 3]
         if is_over(terrain, eyes) and is_clear(everything, eyes) and has_view(everything, c2w):
             return c2w
@@ -242,16 +243,6 @@ def along_road(parts: list[Part], start: float, end: float, arcs: np.ndarray) ->
 def top_of(parts: list[Part]) -> float:
     """Height of the highest thing people built."""
     return max(part.vertices[:, 2].max() for part in parts if part.kind in ("roof", "chimney"))
-
-
-def look_at(eyes: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Level cameras at eyes [F, 3] with targets [F, 3] in the middle of the picture: c2w [F, 4, 4], OpenGL axes."""
-    back = (eyes - targets) / np.linalg.norm(eyes - targets, axis=1, keepdims=True)
-    right = np.cross((0, 0, 1), back)
-    right /= np.linalg.norm(right, axis=1, keepdims=True)
-    c2w = np.tile(np.eye(4), (len(eyes), 1, 1))
-    c2w[:, :3] = np.stack([right, np.cross(back, right), back, eyes], axis=2)
-    return c2w
 
 
 def is_over(terrain: np.ndarray, eyes: np.ndarray) -> bool:
@@ -330,20 +321,17 @@ def export_glb(parts: list[Part], path: Path) -> None:
         temporary.write_bytes(scene.export(file_type="glb", include_normals=False))  # none: every face is flat
 
 
-def write_cameras(path: Path, c2w: np.ndarray, size: tuple[int, int] = IMAGE_SIZE, fov: float = FIELD_OF_VIEW) -> None:
-    """Write c2w [F, 4, 4] (OpenGL axes, Z-up world) as a nerfstudio transforms.json. fov: degrees across."""
-    focal = size[0] / 2 / np.tan(np.radians(fov / 2))
-    lens = {"fl_x": focal, "fl_y": focal, "cx": size[0] / 2, "cy": size[1] / 2, "w": size[0], "h": size[1]}
-    distortion = dict.fromkeys(("k1", "k2", "p1", "p2"), 0.0)
-    frames = [
-        {"file_path": f"images/{n:04d}.png", "frame": n, "transform_matrix": pose.tolist()}
-        for n, pose in enumerate(c2w, start=1)
-    ]
-    write_json(path, {"camera_model": "OPENCV", **lens, **distortion, "fps": 24, "world_up": "+z", "frames": frames})
+def to_camera_path(
+    c2w: np.ndarray, size: tuple[int, int] = IMAGE_SIZE, fov: float = FIELD_OF_VIEW, fps: float = 24.0
+) -> CameraPath:
+    """Poses c2w [F, 4, 4] with one lens. size: width, height in pixels; fov: degrees across."""
+    count, focal = len(c2w), size[0] / 2 / np.tan(np.radians(fov / 2))
+    center = np.tile((size[0] / 2, size[1] / 2), (count, 1))
+    return CameraPath(c2w, np.full((count, 2), focal), center, size, "+z", tuple(range(1, count + 1)), fps)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m synthetic.scenes", description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__, "python -m synthetic.scenes")
     parser.add_argument("--output", type=Path, required=True, help="folder for scene.glb and cameras.json")
     parser.add_argument("--seed", type=non_negative_int, default=SAMPLE_SEED, help="of the town and of the path")
     parser.add_argument("--path", choices=PATHS, default=SAMPLE_PATH, help="how the camera moves")
@@ -362,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = make_town(args.seed)
     c2w = make_path(parts, args.path, args.seed, args.frames)
     export_glb(parts, scene)
-    write_cameras(cameras, c2w)
+    write_transforms(cameras, to_camera_path(c2w))
     print(f"scene: {scene} ({len(parts)} meshes, {sum(len(part.faces) for part in parts)} triangles)")
     print(f"cameras: {cameras} ({args.path}, {args.frames} frames)")
 

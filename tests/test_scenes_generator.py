@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from synthetic import scenes
-from synthetic.scenes import PATHS, Part, cast, distances, look_at, make_path, make_town, triangles_of
+from synthetic.scenes import PATHS, Part, cast, distances, make_path, make_town, triangles_of
 from utils.cli import InputError
 
 SEEDS = range(4)
@@ -176,13 +176,6 @@ def test_an_impossible_path_is_refused() -> None:
     box = Part("road_00", *scenes.make_road(lambda y: 0 * y))
     with pytest.raises(InputError, match="no walk of 46 frames"):
         make_path([box], "walk", 0, 46)  # nothing to look at but sky
-
-
-def test_look_at_puts_the_target_in_the_middle() -> None:
-    eyes, targets = np.array([[1.0, 2, 3], [0, 0, 5]]), np.array([[4.0, -2, 1], [3, 3, 3]])
-    seen = np.einsum("fji,fj->fi", look_at(eyes, targets)[:, :3, :3], targets - eyes)
-    np.testing.assert_allclose(seen[:, :2], 0, atol=1e-12)
-    np.testing.assert_allclose(-seen[:, 2], np.linalg.norm(targets - eyes, axis=1))
 
 
 def test_the_command_writes_a_scene(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
