@@ -186,7 +186,7 @@ def _check_access(name: str, source: str) -> None:
     if _cached(name, source):
         return
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     repo, _ = _split_repo(source)
     url = f"https://huggingface.co/{repo}"
@@ -203,7 +203,7 @@ def _check_access(name: str, source: str) -> None:
         raise InputError(
             f"{name}: there is no repository {repo} on the hub, nor a local path; check the spelling"
         ) from error
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
+    except Exception as error:  # whatever the HTTP library of the day raises: no network, proxy, server error
         raise InputError(
             f"{name}: {repo} is not in the local cache and {url} cannot be reached; go online, {instead}"
         ) from error
