@@ -20,11 +20,19 @@ from utils.runs import file_sha256, read_json
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "checkpoints"  # <name>/preset.json beside each weight set
 
+FLUX_TEXT_FILES = [
+    "model_index.json",
+    "scheduler/*",
+    "tokenizer/*",
+    "tokenizer_2/*",
+    "text_encoder/*",
+    "text_encoder_2/*",
+]
 # component -> (preset entry it comes from, sub-folder in a pipeline repository, files needed from there)
 COMPONENTS = {
     "flux_transformer": ("flux", "transformer", ["transformer/*"]),
     "flux_vae": ("flux", "vae", ["vae/*"]),
-    "flux_text": ("flux", None, ["model_index.json", "scheduler/*", "tokenizer*/*", "text_encoder*/*"]),
+    "flux_text": ("flux", None, FLUX_TEXT_FILES),
     "controlnet": ("controlnet", None, ["*.safetensors", "*.json"]),
     "cogvideox_vae": ("cogvideox", "vae", ["vae/*"]),
     "cogvideox_text": ("cogvideox", None, ["model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/*"]),
@@ -174,7 +182,21 @@ def _cached(name: str, source: str) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     patterns = COMPONENTS[name][2] if name in COMPONENTS else ["*.json", "*.safetensors"]
-    return folder if all(any(folder.glob(pattern)) for pattern in patterns) else None
+    return folder if is_whole(folder, patterns) else None
+
+
+def is_whole(folder: Path, patterns: Iterable[str]) -> bool:
+    """Whether all that `patterns` ask for is there, weights and their shards: a download may have been cut short."""
+    for pattern in patterns:
+        files = list(folder.glob(pattern))
+        holds_weights = pattern.startswith(("transformer", "vae", "text_encoder"))
+        if not files or (holds_weights and not any(file.suffix == ".safetensors" for file in files)):
+            return False
+        for index in (file for file in files if file.name.endswith(".safetensors.index.json")):
+            shards = set(read_json(index)["weight_map"].values())
+            if not all((index.parent / shard).exists() for shard in shards):
+                return False
+    return True
 
 
 def _check_access(name: str, source: str) -> None:
