@@ -188,7 +188,7 @@ def test_command_writes_the_edges(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "output", "message"),
     [
-        ("absent.png", "edges.png", "absent.png is missing"),
+        ("absent.png", "edges.png", "absent.png does not exist"),
         ("text.png", "edges.png", "cannot be read as an image"),
         ("good.png", "edges.jpg", "must be a file name that ends in .png"),
         ("good.png", "text.png/edges.png", "is not a folder"),

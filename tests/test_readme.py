@@ -46,7 +46,14 @@ def test_files_exist(path):
 
 @pytest.mark.slow
 def test_make_demo_leaves_a_video(tmp_path):
-    line = ["make", "demo", f"BIN={Path(sys.executable).parent}", "SETUP=", f"OUT={tmp_path / 'demo'}"]
+    line = [
+        "make",
+        "--no-print-directory",
+        "demo",
+        f"BIN={Path(sys.executable).parent}",
+        "SETUP=",
+        f"OUT={tmp_path / 'demo'}",
+    ]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     video, sheet = (Path(path) for path in done.stdout.splitlines()[-2:])
