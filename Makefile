@@ -9,7 +9,7 @@ OUT ?= demo
 STYLE := assets/references/boxtown.png
 STEPS := 20
 SEED := 42
-RUN = $(OUT)/boxtown_p-e3b0c442_e0$(STEPS)_s0000$(SEED)_r12_ip1
+RUN = $(OUT)/boxtown_p-e3b0c442_e$(shell printf %03d $(STEPS))_s$(shell printf %06d $(SEED))_r12_ip1
 TINY := --weights tiny --device cpu
 
 # OpenMP threads that spin while they wait crawl on a machine that is not idle.

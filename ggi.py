@@ -20,6 +20,7 @@ from models.weights import (
     caption_source,
     load_preset,
     locate,
+    require_same_weights,
     resolve_device,
     use_offload,
     weight_hashes,
@@ -39,13 +40,14 @@ from utils.arcs import (
     resample_indices,
     video_run_name,
 )
-from utils.cli import InputError, Parser, positive_int, run_script, seed, unit_float
+from utils.cli import InputError, Parser, guidance_float, positive_int, run_script, seed, unit_float
 from utils.edges import resize_edges
 from utils.images import contact_sheet, read_image, resize_image, write_image, write_video
 from utils.noise import blend_noise, load_or_make_noise
 from utils.runs import MANIFEST, Run, derive_seed, files_sha256, open_run, read_json
 
 VIDEO, CONTACT_SHEET = "video.mp4", "contact_sheet.png"
+EPOCH = 1350  # of the released transformer
 SHEET_COLUMNS = 8  # frames per arc on the contact sheet
 
 
@@ -57,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     add("--prompt", help="what the video shows; may be empty (default: a caption of the first anchor by BLIP-2)")
     add("--caption_model", metavar="REPO|PATH", help="BLIP-2 for the caption (default: Salesforce/blip2-opt-2.7b)")
     add("--model_path", type=Path, help="folder with checkpoint-<epoch>/transformer (default: checkpoints for full)")
-    add("--epoch", type=positive_int, default=1350, help="training step of the in-between transformer")
+    add("--epoch", type=positive_int, default=EPOCH, help="training step of the in-between transformer")
     add(
         "--degradation",
         type=unit_float,
@@ -65,7 +67,7 @@ def parse_args() -> argparse.Namespace:
         help="share of fresh noise: 0 keeps the warped noise, 1 drops it",
     )
     add("--num_inference_steps", type=positive_int, default=30, help="DDIM steps")
-    add("--guidance_scale", type=float, default=6.0, help="classifier-free guidance scale; 1 switches it off")
+    add("--guidance_scale", type=guidance_float, default=6.0, help="classifier-free guidance scale; 1 switches it off")
     add("--width", type=positive_int, help="pixels (default: the weights' preset)")
     add("--height", type=positive_int, help="pixels (default: the weights' preset)")
     add(
@@ -111,6 +113,10 @@ def check_anchors(anchors: Sequence[Path]) -> None:
 def find_transformer(args: argparse.Namespace, preset: Preset) -> Path:
     """Folder of the 48-channel transformer. Raises InputError when it is not there."""
     if args.model_path is None and preset.ggi_transformer:
+        if args.epoch != EPOCH:
+            raise InputError(
+                f"--epoch {args.epoch} goes with --model_path: the {preset.name} weights have one transformer"
+            )
         return Path(preset.ggi_transformer)
     folder = ggi_transformer_folder(args.model_path or Path("checkpoints"), args.epoch)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
@@ -143,7 +149,7 @@ def result_arguments(
     args: argparse.Namespace, scene: Scene, anchors: Sequence[Path], noises: Sequence[np.ndarray]
 ) -> dict:
     """What decides the video: arguments, and inputs by their content. Where it is made and put does not."""
-    elsewhere = {"output_dir", "overwrite", "device", "offload", "scene", "target"}
+    elsewhere = {"output_dir", "overwrite", "device", "offload", "scene", "target", "fps"}
     chosen = {key: value for key, value in vars(args).items() if key not in elsewhere}
     edges = [path for arc in scene.arcs for path in arc.edge_paths]
     return chosen | {
@@ -167,14 +173,19 @@ def main() -> None:
     transformer = find_transformer(args, preset)
     check_size(args, read_json(transformer / "config.json"))
     folder = (args.output_dir or args.target) / video_run_name(args.degradation, args.epoch, args.num_inference_steps)
-    caption_model = caption_source(args.caption_model) if args.prompt is None else None
     noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]
     run = open_run(folder, result_arguments(args, scene, anchors, noises), overwrite=args.overwrite)
     if run.finished:
+        require_same_weights(run, args, preset, GGI_STAGE)
+        if run.manifest.get("fps") != args.fps:
+            finish(args, scene, anchors, run)
+            return
         print(f"{run.folder} is finished")
         print_results(run)
         return
     device = resolve_device(args.device)
+    known = args.prompt is not None or run.manifest.get("prompt") is not None
+    caption_model = None if known else caption_source(args.caption_model)
     paths = locate(args, preset, GGI_STAGE)
     fill_arcs(args, preset, scene, anchors, noises, run, device, paths, transformer, caption_model)
     finish(args, scene, anchors, run)
@@ -203,8 +214,8 @@ def fill_arcs(
     dtype = DTYPES[args.dtype]
     if caption_model:
         prompt = caption_image(read_image(anchors[0]), caption_model, device, dtype, args.seed)
-    else:
-        prompt = args.prompt
+    else:  # a caption that an interrupted run has made is kept
+        prompt = args.prompt if args.prompt is not None else run.manifest["prompt"]
     length = read_json(transformer / "config.json")["max_text_seq_length"]
     embeds = encode_video_prompts(paths["cogvideox_text"], [prompt, ""], device, dtype, length)
     pipe = load_inbetween(
@@ -277,7 +288,7 @@ def finish(args: argparse.Namespace, scene: Scene, anchors: list[Path], run: Run
         rows.append((f"arc {arc.index}: frames", [read_image(frames[i]) for i in columns]))
     rows.append(("anchors", [read_image(path) for path in anchors]))
     write_image(run.folder / CONTACT_SHEET, contact_sheet(rows))
-    run.finish()
+    run.finish(fps=args.fps)
     print_results(run)
 
 

@@ -8,10 +8,13 @@ before you spend hours on a GPU. The same command continues an interrupted run, 
 """
 
 import argparse
+import hashlib
 import itertools
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +24,21 @@ from utils.arcs import ARC_FRAMES, CAMERAS_FILE, LATENT_FRAMES, SCENE_FILE, Arc,
 from utils.cameras import CameraPath, builtin_path, read_cameras, to_arcs, write_transforms
 from utils.cli import InputError, Parser, non_negative_int, positive_int, run_script, size
 from utils.correspondence import encode_map, write_map
-from utils.edges import DETECTORS, check_edge_detector, hed_edges
+from utils.edges import DETECTORS, check_edge_detector, edge_detector
 from utils.geometry import Geometry, RayCaster, load_geometry, turn, write_glb
 from utils.images import write_image
 from utils.line_art import find_lines, make_line_scene, shade, soften
 from utils.noise import elements_per_cell, warp_noise, write_noise
 from utils.preview import write_preview
-from utils.runs import Run, atomic_path, files_sha256, open_run
-from utils.survey import Survey, survey
+from utils.runs import Run, atomic_path, open_run
+from utils.survey import survey
 from utils.views import View, correspondence, make_views
 
 MANIFEST = "preprocess.json"
+FPS = 24  # of animated cameras
+SMALLEST_EDGES = 16  # pixels
 FILES = ARC_FRAMES + LATENT_FRAMES  # edges, maps and corres_end.png of an arc
-OWNED = ("arc*", SCENE_FILE, CAMERAS_FILE, MANIFEST, "preview")
+OWNED = ("arc[0-9]", "arc[0-9][0-9]", "arc[0-9][0-9][0-9]", SCENE_FILE, CAMERAS_FILE, MANIFEST, "preview")
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     add("--path", choices=["orbit", "dolly", "flythrough"], help="a built-in path around the scene, without --cameras")
     add("--output", type=Path, required=True, help="scene folder to write")
     add("--num_arcs", type=positive_int, help="arcs of 45 steps (default: as many as fit the path)")
-    add("--fps", type=positive_int, default=24, help="frames per second of an animated camera, and of the preview")
+    add("--fps", type=positive_int, help="frames per second of an animated camera (default 24), and of the preview")
     add("--frames", metavar="A:B", help="use frames A to B of the cameras only, by number")
     add("--edges", choices=DETECTORS, default="lines", help="lines of the geometry, or the HED network on a render")
     add("--edge_size", type=size, default="1080x720", help="WIDTHxHEIGHT of the edge frames in pixels")
@@ -63,63 +68,91 @@ def parse_args() -> argparse.Namespace:
 
 
 def load_path(args: argparse.Namespace, geometry: Geometry) -> CameraPath:
-    """The camera path, cut to --frames and brought to 45 N + 1 poses."""
-    if bool(args.cameras) == bool(args.path):
-        raise InputError("give either --cameras FILE or --path orbit|dolly|flythrough")
+    """The camera path, cut to --frames, brought to 45 N + 1 poses, with intrinsics for the edge frames."""
     if args.path:
         bounds = np.stack([geometry.vertices.min(0), geometry.vertices.max(0)])
-        return builtin_path(args.path, bounds, geometry.up, args.num_arcs or 1, args.fps)
-    path = read_cameras(args.cameras, args.cameras_up and f"+{args.cameras_up}", args.fps)
-    if args.frames:
-        first, _, last = args.frames.partition(":")
-        if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
-            raise InputError(f"--frames {args.frames} is not A:B, two frame numbers in order")
-        path = path.subset(int(first), int(last))
-    return to_arcs(path, args.num_arcs)
+        path = builtin_path(args.path, bounds, geometry.up, args.num_arcs or 1, args.fps or FPS)
+    else:
+        path = read_cameras(args.cameras, args.cameras_up and f"+{args.cameras_up}", args.fps or FPS)
+        if args.frames:
+            path = path.subset(*map(int, args.frames.split(":")))
+        path = to_arcs(path, args.num_arcs)
+    if path.size[0] * args.edge_size[1] != path.size[1] * args.edge_size[0]:
+        print("note: cameras are {}x{}, edges {}x{}: width of view kept".format(*path.size, *args.edge_size))
+    lens = path.intrinsics(*args.edge_size)
+    return replace(path, focal=lens[:, :2], center=lens[:, 2:], size=args.edge_size)
 
 
-def result_arguments(args: argparse.Namespace) -> dict:
-    """What decides the arcs; how fast they are made does not."""
-    elsewhere = {"output", "threads", "preview", "overwrite", "scene", "cameras"}
-    chosen = {key: value for key, value in vars(args).items() if key not in elsewhere}
-    folder = args.cameras and args.cameras.is_dir()  # a COLMAP model
-    files = sorted(args.cameras.glob("*.*")) if folder else [args.cameras] if args.cameras else []
+def check_arguments(args: argparse.Namespace) -> None:
+    """Whatever can be refused without reading a file."""
+    elements_per_cell(args.map_size, args.latent_size)
+    check_edge_detector(args.edges)
+    (width, height), (map_width, map_height) = args.edge_size, args.map_size
+    if min(args.edge_size) < SMALLEST_EDGES:
+        raise InputError(f"--edge_size {width}x{height}: at least {SMALLEST_EDGES} pixels a side are needed")
+    if abs(width * map_height / height - map_width) > 1:
+        raise InputError(
+            f"--edge_size {width}x{height} and --map_size {map_width}x{map_height} differ in aspect ratio"
+        )
+    if bool(args.cameras) == bool(args.path):
+        raise InputError("give either --cameras FILE or --path orbit|dolly|flythrough")
+    if args.path and (args.frames or args.cameras_up):
+        raise InputError("--frames and --cameras_up go with --cameras, not with --path")
+    if args.frames and not re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", args.frames):
+        raise InputError(f"--frames {args.frames} is not A:B, two frame numbers in order")
+    for given, own in ((args.scene, SCENE_FILE), (args.cameras, CAMERAS_FILE)):
+        if given and given.resolve() == (args.output / own).resolve():
+            raise InputError(f"{given} would be replaced by the one that is written; choose another --output")
+
+
+def result_arguments(args: argparse.Namespace, geometry: Geometry, path: CameraPath) -> dict:
+    """What decides the arcs: flags, and mesh and path by content, whatever file they came from."""
+    chosen = {key: getattr(args, key) for key in ("edges", "edge_size", "map_size", "latent_size", "no_sky", "seed")}
     return chosen | {
-        "scene": args.scene.name,
-        "scene_sha256": files_sha256([args.scene]),
-        "cameras_sha256": files_sha256(files),
+        "scene_sha256": _sha256(geometry.vertices, geometry.faces, geometry.components, geometry.smooth),
+        "cameras_sha256": _sha256(path.c2w, path.focal, path.center),
     }
+
+
+def _sha256(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def main() -> None:
     args = parse_args()
-    elements_per_cell(args.map_size, args.latent_size)
-    check_edge_detector(args.edges)
+    check_arguments(args)
     geometry = load_geometry(args.scene, args.scene_up and f"+{args.scene_up}")
     path = load_path(args, geometry)
     geometry = turn(geometry, path.up)
-    run = open_run(args.output, result_arguments(args), overwrite=args.overwrite, owned=OWNED, manifest_name=MANIFEST)
-    caster = RayCaster(geometry)
-    found = survey(caster, make_views(path, args.map_size))
-    for warning in found.warnings:
-        print(f"warning: {warning}")
-    if not run.finished:
-        make_scene(args, geometry, caster, path, found, run)
+    for kind, count in geometry.dropped.items():
+        if count:
+            print(f"note: {count} {kind} faces of {args.scene} are left out")
+    arguments = result_arguments(args, geometry, path)
+    run = open_run(args.output, arguments, overwrite=args.overwrite, owned=OWNED, manifest_name=MANIFEST)
+    arcs = [Arc(i, args.output / f"arc{i}") for i in range(count_arcs(len(path.c2w)))]
+    if run.finished and all(arc.folder.is_dir() for arc in arcs):
+        print(f"{args.output} is finished")
+    else:
+        make_scene(args, geometry, path, arcs, run)
     if args.preview:
-        write_preview(args.output, geometry, path, args.fps)
+        write_preview(args.output, geometry, path, args.fps or path.fps)
     print(args.output)
 
 
-def make_scene(
-    args: argparse.Namespace, geometry: Geometry, caster: RayCaster, path: CameraPath, found: Survey, run: Run
-) -> None:
+def make_scene(args: argparse.Namespace, geometry: Geometry, path: CameraPath, arcs: list[Arc], run: Run) -> None:
     """Write every arc that is not there yet, and the scene and cameras as they were used."""
-    arcs = [Arc(i, args.output / f"arc{i}") for i in range(count_arcs(len(path.c2w)))]
-    run.begin(faces=len(geometry.faces), dropped_faces=geometry.dropped, warnings=found.warnings)
+    caster = RayCaster(geometry)
+    views = make_views(path, args.edge_size), make_views(path, args.map_size)
+    found = survey(caster, views[1])
+    for warning in found.warnings:
+        print(f"warning: {warning}")
+    draw = edge_drawer(args.edges, geometry, caster, found.typical_depth)
+    run.begin(flags=vars(args), faces=len(geometry.faces), dropped_faces=geometry.dropped, warnings=found.warnings)
     write_glb(args.output / SCENE_FILE, geometry)
     write_transforms(args.output / CAMERAS_FILE, path)
-    views = make_views(path, args.edge_size), make_views(path, args.map_size)
-    draw = edge_drawer(args.edges, geometry, caster, found.typical_depth)
     statistics = run.manifest.get("arcs", {})
     with (
         ThreadPoolExecutor(args.threads) as pool,
@@ -138,7 +171,8 @@ def edge_drawer(
 ) -> Callable[[View], np.ndarray]:
     """A function that draws the soft edges of a view, uint8 [H, W, 3]."""
     if name == "hed":
-        return lambda view: hed_edges(shade(caster, view))
+        detect = edge_detector(name)
+        return lambda view: detect(shade(caster, view))
     scene = make_line_scene(geometry, caster)
     return lambda view: soften(find_lines(scene, view), typical_depth)
 
@@ -174,9 +208,12 @@ def make_arc(
         )
         write_noise(partial.noise_path(args.latent_size), noise)
     return {
+        # Of the last frame's pixels, those whose point the first frame shows, too: sky included, and surfaces alone.
         "covisible_share": round(float(found[-1].visible.mean()), 4),
-        "occluded_share": round(float(np.mean([(one.hit & ~one.visible).mean() for one in found[:-1]])), 4),
-        "edge_density": round(float(np.mean(density)), 4),
+        "covisible_surface_share": round(float((found[-1].visible & found[-1].hit).mean()), 4),
+        # Between latent frames: surfaces that were in the picture before, but hidden.
+        "occluded_share": round(float(np.mean([one.occluded.mean() for one in found[:-1]])), 4),
+        "edge_density": round(float(np.mean(density)), 4),  # pixels above 127
     }
 
 

@@ -22,11 +22,12 @@ from models.weights import (
     add_weight_flags,
     load_preset,
     locate,
+    require_same_weights,
     resolve_device,
     weight_hashes,
 )
 from utils.arcs import checkpoint_lora_paths, find_checkpoints
-from utils.cli import InputError, Parser, folder_name, positive_int, run_script, seed
+from utils.cli import InputError, Parser, folder_name, positive_float, positive_int, run_script, seed
 from utils.edges import edge_detector
 from utils.images import plot_curve, write_image
 from utils.references import Reference, load_references
@@ -46,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     add("--edges", choices=["hed", "lines"], help="edge detector (default: hed for full, lines for tiny weights)")
     add("--max_train_steps", type=positive_int, default=600, help="optimizer steps; may be raised later to go on")
     add("--checkpointing_steps", type=positive_int, default=100, help="steps between checkpoints")
-    add("--learning_rate", type=float, default=1e-4, help="constant learning rate of AdamW")
+    add("--learning_rate", type=positive_float, default=1e-4, help="constant learning rate of AdamW")
     add("--rank", type=positive_int, default=16, help="LoRA rank")
     add("--resolution", type=positive_int, help="long side of training crops in pixels (default: the weights' preset)")
     add("--train_batch_size", type=positive_int, default=1, help="crops per process and step")
@@ -59,13 +60,21 @@ def parse_args() -> argparse.Namespace:
     add("--resume_from_checkpoint", default="latest", help="latest, a step such as 300, or none to start again")
     add("--output_dir", type=Path, default=Path("loras"), help="folder of all LoRAs")
     add("--overwrite", action="store_true", help="replace a LoRA of this name that was trained with other arguments")
-    add_weight_flags(parser, FLUX_STAGE, dtype=False)
+    add_weight_flags(parser, FLUX_STAGE)
     return parser.parse_args()
 
 
 def result_arguments(args: argparse.Namespace) -> dict:
     """What decides the weights: arguments, and pictures by their content. How far and where to train does not."""
-    elsewhere = {"max_train_steps", "checkpointing_steps", "report_to", "resume_from_checkpoint", "output_dir"}
+    elsewhere = {
+        "max_train_steps",
+        "checkpointing_steps",
+        "report_to",
+        "resume_from_checkpoint",
+        "output_dir",
+        "path_image",
+        "path_edges",
+    }
     chosen = {key: value for key, value in vars(args).items() if key not in elsewhere | {"overwrite", "device"}}
     return chosen | {"pictures_sha256": files_sha256([*args.path_image, *args.path_edges])}
 
@@ -101,6 +110,8 @@ def main() -> None:
     preset = load_preset(args.weights)
     args.resolution = args.resolution or preset.resolution
     args.edges = args.edges or preset.edges
+    args.dtype = args.dtype or PRECISION[args.mixed_precision]
+    args.prompt = args.prompt or [""] * len(args.path_image)
     if args.resolution % preset.training_multiple:
         raise InputError(
             f"--resolution {args.resolution}: these weights need a multiple of {preset.training_multiple}"
@@ -110,6 +121,7 @@ def main() -> None:
     run = open_run(args.output_dir / args.pfix, result_arguments(args), overwrite=args.overwrite)
     first_step = resume_step(args, run)
     if first_step >= args.max_train_steps:
+        require_same_weights(run, args, preset, FLUX_STAGE)
         print(f"{run.folder} is finished at step {first_step}; raise --max_train_steps to train on")
         return
     device = resolve_device(args.device)
@@ -144,7 +156,7 @@ def train(
         # The text output of the ControlNet's last block is unused, so its LoRA never gets a gradient.
         kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    dtype, device = DTYPES[PRECISION[args.mixed_precision]], accelerator.device
+    dtype, device = DTYPES[args.dtype], accelerator.device
     prompts = [reference.prompt for reference in references]
     texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, preset.max_sequence_length)
     models, loras = load_trainable(paths, device, dtype, args.rank, args.seed)
@@ -192,7 +204,7 @@ def backward(args, preset: Preset, references, step: int, accelerator, objective
     for micro in range(args.gradient_accumulation_steps):
         items = range(rank * size, (rank + 1) * size)
         batch = draw_batch(references, (args.seed, step, micro), items, args.resolution, preset.training_multiple)
-        sample, text = batch_flow_sample(models, batch), stack_texts([texts[prompt] for prompt in batch.prompts])
+        sample, text = batch_flow_sample(models, batch), stack_texts([texts[batch.prompt]] * len(batch.t))
         with accelerator.accumulate(objective):
             loss = objective(sample, text, batch.control)
             accelerator.backward(loss)

@@ -16,6 +16,7 @@ from models.weights import (
     add_weight_flags,
     load_preset,
     locate,
+    require_same_weights,
     resolve_device,
     use_offload,
     weight_hashes,
@@ -32,11 +33,22 @@ from utils.arcs import (
     pad_prompts,
     warped_path,
 )
-from utils.cli import InputError, Parser, folder_name, non_negative_int, positive_int, run_script, seed_or_draw
+from utils.cli import (
+    InputError,
+    Parser,
+    finite_float,
+    folder_name,
+    non_negative_int,
+    positive_int,
+    run_script,
+    seed_or_draw,
+)
 from utils.correspondence import read_map
 from utils.edges import resize_edges
 from utils.images import contact_sheet, read_image, write_image
 from utils.runs import Run, draw_seed, files_sha256, find_unfinished, open_run
+
+OWNED = ("image_*.png", "warped_x_*.png", "mask_*.png", "contact_sheet.png", "run.json")
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,7 +58,12 @@ def parse_args() -> argparse.Namespace:
     add("--pfix", type=folder_name, required=True, metavar="NAME", help="name of the LoRA")
     add("--epoch", type=positive_int, default=400, help="training step of the LoRA's checkpoint")
     add("--loras", type=Path, default=Path("loras"), help="folder of all LoRAs")
-    add("--lora_weight", type=float, default=1.0, help="multiplies both LoRA factors: the strength is its square")
+    add(
+        "--lora_weight",
+        type=finite_float,
+        default=1.0,
+        help="multiplies both LoRA factors: the strength is its square",
+    )
     add(
         "--prompt",
         nargs="+",
@@ -56,10 +73,10 @@ def parse_args() -> argparse.Namespace:
     add("--neg_prompt", default="", help="negative prompt; equal prompts make true CFG a no-op, which is skipped")
     add("--num_steps", type=positive_int, default=25, help="denoising steps; the ControlNet acts on the first 25")
     add("--num_replacement", type=non_negative_int, default=12, help="steps guided by the warped previous anchor")
-    add("--guidance", type=float, default=4.0, help="distilled guidance scale of FLUX.1-dev")
-    add("--true_gs", type=float, default=3.5, help="scale of true classifier-free guidance")
+    add("--guidance", type=finite_float, default=4.0, help="distilled guidance scale of FLUX.1-dev")
+    add("--true_gs", type=finite_float, default=3.5, help="scale of true classifier-free guidance")
     add("--timestep_to_start_cfg", type=non_negative_int, default=1, help="first step with true CFG")
-    add("--control_weight", type=float, default=0.8, help="strength of the edge ControlNet")
+    add("--control_weight", type=finite_float, default=0.8, help="strength of the edge ControlNet")
     add(
         "--seed",
         type=seed_or_draw,
@@ -111,7 +128,8 @@ def open_anchor_run(args: argparse.Namespace, arguments: dict) -> Run:
         args.seed = draw_seed() if unfinished is None else unfinished
         print(f"seed {args.seed}" + ("" if unfinished is None else ", continuing an unfinished run"))
     name = anchor_run_name(args.pfix, args.prompt, args.epoch, args.seed, args.num_replacement)
-    return open_run(parent / name, arguments | {"seed": args.seed}, overwrite=args.overwrite)
+    # Videos of these anchors are folders of their own, which stay when the anchors are drawn anew.
+    return open_run(parent / name, arguments | {"seed": args.seed}, overwrite=args.overwrite, owned=OWNED)
 
 
 def main() -> None:
@@ -125,6 +143,7 @@ def main() -> None:
     device = resolve_device(args.device)
     run = open_anchor_run(args, result_arguments(args, scene, size, lora_files))
     if run.finished:
+        require_same_weights(run, args, preset, FLUX_STAGE)
         print(f"{run.folder} is finished")
         return
     paths = locate(args, preset, FLUX_STAGE)

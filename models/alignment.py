@@ -62,25 +62,26 @@ class Batch:
     noise: torch.Tensor
     eps: torch.Tensor
     t: torch.Tensor
-    prompts: list[str]
+    prompt: str
 
 
 def draw_batch(
     references: Sequence[Reference], step_seed: Sequence[int], items: Iterable[int], resolution: int, multiple: int
 ) -> Batch:
-    """The batch of one step: its aspect comes from `step_seed`, everything else from `step_seed` and the item's
-    number.
+    """The batch of one step: crops of one reference at one size, with noise and timesteps of their own.
 
-    items: numbers in the global batch. No state is carried from step to step, so a resumed run, and a run on more
-    processes, draws what an uninterrupted run on one would have drawn.
+    items: numbers in the global batch. The reference and the size depend on `step_seed` alone, an item on `step_seed`
+    and its number. No state is carried from step to step: a resumed run draws what an uninterrupted one would have
+    drawn, and so do several processes that share a global batch.
     """
-    size = crop_size(draw_aspect(references[0], np.random.default_rng(step_seed)), resolution, multiple)
+    step_rng = np.random.default_rng(step_seed)
+    reference = references[step_rng.integers(len(references))]
+    size = crop_size(draw_aspect(reference, step_rng), resolution, multiple)
     latent_shape = (1, 16, size[1] // 8, size[0] // 8)
     schedule = training_schedule()
-    columns: list[list] = [[] for _ in range(6)]
+    columns: list[list] = [[] for _ in range(5)]
     for item in items:
         rng = np.random.default_rng([*step_seed, item])
-        reference = references[rng.integers(len(references))]
         image, edges = draw_crop(reference, size, rng)
         noise, eps = (draw_noise(latent_shape, derive_seed(*step_seed, item, purpose)) for purpose in (1, 2))
         values = (
@@ -90,9 +91,9 @@ def draw_batch(
             eps,
             schedule[rng.integers(len(schedule))][None],
         )
-        for column, value in zip(columns, (*values, reference.prompt), strict=True):
+        for column, value in zip(columns, values, strict=True):
             column.append(value)
-    return Batch(*(torch.cat(column) for column in columns[:5]), prompts=columns[5])
+    return Batch(*(torch.cat(column) for column in columns), prompt=reference.prompt)
 
 
 @torch.no_grad()

@@ -54,9 +54,10 @@ class Shards(Mapping[str, torch.Tensor]):
         with safe_open(self._file_of[key], "pt") as handle:
             return handle.get_tensor(key).clone()  # a clone lets go of the memory map
 
-    def shape(self, key: str) -> tuple[torch.Size, torch.dtype]:
+    def empty_like(self, key: str) -> torch.Tensor:
+        """A tensor of the same shape and dtype on the meta device."""
         with safe_open(self._file_of[key], "pt") as handle:
-            return handle.get_slice(key).get_shape(), handle.get_tensor(key).dtype
+            return torch.empty_like(handle.get_tensor(key), device="meta")  # the memory map is not read for this
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -69,11 +70,7 @@ def merge_ggi(source: Path, target: Path, max_shard_size: int = 2**30) -> None:
     """Merge the LoRA of `source` shard by shard; no more than one output shard (bytes) is in memory at a time."""
     config = read_json(source / "config.json")
     shards = Shards(source)
-    with torch.device("meta"):
-        plan = {}
-        for name in merged_names(shards):
-            shape, dtype = shards.shape(name if name in shards else with_base(name))
-            plan[name] = torch.empty(shape, dtype=dtype)
+    plan = {name: shards.empty_like(name if name in shards else with_base(name)) for name in merged_names(shards)}
     build_empty(
         CogVideoXTransformer3DModel, *ggi_transformer(config, plan)
     )  # refuse wrong keys before writing anything

@@ -15,6 +15,7 @@ from models.latents import posterior_sample, token_positions
 
 TRAINING_STEPS, TRAINING_TOKENS = 999, 4096  # schedule from which training draws its timesteps
 CONTROL_STEPS = 25  # the ControlNet acts on the first 25 steps only
+CONTROL_RESIDUALS = 2  # how many of its residuals are used; the reference has this number fixed
 
 
 @dataclass
@@ -130,7 +131,7 @@ def velocity(
     residuals = None
     if control_weight:
         samples = control_residuals(models, tokens, timestep, text, control, guidance)
-        residuals = [control_weight * sample for sample in samples]
+        residuals = [control_weight * sample for sample in samples[:CONTROL_RESIDUALS]]
     return models.transformer(
         controlnet_block_samples=residuals,
         controlnet_blocks_repeat=True,  # XLabs: residual k mod 2 is added after double block k

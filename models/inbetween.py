@@ -99,6 +99,8 @@ class CogVideoXInbetweenPipeline(CogVideoXImageToVideoPipeline):
             )
         if torch.equal(prompt_embeds, negative_prompt_embeds):
             guidance_scale = 1.0
+        device, dtype = self._execution_device, self.transformer.dtype
+        prompt_embeds, negative_prompt_embeds = (e.to(device, dtype) for e in (prompt_embeds, negative_prompt_embeds))
         scale = self.vae_scale_factor_spatial
         self._conditions = conditions
         try:

@@ -15,6 +15,7 @@ import transformers
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
     FluxControlNetModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -99,7 +100,8 @@ def encode_flux_prompts(
         for prompt in dict.fromkeys(prompts):
             tokens, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=max_length)
             texts[prompt] = Text(tokens.cpu(), pooled.cpu())
-    _free(pipeline)
+    del pipeline
+    _collect()
     return texts
 
 
@@ -113,7 +115,8 @@ def encode_video_prompts(
             prompt: pipeline.encode_prompt(prompt, None, False, max_sequence_length=max_length)[0].cpu()
             for prompt in dict.fromkeys(prompts)
         }
-    _free(pipeline)
+    del pipeline
+    _collect()
     return embeds
 
 
@@ -147,6 +150,7 @@ def load_inbetween(
     pipeline = load_pipeline(
         "cogvideox_text", CogVideoXInbetweenPipeline, paths["cogvideox_text"], dtype, **networks, **no_text
     )
+    pipeline.scheduler = CogVideoXDDIMScheduler.from_config(pipeline.scheduler.config)  # whatever the repository names
     pipeline.vae.enable_slicing()
     if tiling:
         pipeline.vae.enable_tiling()
@@ -158,9 +162,8 @@ def load_inbetween(
     return pipeline
 
 
-def _free(pipeline: diffusers.DiffusionPipeline) -> None:
-    pipeline.to("cpu")
-    del pipeline
+def _collect() -> None:
+    """Give memory back after the last reference to a network was dropped."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

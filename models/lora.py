@@ -48,6 +48,12 @@ def check_lora(path: Path, config: Mapping) -> dict[str, torch.Tensor]:
         raise InputError(f"{path} is not a LoRA of this project: {error}") from error
     if not state:
         raise InputError(f"{path} holds no LoRA")
+    require_fit(path, state, config)
+    return state
+
+
+def require_fit(source: object, state: Mapping[str, torch.Tensor], config: Mapping) -> None:
+    """Raise InputError unless `state` (peft's names) is a whole LoRA for a model of this config."""
     rank = next(tensor.shape[0] for key, tensor in state.items() if "lora_A" in key)
     wanted = {}
     for name, (features, out) in lora_targets(config).items():
@@ -56,10 +62,9 @@ def check_lora(path: Path, config: Mapping) -> dict[str, torch.Tensor]:
         found = tuple(state[key].shape) if key in state else None
         if found != wanted.get(key):
             raise InputError(
-                f"{path} does not fit these weights: {key} is {found or 'missing'}, the model needs "
+                f"{source} does not fit these weights: {key} is {found or 'missing'}, the model needs "
                 f"{wanted.get(key) or 'no such layer'}; was it trained on other weights?"
             )
-    return state
 
 
 def add_lora(model: FluxModel, rank: int) -> list[torch.nn.Parameter]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from utils.cli import InputError
-from utils.runs import file_sha256, read_json
+from utils.runs import Run, file_sha256, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "checkpoints"  # <name>/preset.json beside each weight set
@@ -39,7 +39,7 @@ COMPONENTS = {
 }
 FLUX_STAGE = ("flux_transformer", "flux_vae", "flux_text", "controlnet")
 GGI_STAGE = ("cogvideox_vae", "cogvideox_text")
-CAPTION_MODEL = "Salesforce/blip2-opt-2.7b"
+CAPTION_MODEL, CAPTION_FILES = "Salesforce/blip2-opt-2.7b", ["*.json", "*.safetensors", "*.txt"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +84,13 @@ def _make_tiny(folder: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             print("making the tiny weights (once) …", file=sys.stderr, flush=True)
-            subprocess.run([sys.executable, "-m", "synthetic.init_tiny"], cwd=ROOT, check=True, capture_output=True)
+            line = [sys.executable, "-m", "synthetic.init_tiny", "--output", str(folder)]
+            made = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+            if made.returncode:
+                raise InputError(f"the tiny weights cannot be made: {made.stderr.strip().splitlines()[-1:]}")
 
 
-def add_weight_flags(parser: argparse.ArgumentParser, components: Iterable[str], *, dtype: bool = True) -> None:
+def add_weight_flags(parser: argparse.ArgumentParser, components: Iterable[str]) -> None:
     """--weights, --device, --dtype, and one flag per component and per repository that components come from."""
     components = tuple(components)
     group = parser.add_argument_group("weights")
@@ -101,12 +104,10 @@ def add_weight_flags(parser: argparse.ArgumentParser, components: Iterable[str],
                 f"--{name}", metavar="REPO|PATH", help=f"another {name}; overrides --{source} for this part"
             )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
-    if not dtype:
-        return
     group.add_argument(
         "--dtype",
         choices=["bfloat16", "float16", "float32"],
-        help="precision of the networks (default: bfloat16 for full, float32 for tiny)",
+        help="precision of the networks (default: bfloat16 for full, float32 for tiny; in training --mixed_precision)",
     )
 
 
@@ -120,6 +121,10 @@ def resolve_device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return "cpu"
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise InputError(f"--device {name}: this machine has no such CUDA device; use --device cpu")
     return name
@@ -178,11 +183,15 @@ def _cached(name: str, source: str) -> Path | None:
         path = try_to_load_from_cache(repo, file)
         return Path(path) if isinstance(path, str) else None
     try:
-        folder = Path(snapshot_download(repo, local_files_only=True))
+        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=_patterns(name)))
     except LocalEntryNotFoundError:
         return None
-    patterns = COMPONENTS[name][2] if name in COMPONENTS else ["*.json", "*.safetensors"]
-    return folder if is_whole(folder, patterns) else None
+    return folder if is_whole(folder, _patterns(name)) else None
+
+
+def _patterns(name: str) -> list[str]:
+    """Files of a repository that a component needs."""
+    return COMPONENTS[name][2] if name in COMPONENTS else CAPTION_FILES
 
 
 def is_whole(folder: Path, patterns: Iterable[str]) -> bool:
@@ -242,8 +251,7 @@ def _fetch(name: str, source: str) -> Path:
     repo, file = _split_repo(source)
     if file:
         return Path(hf_hub_download(repo, file))
-    patterns = COMPONENTS[name][2] if name in COMPONENTS else None
-    return Path(snapshot_download(repo, allow_patterns=patterns))
+    return Path(snapshot_download(repo, allow_patterns=_patterns(name)))
 
 
 def component_folder(name: str, path: Path) -> Path:
@@ -256,8 +264,19 @@ def weight_hashes(paths: dict[str, Path]) -> dict[str, dict[str, str]]:
     """{component: {file: sha256}} of the weight files of each component, for the manifest."""
     hashes = {}
     for name, path in paths.items():
-        patterns = COMPONENTS[name][2] if name in COMPONENTS else ["*.safetensors"]
-        root = path.parent if path.is_file() else path
-        files = [path] if path.is_file() else [f for pattern in patterns for f in sorted(path.glob(pattern))]
-        hashes[name] = {str(f.relative_to(root)): file_sha256(f) for f in files if f.suffix == ".safetensors"}
+        folder = component_folder(name, path) if name in COMPONENTS else path
+        pattern = "text_encoder*/*.safetensors" if name.endswith("_text") else "*.safetensors"
+        files = [folder] if folder.is_file() else sorted(folder.glob(pattern))
+        root = folder.parent if folder.is_file() else folder
+        hashes[name] = {str(file.relative_to(root)): file_sha256(file) for file in files}
     return hashes
+
+
+def require_same_weights(run: Run, args: argparse.Namespace, preset: Preset, components: Iterable[str]) -> None:
+    """Raise InputError when local weights have changed since the finished run was made with them."""
+    sources = {name: Path(_source(args, preset, name)) for name in components}
+    now = weight_hashes({name: path for name, path in sources.items() if path.exists()})
+    before = run.manifest.get("weights", {})
+    changed = [name for name in now if now[name] != before.get(name)]
+    if changed:
+        raise InputError(f"{run.folder} was made with other weights ({', '.join(changed)}); pass --overwrite")

@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from models import keymaps
 from models.convert import MODEL_KINDS, build_empty
 from models.flux import anchor_schedule, shifted_schedule
-from models.lora import add_lora, lora_state
-from tests.parity_models import ggi_cases, image_cases, training_steps
+from models.lora import add_lora, lora_state, require_fit
+from tests.parity_models import formula_image, ggi_cases, image_cases, largest, training_steps
 from utils import arcs
 from utils.cli import InputError, Parser, run_script
 from utils.correspondence import gather_indices, latent_mask, read_map, resize_map, unreliable_mask, warp_image
@@ -80,12 +80,6 @@ def sha256(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def formula_image(height: int, width: int, a: int, b: int, c: int, off: int) -> np.ndarray:
-    """The deterministic test image (a x + b y + c ch + off) mod 256, uint8 [H, W, 3]."""
-    y, x, ch = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
-    return ((a * x + b * y + c * ch + off) % 256).astype(np.uint8)
-
-
 def correspondence(golden: Golden, item: Path) -> Iterator[Check]:
     manifest = json.loads((item / "manifest.json").read_text())
     for entry in manifest.get("warp", []):
@@ -93,13 +87,22 @@ def correspondence(golden: Golden, item: Path) -> Iterator[Check]:
         if path is None:
             yield Check(entry["name"], "warp", None, EXACT)
             continue
-        yield from _warp(entry, read_map(path), item)
+        yield from _checks(entry["name"], lambda: _warp(entry, read_map(path), item))  # noqa: B023
     for entry in manifest.get("noise", []):
         path = golden.named(entry["colorcode"], item)
         if path is None:
             yield Check(entry["name"], "flow", None, EXACT)
             continue
-        yield from _flow(entry, read_map(path), item)
+        yield from _checks(entry["name"], lambda: _flow(entry, read_map(path), item))  # noqa: B023
+
+
+def _checks(case: str, rows: Callable[[], Iterable[Check]]) -> Iterator[Check]:
+    """The checks of one case; a case that raises counts as failed, and the others still run."""
+    try:
+        yield from rows()
+    except Exception:
+        traceback.print_exc()
+        yield Check(case, "raised", float("inf"), EXACT)
 
 
 def _warp(entry: dict, code: np.ndarray, item: Path) -> Iterator[Check]:
@@ -145,14 +148,7 @@ def schedules(golden: Golden, item: Path) -> Iterator[Check]:
             found = anchor_schedule(entry["num_steps"], width, height)
         else:
             found = shifted_schedule(entry["num_steps"], entry["image_seq_len"])
-        yield Check(name, "timesteps", difference(found, torch.tensor(entry["timesteps"])), 1e-6)
-
-
-def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest absolute difference; inf for another shape."""
-    if found.shape != wanted.shape:
-        return float("inf")
-    return (found.double() - wanted.double()).abs().max().item()
+        yield Check(name, "timesteps", largest(found, torch.tensor(entry["timesteps"])), 1e-6)
 
 
 def noise_mixes(golden: Golden, item: Path) -> Iterator[Check]:
@@ -162,30 +158,33 @@ def noise_mixes(golden: Golden, item: Path) -> Iterator[Check]:
             if match := re.fullmatch(r"mixed_alpha_([\d.]+)(_bf16)?", key):
                 found = blend_noise(tensors["noise_background"], tensors["noise_foreground"], float(match[1]))
                 found = found.to(wanted.dtype)
-                yield Check(file.stem, key, difference(found, wanted), 1e-6)
+                yield Check(file.stem, key, largest(found, wanted), 1e-6)
 
 
 def inventories(golden: Golden, item: Path) -> Iterator[Check]:
     """Every key of a whole-size checkpoint, consumed with the right shape on the meta device."""
     for file in sorted(item.glob("*.json")):
         entry = json.loads(file.read_text())
-        tensors = {key: torch.empty(shape, device="meta") for key, shape in entry["tensors"].items()}
-        if any(".processor." in key for key in tensors):
-            yield Check(file.stem, "keys", _lora_errors(tensors), EXACT)
-            continue
-        if "config" in entry:
-            cls, (config, state) = CogVideoXTransformer3DModel, keymaps.ggi_transformer(entry["config"], tensors)
-        else:
-            kind = "autoencoder" if "ae_params" in entry else "controlnet" if "controlnet_depth" in entry else "flux"
-            cls, convert, params = MODEL_KINDS[kind]
-            config, state = convert(tensors, entry.get(params))
-        model = build_empty(cls, config, state)  # raises on a missing, unexpected or misshapen key
-        model.load_state_dict(state, strict=True, assign=True)
-        yield Check(file.stem, "keys", EXACT, EXACT)
+        yield from _checks(file.stem, lambda: [Check(file.stem, "keys", _inventory(entry), EXACT)])  # noqa: B023
+
+
+def _inventory(entry: dict) -> float:
+    """Number of wrong keys of one checkpoint; raises on a missing, unexpected or misshapen one."""
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in entry["tensors"].items()}
+    if any(".processor." in key for key in tensors):
+        return _lora_errors(tensors)
+    if "config" in entry:
+        cls, (config, state) = CogVideoXTransformer3DModel, keymaps.ggi_transformer(entry["config"], tensors)
+    else:
+        kind = "autoencoder" if "ae_params" in entry else "controlnet" if "controlnet_depth" in entry else "flux"
+        cls, convert, params = MODEL_KINDS[kind]
+        config, state = convert(tensors, entry.get(params))
+    build_empty(cls, config, state).load_state_dict(state, strict=True, assign=True)
+    return EXACT
 
 
 def _lora_errors(tensors: dict[str, torch.Tensor]) -> float:
-    """Keys or shapes in which our own LoRA on a model of that size differs."""
+    """Keys or shapes in which the LoRA of a model of that size differs, read by our loader or written by our saver."""
     rank, hidden = tensors["double_blocks.0.processor.qkv_lora1.down.weight"].shape
     count = lambda kind: 1 + max((int(k.split(".")[1]) for k in tensors if k.startswith(kind)), default=-1)  # noqa: E731
     doubles, singles = count("double_blocks"), count("single_blocks")
@@ -194,6 +193,7 @@ def _lora_errors(tensors: dict[str, torch.Tensor]) -> float:
         model = cls(
             num_layers=doubles, num_single_layers=singles, attention_head_dim=hidden // 2, num_attention_heads=2
         )
+        require_fit("the inventory", keymaps.lora_to_peft(tensors), model.config)
         add_lora(model, rank)
     found = {key: tensor.shape for key, tensor in lora_state(model).items()}
     wanted = {key: tensor.shape for key, tensor in tensors.items()}

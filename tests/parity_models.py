@@ -4,7 +4,8 @@ Each generator yields (case, quantity, error, tolerance); error None means that 
 """
 
 import json
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +46,26 @@ def largest(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return (found.detach().double() - wanted.double()).abs().max().item()
 
 
+def formula_image(height: int, width: int, a: int, b: int, c: int, off: int) -> np.ndarray:
+    """The deterministic test image (a x + b y + c ch + off) mod 256, uint8 [H, W, 3]."""
+    y, x, ch = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
+    return ((a * x + b * y + c * ch + off) % 256).astype(np.uint8)
+
+
 def off_by_more_than_one(found: np.ndarray, wanted: torch.Tensor) -> float:
     if found.shape != tuple(wanted.shape):
         return float("inf")
     return float((np.abs(found.astype(int) - wanted.numpy()) > 1).mean())
+
+
+def guarded(case: str, rows: Callable[[], Iterable[tuple]]) -> Iterator[Row]:
+    """Rows of one case under its name. A case that raises counts as failed, and the others still run."""
+    try:
+        for row in rows():
+            yield case, *row
+    except Exception:
+        traceback.print_exc()
+        yield case, "raised", float("inf"), 0.0
 
 
 def metadata(path: Path) -> dict:
@@ -68,6 +85,8 @@ def load_models(golden, lora: bool, lora_weight: float = 1.0) -> FluxModels | No
             found["autoencoder"] = path
         elif "flux_params" in keys:
             found["controlnet" if "controlnet_depth" in keys else "flux"] = path
+    if len(found) < 3:
+        return None
     models = FluxModels(*(load_reference_file(kind, found[kind]) for kind in ("flux", "controlnet", "autoencoder")))
     if lora:
         for model, name in ((models.transformer, "lora"), (models.controlnet, "controlnet.lora")):
@@ -87,8 +106,7 @@ def image_cases(golden, item: Path) -> Iterator[Row]:
         if models is None:
             yield path.stem, "image", None, LATENT
             continue
-        for quantity, error, tolerance in _image(golden, path, models, tensors, meta):
-            yield path.stem, quantity, error, tolerance
+        yield from guarded(path.stem, lambda: _image(golden, path, models, tensors, meta))  # noqa: B023
 
 
 def _image(golden, path: Path, models: FluxModels, wanted: dict, meta: dict) -> Iterator[tuple]:
@@ -115,7 +133,11 @@ def _image(golden, path: Path, models: FluxModels, wanted: dict, meta: dict) -> 
     first = control_residuals(
         models, pack(wanted["noise"]), wanted["timesteps"][0], positive, wanted["controlnet_cond"], meta["guidance"]
     )
-    yield "controlnet_residuals", largest(torch.cat(first), wanted["cn_res_step0_pos"]), LATENT
+    yield (
+        "controlnet_residuals",
+        largest(torch.cat(first)[: len(wanted["cn_res_step0_pos"])], wanted["cn_res_step0_pos"]),
+        LATENT,
+    )
 
     names = ("num_steps", "guidance", "true_gs", "timestep_to_start_cfg", "control_weight", "num_replacement")
     settings = AnchorSettings(**{name: meta[name] for name in names})
@@ -207,7 +229,7 @@ def _forward(models: FluxModels, wanted: dict, meta: dict) -> Iterator[tuple]:
     """Loss and everything before it; leaves gradients behind."""
     t = training_schedule()[meta["t_index"]][None]
     noise = unpack(wanted["x_0"], *wanted["ae_eps"].shape[-2:])
-    batch = Batch(wanted["image_in"], wanted["controlnet_cond"], noise, wanted["ae_eps"], t, [""])
+    batch = Batch(wanted["image_in"], wanted["controlnet_cond"], noise, wanted["ae_eps"], t, "")
     sample, text = batch_flow_sample(models, batch), Text(wanted["txt"], wanted["vec"])
     yield "t", largest(t, wanted["t"]), 1e-6
     yield "x_t", largest(sample.tokens, wanted["x_t"]), LATENT
@@ -216,7 +238,8 @@ def _forward(models: FluxModels, wanted: dict, meta: dict) -> Iterator[tuple]:
         residuals = control_residuals(models, sample.tokens, t, text, batch.control, meta["guidance"])
         prediction = velocity(models, sample.tokens, t, text, batch.control, guidance=meta["guidance"])
     for i, residual in enumerate(residuals):
-        yield f"cn_res_{i}", largest(residual, wanted[f"cn_res_{i}"]), LATENT
+        if f"cn_res_{i}" in wanted:
+            yield f"cn_res_{i}", largest(residual, wanted[f"cn_res_{i}"]), LATENT
     yield "model_pred", largest(prediction, wanted["model_pred"]), LATENT
     loss = FlowObjective(models)(sample, text, batch.control)
     loss.backward()
@@ -246,8 +269,7 @@ def _gradients(named: dict[str, dict], wanted: dict, meta: dict) -> Iterator[tup
 def ggi_cases(item: Path) -> Iterator[Row]:
     for folder in sorted(path.parent for path in item.glob("*/case.safetensors")):
         wanted, meta = load_file(folder / "case.safetensors"), json.loads((folder / "case.json").read_text())
-        for quantity, error, tolerance in _ggi(_pipeline(folder, meta), wanted, meta):
-            yield folder.name, quantity, error, tolerance
+        yield from guarded(folder.name, lambda: _ggi(_pipeline(folder, meta), wanted, meta))  # noqa: B023
 
 
 def _pipeline(folder: Path, meta: dict) -> CogVideoXInbetweenPipeline:
@@ -267,8 +289,6 @@ def _pipeline(folder: Path, meta: dict) -> CogVideoXInbetweenPipeline:
 
 
 def _ggi(pipe: CogVideoXInbetweenPipeline, wanted: dict, meta: dict) -> Iterator[tuple]:
-    from tests.parity import formula_image
-
     h, w = meta["h"], meta["w"]
     frames, shape = meta["frames"], wanted["noise"].shape
     edges = [formula_image(h, w, 2 + f % 5, 3, 31, 11 * f) for f in range(frames - 3)]
@@ -305,7 +325,9 @@ def _ggi(pipe: CogVideoXInbetweenPipeline, wanted: dict, meta: dict) -> Iterator
     hook.remove()
     yield "timesteps", largest(pipe.scheduler.timesteps, wanted["timesteps"]), 0.0
     if "noise_pred_uncond_cond" in wanted:
-        yield "noise_pred", largest(torch.stack(predictions), wanted["noise_pred_uncond_cond"]), LATENT
+        found = torch.stack(predictions)  # one branch where the second was left out, because prompts are equal
+        recorded = wanted["noise_pred_uncond_cond"]
+        yield "noise_pred", largest(found.expand_as(recorded) if found.shape[1] == 1 else found, recorded), LATENT
     yield "step_latents", largest(torch.cat(steps), wanted["step_latents"]), LATENT
     yield "final_latents", largest(latents, wanted["final_latents"]), LATENT
     with torch.no_grad():

@@ -280,9 +280,9 @@ def test_read_only_output(scene: Path, views: Path, loras: Path, picture: Path, 
     for folder in folders:
         folder.chmod(0o555)
     try:
-        refuse(*anchors(scene, loras), telling=(scene, "read-only", "--output_dir"))
-        refuse(*video(scene, views), telling=(views, "read-only", "--output_dir"))
-        refuse(*align(picture), telling=("out", "read-only", "--output_dir"))
+        refuse(*anchors(scene, loras), telling=(scene, "read-only", "write elsewhere"))
+        refuse(*video(scene, views), telling=(views, "read-only", "write elsewhere"))
+        refuse(*align(picture), telling=("out", "read-only", "write elsewhere"))
     finally:
         for folder in folders:
             folder.chmod(0o755)

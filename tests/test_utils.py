@@ -186,7 +186,7 @@ def test_a_global_batch_does_not_depend_on_who_draws_it():
     halves = [draw_batch(references, (7, 3, 0), items, 96, 16) for items in (range(2), range(2, 4))]
     for field in ("images", "control", "noise", "eps", "t"):
         assert torch.equal(getattr(whole, field), torch.cat([getattr(half, field) for half in halves]))
-    assert whole.prompts == halves[0].prompts + halves[1].prompts
+    assert whole.prompt == halves[0].prompt == halves[1].prompt
     other = draw_batch(references, (7, 4, 0), range(4), 96, 16)
     assert not torch.equal(whole.t, other.t)
 

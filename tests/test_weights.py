@@ -22,7 +22,15 @@ from transformers import (
     T5Tokenizer,
 )
 
-from models.loading import caption_image, component_config, encode_flux_prompts, load_flux, load_model
+from models.loading import (
+    caption_image,
+    component_config,
+    encode_flux_prompts,
+    encode_video_prompts,
+    load_flux,
+    load_inbetween,
+    load_model,
+)
 from models.weights import (
     FLUX_STAGE,
     GGI_STAGE,
@@ -131,7 +139,7 @@ def test_components_go_before_their_repository(tiny):
     located = locate(args, dataclasses.replace(tiny, flux=flux), FLUX_STAGE)
     assert located["flux_transformer"] == Path(own) and located["flux_vae"] == Path(own, "vae")
     hashes = weight_hashes(located)
-    assert set(hashes["flux_transformer"]) == {"transformer/diffusion_pytorch_model.safetensors"}
+    assert set(hashes["flux_transformer"]) == {"diffusion_pytorch_model.safetensors"}
     assert set(hashes["flux_text"]) == {"text_encoder/model.safetensors", "text_encoder_2/model.safetensors"}
 
 
@@ -166,6 +174,35 @@ def test_tiny_flux_in_bfloat16(tiny):
     texts = encode_flux_prompts(paths["flux_text"], ["", "a red house", ""], "cpu", torch.float32, 32)
     assert set(texts) == {"", "a red house"}
     assert texts[""].tokens.shape == (1, 32, 32) and not texts[""].same_as(texts["a red house"])
+
+
+class Reached(Exception):
+    """The transformer was called with all of its inputs on its own device."""
+
+
+def test_video_inputs_follow_the_transformer(tiny):
+    """Embeddings come from the CPU; a device that is another one must get them. (The meta device stands in for a GPU.)"""
+    paths = locate(parse(), tiny, GGI_STAGE)
+    pipe = load_inbetween(paths, Path(tiny.ggi_transformer), "meta", torch.bfloat16, tiling=False, offload=False)
+
+    def check(module, args, inputs):
+        tensors = [x for x in inputs.values() if torch.is_tensor(x)] + list(inputs["image_rotary_emb"])
+        assert {x.device.type for x in tensors} == {"meta"}
+        assert inputs["encoder_hidden_states"].dtype == torch.bfloat16
+        raise Reached
+
+    pipe.transformer.register_forward_pre_hook(check, with_kwargs=True)
+    conditions, noise = (torch.zeros(1, 13, c, 12, 18, device="meta") for c in (32, 16))
+    embeds = encode_video_prompts(paths["cogvideox_text"], ["a", ""], "cpu", torch.float32, 32)
+    with pytest.raises(Reached):
+        pipe(conditions, noise, embeds["a"], embeds[""], num_inference_steps=2)
+
+
+def test_the_scheduler_is_ddim(tiny):
+    paths = locate(parse(), tiny, GGI_STAGE)
+    pipe = load_inbetween(paths, Path(tiny.ggi_transformer), "cpu", torch.float32, tiling=False, offload=False)
+    assert type(pipe.scheduler).__name__ == "CogVideoXDDIMScheduler"
+    assert pipe.scheduler.config.prediction_type == "v_prediction" and pipe.scheduler.config.rescale_betas_zero_snr
 
 
 def tiny_blip2(folder: Path) -> None:

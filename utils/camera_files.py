@@ -10,6 +10,7 @@ position, look_at: metres; quaternion: x, y, z, w, camera-to-world, OpenGL camer
 for all keyframes or for each. Without `frame`, keyframes are 45 frames apart, which makes each of them an anchor.
 """
 
+import json
 import math
 import re
 from pathlib import Path
@@ -30,7 +31,6 @@ from utils.cameras import (
     make_path,
 )
 from utils.cli import InputError
-from utils.runs import read_json
 
 DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
 UNDISTORT = (
@@ -85,7 +85,7 @@ def _size(entry: dict, where: str) -> tuple[int, int]:
     return width, height
 
 
-def _world_up(data: dict, up: str | None, path: Path, default: str | None) -> str:
+def world_up(data: dict, up: str | None, path: Path, default: str | None) -> str:
     """The up axis that the file states, else `up`, else `default`. A contradiction is an error, not a choice."""
     stated = data.get("world_up")
     if stated is None:
@@ -111,9 +111,13 @@ def _fps(data: dict, fps: float, path: Path) -> float:
 def read_camera_json(path: Path, up: str | None, fps: float) -> CameraPath:
     """Read transforms.json or keyframes JSON, told apart by their keys."""
     try:
-        data = read_json(path)
+        data = json.loads(path.read_bytes().decode("utf-8-sig"))  # Windows editors put a byte-order mark in front
     except RecursionError as error:
         raise InputError(f"{path} is not valid JSON (nested too deeply)") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} must hold a JSON object")
     if "keyframes" in data:
         return _read_keyframes(path, data, up, fps)
     if "frames" in data:
@@ -122,6 +126,7 @@ def read_camera_json(path: Path, up: str | None, fps: float) -> CameraPath:
 
 
 def _read_transforms(path: Path, data: dict, up: str | None, fps: float) -> CameraPath:
+    _check_applied(path, data)
     entries = _entries(data, "frames", path)
     if all("frame" in entry for entry in entries):
         keyed = [(to_int(entry["frame"], f"{path}: 'frame'"), entry) for entry in entries]
@@ -139,7 +144,19 @@ def _read_transforms(path: Path, data: dict, up: str | None, fps: float) -> Came
         cameras.append(_transforms_camera({**data, **entry}, f"{path}: frame {number}"))
     size = one_size([camera[0] for camera in cameras], path)
     arrays = [np.array([camera[i] for camera in cameras]) for i in (1, 2, 3)]
-    return make_path(path, *arrays, size, _world_up(data, up, path, "+z"), numbers, _fps(data, fps, path))
+    return make_path(path, *arrays, size, world_up(data, up, path, "+z"), numbers, _fps(data, fps, path))
+
+
+def _check_applied(path: Path, data: dict) -> None:
+    """Refuse poses that nerfstudio has moved or scaled: the mesh, which it has not, would lie in another world."""
+    matrix = data.get("applied_transform", np.eye(4).tolist())
+    shape = (4, 4) if isinstance(matrix, list) and len(matrix) == 4 else (3, 4)
+    off = np.abs(to_numbers(matrix, shape, f"{path}: 'applied_transform'") - np.eye(*shape)).max()
+    if max(off, abs(to_number(data.get("applied_scale", 1), f"{path}: 'applied_scale'") - 1)) > 1e-6:
+        raise InputError(
+            f"{path}: by its 'applied_transform' or 'applied_scale' the cameras were moved away from their mesh; "
+            "undo that in every transform_matrix and remove the key, or use the cameras this file was made from"
+        )
 
 
 def _transforms_camera(entry: dict, where: str) -> tuple[tuple[int, int], np.ndarray, np.ndarray, list[float]]:
@@ -206,7 +223,7 @@ def _read_keyframes(path: Path, data: dict, up: str | None, fps: float) -> Camer
         _focal_of_angle(math.radians(to_number(_get({**data, **e}, "fov", n), f"{n}: 'fov'")), size[1], f"{n}: 'fov'")
         for n, e in zip(names, entries, strict=True)
     ]
-    world_up = _world_up(data, up, path, None)
+    up = world_up(data, up, path, None)
     for entry, name in zip(entries, names, strict=True):
         if ("look_at" in entry) == ("quaternion" in entry):
             raise InputError(f"{name}: give 'look_at' or 'quaternion', one of the two")
@@ -214,15 +231,15 @@ def _read_keyframes(path: Path, data: dict, up: str | None, fps: float) -> Camer
     if all("look_at" in entry for entry in entries):
         # Moving the target keeps the horizon level and what is looked at in the middle, between keyframes too.
         targets = smooth_curve(frames, _vectors(entries, names, "look_at", 3), numbers)
-        c2w = look_at(smooth_curve(frames, eyes, numbers), targets, UP_AXES[world_up], path)
+        c2w = look_at(smooth_curve(frames, eyes, numbers), targets, UP_AXES[up], path)
     else:
-        rotations = [_rotation(e, n, UP_AXES[world_up]) for n, e in zip(names, entries, strict=True)]
+        rotations = [_rotation(e, n, UP_AXES[up]) for n, e in zip(names, entries, strict=True)]
         c2w = np.tile(np.eye(4), (len(numbers), 1, 1))
         c2w[:, :3, :3] = RotationSpline(frames, Rotation.concatenate(rotations))(numbers).as_matrix()
         c2w[:, :3, 3] = smooth_curve(frames, eyes, numbers)
     focal = np.repeat(PchipInterpolator(frames, focal)(numbers)[:, None], 2, axis=1)
     center = np.tile([size[0] / 2, size[1] / 2], (len(numbers), 1))
-    return make_path(path, c2w, focal, center, size, world_up, numbers.tolist(), _fps(data, fps, path))
+    return make_path(path, c2w, focal, center, size, up, numbers.tolist(), _fps(data, fps, path))
 
 
 def _keyframe_numbers(entries: list[dict], path: Path) -> np.ndarray:

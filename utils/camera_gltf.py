@@ -1,52 +1,46 @@
 """Reader of animated cameras in GLB and glTF files.
 
-Frame n is sampled at t = n / fps, from 1 to the last key, which is how Blender numbers what it exports. The file
-stores no image size: the path gets 720 rows and as many columns as the camera's aspect ratio asks for.
+Frame n is sampled at t = n / fps, from the first key to the last, which is how Blender numbers what it exports. The
+file stores no image size: the path gets 720 rows and as many columns as the camera's aspect ratio asks for.
 """
 
-import base64
 import math
-import struct
-import warnings
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
-from urllib.parse import unquote
 
 import numpy as np
-from pygltflib import GLTF2, Accessor, AnimationSampler, Node
 from scipy.spatial.transform import Slerp
 
-from utils.camera_files import to_number, to_numbers, unit_rotation
+from utils.camera_files import to_number, to_numbers, unit_rotation, world_up
 from utils.cameras import DEFAULT_SIZE, MAX_NUMBER, MAX_POSES, CameraPath, make_path
 from utils.cli import InputError
+from utils.gltf import FLOAT, WIDTHS, GltfFile, Refused, entry, open_gltf, refusals
 
-MAGIC, JSON_CHUNK, BINARY_CHUNK = b"glTF", b"JSON", b"BIN\0"
-WIDTHS = {"SCALAR": 1, "VEC3": 3, "VEC4": 4}
-FLOAT = 5126
 NORMALIZED = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2"}  # component types that may store rotations
-PATHS = {"translation": (3, (0.0, 0.0, 0.0)), "rotation": (4, (0.0, 0.0, 0.0, 1.0)), "scale": (3, (1.0, 1.0, 1.0))}
+PATHS = {
+    "translation": ("VEC3", (0.0, 0.0, 0.0)),
+    "rotation": ("VEC4", (0.0, 0.0, 0.0, 1.0)),
+    "scale": ("VEC3", (1.0, 1.0, 1.0)),
+}
 
 
-def read_gltf(path: Path, up: str | None, fps: float) -> CameraPath:
-    """Read the animated camera of a .glb or .gltf file; its world is Y-up unless `up` says otherwise."""
-    try:
-        return _read(path, up or "+y", fps)
-    except (InputError, OSError, MemoryError):
-        raise
-    except Exception as error:
-        # pygltflib checks no types: whatever is wrong in the JSON surfaces as one of many exceptions, here or there.
-        raise InputError(
-            f"{path} is not a valid glTF file ({type(error).__name__}: {error}); export it again"
-        ) from error
+def read_gltf_camera(path: Path, up: str | None, fps: float) -> CameraPath:
+    """Read the animated camera of a .glb or .gltf file.
+
+    Its world is Y-up unless `world_up`, an extra of the asset or the scene, or `up` says otherwise; the two must agree.
+    """
+    with refusals(path, "the camera"):
+        return _read(open_gltf(path), up, fps)
 
 
-def _read(path: Path, up: str, fps: float) -> CameraPath:
-    file = _File(path)
-    chain, channels = _animated_camera(file.gltf, path)
-    samplers = {target: _sampler(file, sampler, target[1]) for target, sampler in channels.items()}
-    duration = max(sampler[0][-1] for sampler in samplers.values())
-    if not 0 < fps < MAX_NUMBER or duration * fps > MAX_POSES:
-        raise InputError(f"{path}: {duration:g} s at {fps:g} frames per second are more than {MAX_POSES} frames")
-    numbers = range(1, round(duration * fps) + 1)
+def _read(file: GltfFile, up: str | None, fps: float) -> CameraPath:
+    path = file.path
+    chain, channels = _animated_camera(file)
+    up = world_up({"world_up": file.world_up(file.scene())}, up, path, "+y")
+    keys = cache(partial(_keys, file))  # samplers share accessors: however many there are, each is stored once
+    samplers = {target: _sampler(keys, sampler, target[1]) for target, sampler in channels.items()}
+    numbers = _frame_numbers(path, [sampler[0] for sampler in samplers.values()], fps)
     times = np.array(numbers, dtype=np.float64) / fps
     c2w = np.tile(np.eye(4), (len(times), 1, 1))
     for index in reversed(chain):  # from the root down to the camera
@@ -54,174 +48,112 @@ def _read(path: Path, up: str, fps: float) -> CameraPath:
     # A camera ignores the scale of its node, even an uneven one; shear and mirroring are left for make_path to find.
     lengths = np.linalg.norm(c2w[:, :3, :3], axis=1, keepdims=True)
     c2w[:, :3, :3] = np.divide(c2w[:, :3, :3], lengths, out=np.zeros_like(c2w[:, :3, :3]), where=lengths > 1e-12)
-    size, focal = _lens(file, file.gltf.nodes[chain[0]].camera)
+    size, focal = _lens(file, file.tree["nodes"][chain[0]]["camera"])
     center = np.tile([size[0] / 2, size[1] / 2], (len(times), 1))
     return make_path(path, c2w, np.full((len(times), 2), focal), center, size, up, numbers, fps)
 
 
-class _File:
-    """The JSON part of a file and its buffers; buffers are loaded when they are needed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, data = path, path.read_bytes()
-        self.blob: bytes | None = None
-        if path.suffix.lower() == ".glb":
-            data, self.blob = _chunks(path, data)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.gltf: GLTF2 = GLTF2.from_json(data.decode("utf-8"), infer_missing=True)
-
-    def item(self, name: str, index: object) -> object:
-        """Element `index` of one of the file's lists."""
-        return _item(getattr(self.gltf, name), index, f"{self.path}: {name}")
-
-    def buffer(self, index: object) -> bytes:
-        buffer = self.item("buffers", index)
-        if buffer.uri is None:
-            data = self.blob if index == 0 else None
-        elif buffer.uri.startswith("data:"):
-            data = base64.b64decode(buffer.uri.partition(",")[2], validate=True)
-        else:
-            data = self._external(buffer.uri)
-        if data is None or _whole(buffer.byteLength) > len(data):
-            raise InputError(f"{self.path}: buffer {index} is shorter than the file says; export it again")
-        return data[: buffer.byteLength]
-
-    def _external(self, uri: str) -> bytes:
-        folder = self.path.parent.resolve()
-        target = (folder / unquote(uri)).resolve()
-        if ":" in uri or "\\" in uri or not target.is_relative_to(folder):
-            raise InputError(f"{self.path}: buffer {uri!r} is outside the file's folder; put it beside the file")
-        if not target.is_file():
-            raise InputError(f"{self.path}: buffer {uri!r} is missing; put it beside the file")
-        return target.read_bytes()
-
-    def accessor(self, index: object, width: int) -> np.ndarray:
-        """float64 [count, width]."""
-        where = f"{self.path}: accessor {index}"
-        accessor: Accessor = self.item("accessors", index)
-        if accessor.sparse is not None or accessor.bufferView is None:
-            raise InputError(f"{where} is sparse, which is not supported for animations; export dense keys")
-        view = self.item("bufferViews", accessor.bufferView)
-        if any("compression" in name for name in view.extensions or {}):
-            raise InputError(f"{where} is compressed; export without mesh or animation compression")
-        normalized = accessor.componentType in NORMALIZED and accessor.normalized and width == 4
-        if WIDTHS.get(accessor.type) != width or not (normalized or accessor.componentType == FLOAT):
-            raise InputError(f"{where} must hold {width} float(s) per key, but is {accessor.type}")
-        kind = np.dtype(NORMALIZED[accessor.componentType] if normalized else "<f4")
-        data, count = self.buffer(view.buffer), _whole(accessor.count)
-        start, length = _whole(view.byteOffset or 0), _whole(view.byteLength)
-        offset, row = _whole(accessor.byteOffset or 0), kind.itemsize * width
-        stride = _whole(view.byteStride or row)
-        last_byte = offset + stride * (count - 1) + row
-        if count < 1 or stride < row or last_byte > length or start + length > len(data):
-            raise InputError(f"{where} reaches beyond its buffer, or is empty; export the file again")
-        values = np.ndarray((count, width), kind, data, start + offset, (stride, kind.itemsize)).astype(np.float64)
-        if normalized:
-            values = np.maximum(values / np.iinfo(kind).max, -1)
-        if not (np.abs(values) <= MAX_NUMBER).all():
-            raise InputError(f"{where} holds NaN, infinity or huge numbers")
-        return values
+def _frame_numbers(path: Path, keys: list[np.ndarray], fps: float) -> range:
+    """The frames from the first of all keys to the last. keys: seconds, increasing, of each sampler."""
+    first, last = min(times[0] for times in keys), max(times[-1] for times in keys)
+    if not 0 < fps < MAX_NUMBER or last * fps > MAX_POSES:
+        raise InputError(f"{path}: {last:g} s at {fps:g} frames per second are more than {MAX_POSES} frames")
+    return range(math.ceil(first * fps - _slack(first * fps)), round(last * fps) + 1)
 
 
-def _chunks(path: Path, data: bytes) -> tuple[bytes, bytes | None]:
-    """(JSON, binary or None) of a GLB; every length it states is checked against the file."""
-    if len(data) < 20 or data[:4] != MAGIC:
-        raise InputError(f"{path} is not a GLB file")
-    version, total = struct.unpack_from("<II", data, 4)
-    if version != 2 or total > len(data):
-        raise InputError(f"{path} is glTF version {version} of {total} bytes, but has {len(data)}; export it again")
-    chunks, at = {}, 12
-    while at + 8 <= total:
-        (length,) = struct.unpack_from("<I", data, at)
-        kind = data[at + 4 : at + 8]
-        if length > total - at - 8:
-            raise InputError(f"{path}: a chunk of {length} bytes reaches beyond the end of the file; export it again")
-        chunks.setdefault(kind, data[at + 8 : at + 8 + length])
-        at += 8 + length
-    if JSON_CHUNK not in chunks:
-        raise InputError(f"{path} has no JSON chunk; export it again")
-    return chunks[JSON_CHUNK], chunks.get(BINARY_CHUNK)
+def _slack(frames: np.ndarray) -> np.ndarray:
+    """By how many frames a key that was set on a frame may miss it, since times are stored as float32 seconds."""
+    return 1e-3 + 1e-7 * frames
 
 
-def _whole(value: object) -> int:
-    """An int that is not negative; read_gltf turns the ValueError into a message."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is not a length or an offset")
-    return value
-
-
-def _item(items: list, index: object, name: str) -> object:
-    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(items):
-        raise InputError(f"{name}[{index}] does not exist (there are {len(items)}); export the file again")
-    return items[index]
+def _keys(file: GltfFile, index: object, kind: str) -> np.ndarray:
+    """The values of an accessor of an animation: float64 [count, width]. kind: 'SCALAR', 'VEC3' or 'VEC4'."""
+    kinds = {FLOAT: np.dtype("<f4")}
+    if kind == "VEC4":
+        kinds |= {component: np.dtype(name) for component, name in NORMALIZED.items()}
+    accessor = file.accessor(index, kind, {component: dtype.itemsize for component, dtype in kinds.items()})
+    normalized = accessor.component != FLOAT
+    if normalized and entry(file.tree, "accessors", index).get("normalized") is not True:
+        raise Refused(f"accessor {index} holds integers that are not normalized, which no rotation is")
+    if not accessor.count:
+        raise Refused(f"accessor {index} is empty")
+    view, dtype = file.view(accessor.view), kinds[accessor.component]
+    shape, strides = (accessor.count, WIDTHS[kind]), (accessor.stride, dtype.itemsize)
+    stored = np.ndarray(shape, dtype, file.buffer(view.buffer), view.start + accessor.offset, strides)
+    values = stored.astype(np.float64)
+    if normalized:
+        values = np.maximum(values / np.iinfo(dtype).max, -1)
+    if not (np.abs(values) <= MAX_NUMBER).all():
+        raise Refused(f"accessor {index} holds NaN, infinity or huge numbers")
+    return values
 
 
 # --- which camera, and what moves it ---
 
-Channels = dict[tuple[int, str], AnimationSampler]
+Channels = dict[tuple[int, str], dict]
 
 
-def _animated_camera(gltf: GLTF2, path: Path) -> tuple[list[int], Channels]:
+def _animated_camera(file: GltfFile) -> tuple[list[int], Channels]:
     """The node indices from the only animated camera up to its root, and the samplers that move them."""
-    cameras = [i for i, node in enumerate(gltf.nodes) if node.camera is not None]
+    path, nodes = file.path, file.tree.get("nodes", [])
+    cameras = [i for i in range(len(nodes)) if entry(file.tree, "nodes", i).get("camera") is not None]
     if not cameras:
         raise InputError(f"{path} holds no camera; export one with the scene, or use another camera file")
-    chains, parents = {}, _parents(gltf, path)
+    chains, parents = {}, _parents(file)
     for camera in cameras:
         chain = [camera]
         while (parent := parents.get(chain[-1])) is not None:
             if parent in chain:
-                raise InputError(f"{path}: node {parent} is its own ancestor; export the file again")
+                raise Refused(f"node {parent} is its own ancestor")
             chain.append(parent)
-        if channels := _channels(gltf, chain, path):
+        if channels := _channels(file, chain):
             chains[camera] = chain, channels
     if not chains:
         raise InputError(f"{path}: its camera is not animated; export the animation, or use another camera file")
     if len(chains) > 1:
-        names = ", ".join(str(gltf.nodes[i].name) for i in chains)
+        names = ", ".join(str(nodes[i].get("name")) for i in chains)
         raise InputError(f"{path} holds {len(chains)} animated cameras ({names}); export only one")
     return next(iter(chains.values()))
 
 
-def _parents(gltf: GLTF2, path: Path) -> dict[int, int]:
+def _parents(file: GltfFile) -> dict[int, int]:
     parents = {}
-    for index, node in enumerate(gltf.nodes):
-        for child in node.children or []:
-            _item(gltf.nodes, child, f"{path}: nodes")
+    for index, node in enumerate(file.tree["nodes"]):
+        for child in node.get("children") or []:
+            entry(file.tree, "nodes", child)
             if child in parents:
-                raise InputError(f"{path}: node {child} has two parents; export the file again")
+                raise Refused(f"node {child} has two parents")
             parents[child] = index
     return parents
 
 
-def _channels(gltf: GLTF2, chain: list[int], path: Path) -> Channels:
+def _channels(file: GltfFile, chain: list[int]) -> Channels:
     """Samplers by (node, path). Exporters write one animation per object, so all of them count."""
     channels: Channels = {}
-    for animation in gltf.animations:
-        for channel in animation.channels:
-            target = channel.target
-            if target.path == "pointer" and "/cameras/" in str(target.extensions):
-                raise InputError(f"{path}: animated lenses are not supported; use transforms.json with fl_x per frame")
-            if target.node not in chain or target.path not in PATHS:
-                continue
-            key = (target.node, target.path)
-            if key in channels:
+    for animation in file.tree.get("animations", []):
+        for channel in animation["channels"]:
+            target = channel["target"]
+            node, name = target.get("node"), target.get("path")
+            if name == "pointer" and "/cameras/" in str(target.get("extensions")):
                 raise InputError(
-                    f"{path}: two animations set the {target.path} of node {target.node}; export only one"
+                    f"{file.path}: animated lenses are not supported; use transforms.json with fl_x per frame"
                 )
-            channels[key] = _item(animation.samplers, channel.sampler, f"{path}: samplers")
+            if node not in chain or name not in PATHS:
+                continue
+            if (node, name) in channels:
+                raise InputError(f"{file.path}: two animations set the {name} of node {node}; export only one")
+            channels[node, name] = entry(animation, "samplers", channel["sampler"])
     return channels
 
 
-def _lens(file: _File, index: object) -> tuple[tuple[int, int], float]:
+def _lens(file: GltfFile, index: object) -> tuple[tuple[int, int], float]:
     """(width, height) and focal length in pixels, which are square."""
-    lens = file.item("cameras", index).perspective
+    lens = entry(file.tree, "cameras", index).get("perspective")
     if lens is None:
         raise InputError(f"{file.path}: the camera is orthographic; only perspective cameras are supported")
     height = DEFAULT_SIZE[1]
-    angle = to_number(lens.yfov, f"{file.path}: 'yfov'")
-    aspect = DEFAULT_SIZE[0] / height if lens.aspectRatio is None else to_number(lens.aspectRatio, "'aspectRatio'")
+    angle = to_number(lens["yfov"], f"{file.path}: 'yfov'")
+    aspect = to_number(lens.get("aspectRatio", DEFAULT_SIZE[0] / height), f"{file.path}: 'aspectRatio'")
     if not (0 < angle < math.pi and 0.01 < aspect < 100):
         raise InputError(f"{file.path}: a camera of yfov {angle:g} and aspect ratio {aspect:g} cannot be used")
     return (round(height * aspect), height), height / 2 / math.tan(angle / 2)
@@ -230,36 +162,35 @@ def _lens(file: _File, index: object) -> tuple[tuple[int, int], float]:
 # --- animation ---
 
 
-def _sampler(file: _File, sampler: AnimationSampler, target: str) -> tuple[np.ndarray, np.ndarray, str]:
+def _sampler(keys: Callable, sampler: dict, target: str) -> tuple[np.ndarray, np.ndarray, str]:
     """(times [K], values [K, C] or, of a cubic spline, [K, 3, C]: in-tangent, value, out-tangent; interpolation)."""
-    times, width = file.accessor(sampler.input, 1)[:, 0], PATHS[target][0]
+    times = keys(sampler["input"], "SCALAR")[:, 0]
     if times[0] < 0 or (np.diff(times) <= 0).any():
-        raise InputError(f"{file.path}: the times of an animation must grow from key to key; export it again")
-    values, mode = file.accessor(sampler.output, width), sampler.interpolation or "LINEAR"
+        raise Refused("the times of an animation must grow from key to key")
+    values, mode = keys(sampler["output"], PATHS[target][0]), sampler.get("interpolation", "LINEAR")
     if mode not in ("STEP", "LINEAR", "CUBICSPLINE"):
-        raise InputError(f"{file.path}: animation interpolation {mode!r} is not known")
+        raise Refused(f"animation interpolation {str(mode)[:20]!r} is not known")
     per_key = 3 if mode == "CUBICSPLINE" else 1
     if len(values) != per_key * len(times):
-        raise InputError(f"{file.path}: an animation has {len(times)} times but {len(values)} values; export it again")
-    return times, values.reshape(-1, 3, width) if per_key == 3 else values, mode
+        raise Refused(f"an animation has {len(times)} times but {len(values)} values")
+    return times, values.reshape(len(times), 3, -1) if per_key == 3 else values, mode
 
 
-def _local(file: _File, index: int, samplers: dict, times: np.ndarray, fps: float) -> np.ndarray:
+def _local(file: GltfFile, index: int, samplers: dict, times: np.ndarray, fps: float) -> np.ndarray:
     """Node-to-parent matrices [P, 4, 4] at `times` [P]."""
-    node: Node = file.gltf.nodes[index]
+    node = file.tree["nodes"][index]
     where = f"{file.path}: node {index}"
     animated = {path: samplers[index, path] for path in PATHS if (index, path) in samplers}
-    if node.matrix is not None:
+    if "matrix" in node:
         if animated:
-            raise InputError(f"{where} has a matrix and an animation, which glTF forbids; export the file again")
-        return np.tile(to_numbers(node.matrix, (16,), f"{where}: 'matrix'").reshape(4, 4).T, (len(times), 1, 1))
+            raise Refused(f"node {index} has a matrix and an animation, which glTF forbids")
+        return np.tile(to_numbers(node["matrix"], (16,), f"{where}: 'matrix'").reshape(4, 4).T, (len(times), 1, 1))
     values = {}
-    for path, (width, default) in PATHS.items():
+    for path, (_, default) in PATHS.items():
         if path in animated:
             values[path] = _sample(*animated[path], times, fps, path == "rotation", where)
         else:
-            stored = getattr(node, path)
-            rest = to_numbers(default if stored is None else stored, (width,), f"{where}: {path!r}")
+            rest = to_numbers(node.get(path, default), (len(default),), f"{where}: {path!r}")
             values[path] = np.tile(rest, (len(times), 1))
     local = np.tile(np.eye(4), (len(times), 1, 1))
     local[:, :3, :3] = unit_rotation(values["rotation"], where).as_matrix() * values["scale"][:, None]
@@ -278,8 +209,8 @@ def _sample(
         if rotation:
             return Slerp(keys, unit_rotation(values, where))(times).as_quat()
         return np.column_stack([np.interp(times, keys, column) for column in values.T])
-    # Keys are float32: a frame that falls on one must not land just before it.
-    now = np.searchsorted(keys, times + 1e-3 / fps, side="right") - 1
+    # A frame that falls on a key must not land just before it.
+    now = np.searchsorted(keys, times + _slack(times * fps) / fps, side="right") - 1
     if mode == "STEP":
         return values[now]
     now = np.minimum(now, len(keys) - 2)

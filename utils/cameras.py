@@ -145,8 +145,8 @@ def _rigid(c2w: np.ndarray, poses: list[str]) -> np.ndarray:
 def read_cameras(path: Path, up: str | None = None, fps: float = 24.0) -> CameraPath:
     """Read a camera path of any supported format.
 
-    up: the world's up axis, '+y' or '+z', where the file does not say (COLMAP never does; transforms.json defaults to
-    '+z', glTF to '+y'). fps: frames per second where the file does not say; an animated glTF camera is sampled at it.
+    up: the world's up axis, '+y' or '+z', where the file does not say by its `world_up` (COLMAP never does;
+    transforms.json defaults to '+z', glTF to '+y'); a contradiction is refused. fps: frames per second where the file does not say; an animated glTF camera is sampled at it.
     Raises InputError for anything that is not a usable path.
     """
     from utils import camera_colmap, camera_files, camera_gltf  # here: they build on this module
@@ -162,7 +162,7 @@ def read_cameras(path: Path, up: str | None = None, fps: float = 24.0) -> Camera
         if path.suffix.lower() == ".json":
             return camera_files.read_camera_json(path, up, fps)
         if path.suffix.lower() in (".glb", ".gltf"):
-            return camera_gltf.read_gltf(path, up, fps)
+            return camera_gltf.read_gltf_camera(path, up, fps)
     except OSError as error:
         raise InputError(f"{error.filename or path} cannot be read ({error.strerror or error})") from error
     raise InputError(f"{path}: cameras come as .json, .glb, .gltf or a COLMAP model folder")
@@ -214,15 +214,22 @@ def resample(path: CameraPath, poses: int) -> CameraPath:
     return replace(path, c2w=c2w, focal=focal, center=center, numbers=tuple(range(1, poses + 1)))
 
 
+def _arc_poses(num_arcs: int) -> int:
+    """How many poses so many arcs have: 45 N + 1."""
+    poses = ARC_STEPS * num_arcs + 1
+    if num_arcs < 1:
+        raise InputError(f"{num_arcs} arcs cannot be made: give 1 or more")
+    if poses > MAX_POSES:
+        raise InputError(f"{num_arcs} arcs would be {poses} camera poses: at most {MAX_POSES} can be made")
+    return poses
+
+
 def to_arcs(path: CameraPath, num_arcs: int | None = None) -> CameraPath:
     """The path with exactly 45 N + 1 poses, numbered from 1: as they are if there are that many, else resampled.
 
     N = num_arcs, or the whole number of arcs nearest to the path's length.
     """
-    if num_arcs is not None and num_arcs < 1:
-        raise InputError(f"{num_arcs} arcs cannot be made: give 1 or more")
-    arcs = num_arcs or max(1, round((len(path) - 1) / ARC_STEPS))
-    poses = ARC_STEPS * arcs + 1
+    poses = _arc_poses(max(1, round((len(path) - 1) / ARC_STEPS)) if num_arcs is None else num_arcs)
     return replace(path, numbers=tuple(range(1, poses + 1))) if len(path) == poses else resample(path, poses)
 
 
@@ -261,13 +268,14 @@ def builtin_path(kind: str, bounds: np.ndarray, up: str, num_arcs: int = 1, fps:
     bounds = np.asarray(bounds, dtype=np.float64)
     if kind not in KINDS:
         raise InputError(f"path {kind!r} is not known; choose one of {', '.join(KINDS)}")
-    if up not in UP_AXES or num_arcs < 1:
-        raise InputError(f"up axis {up!r} and {num_arcs} arc(s): choose +y or +z, and 1 or more")
+    if up not in UP_AXES:
+        raise InputError(f"up axis {up!r} is not known; choose +y or +z")
+    poses = _arc_poses(num_arcs)
     if not (_tame(bounds).all() and (bounds[0] <= bounds[1]).all() and (bounds[0] < bounds[1]).any()):
         raise InputError(f"the scene spans {bounds.tolist()}: a path needs a scene of some size")
     turn = Z_UP_TO_Y_UP if up == "+z" else np.eye(3)
     corners = np.sort(bounds @ turn.T, axis=0)
-    progress = np.linspace(0, 1, ARC_STEPS * num_arcs + 1)
+    progress = np.linspace(0, 1, poses)
     shape = {"orbit": _orbit, "dolly": _dolly, "flythrough": _fly}[kind]
     center, half = corners.mean(0), np.diff(corners, axis=0)[0] / 2
     # Built at unit size: a scene may be a coin or a continent.

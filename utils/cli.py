@@ -2,13 +2,16 @@
 
 import argparse
 import errno
+import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
+LARGEST_SIDE = 16384  # of pictures on the command line
 
 
 class InputError(ValueError):
@@ -47,7 +50,8 @@ def run_script(main: Callable[[], None]) -> None:
         _stop(error, BAD_INPUT)
     except OSError as error:
         hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
-        _stop(f"{error.strerror or error}: {error.filename or 'output'}{hint}", FAILED)
+        where = f": {error.filename}" if error.filename else ""
+        _stop(f"{error.strerror or error}{where}{hint}", FAILED)
     except KeyboardInterrupt:
         _stop("interrupted; run the same command again to continue", INTERRUPTED)
 
@@ -60,7 +64,7 @@ def _stop(message: object, code: int) -> None:
 
 def positive_int(text: str) -> int:
     """argparse type: an integer above 0."""
-    value = int(text)
+    value = _number(int, text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return value
@@ -68,7 +72,7 @@ def positive_int(text: str) -> int:
 
 def non_negative_int(text: str) -> int:
     """argparse type: an integer of 0 or more."""
-    value = int(text)
+    value = _number(int, text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
@@ -94,9 +98,40 @@ def folder_name(text: str) -> str:
     return text
 
 
+def finite_float(text: str) -> float:
+    """argparse type: a number that is not NaN or infinite."""
+    value = _number(float, text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    value = finite_float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def guidance_float(text: str) -> float:
+    """argparse type: a guidance scale of 1 (off) or more."""
+    value = finite_float(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1, which means no guidance: use 1")
+    return value
+
+
+def _number(kind: type, text: str) -> int | float:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+
+
 def unit_float(text: str) -> float:
     """argparse type: a number in [0, 1]."""
-    value = float(text)
+    value = _number(float, text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
@@ -105,8 +140,10 @@ def unit_float(text: str) -> float:
 def size(text: str) -> tuple[int, int]:
     """argparse type: `WIDTHxHEIGHT`, for example 1080x720."""
     width, _, height = text.partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+    if not re.fullmatch(r"0*[1-9][0-9]*x0*[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, for example 90x60")
+    if max(int(width), int(height)) > LARGEST_SIDE:
+        raise argparse.ArgumentTypeError(f"{text!r} has a side above {LARGEST_SIDE}")
     return int(width), int(height)
 
 
@@ -119,4 +156,4 @@ def require_writable(folder: Path) -> None:
         raise InputError(f"cannot write to {folder}: {existing} is not a folder")
     # Permission bits count for root too: a folder that was made read-only is meant to stay as it is.
     if not os.access(existing, os.W_OK | os.X_OK) or not existing.stat().st_mode & 0o222:
-        raise InputError(f"cannot write to {folder}: {existing} is read-only; pass --output_dir to write elsewhere")
+        raise InputError(f"cannot write to {folder}: {existing} is read-only; write elsewhere")

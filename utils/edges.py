@@ -92,9 +92,12 @@ def check_edge_detector(name: str) -> None:
 
 
 def edge_detector(name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The function behind `--edges NAME`: RGB uint8 [H, W, 3] -> edges uint8 [H, W, 3]."""
+    """The function behind `--edges NAME`: RGB uint8 [H, W, 3] -> edges uint8 [H, W, 3]. Loads what it needs."""
     check_edge_detector(name)
-    return {"lines": soft_edges, "hed": hed_edges}[name]
+    if name == "lines":
+        return soft_edges
+    _hed_network()  # now, so that missing weights are reported before work begins, and threads find it loaded
+    return hed_edges
 
 
 def _edge_strength(image: np.ndarray, scale: float) -> np.ndarray:

@@ -25,7 +25,7 @@ import numpy as np
 from utils.cli import InputError, require_writable
 
 MANIFEST = "run.json"
-PACKAGES = (
+PACKAGES = (  # whose versions decide numbers
     "torch",
     "diffusers",
     "transformers",
@@ -33,7 +33,12 @@ PACKAGES = (
     "peft",
     "safetensors",
     "numpy",
+    "scipy",
     "opencv-python-headless",
+    "pillow",
+    "trimesh",
+    "pygltflib",
+    "embreex",
 )
 
 
@@ -219,7 +224,10 @@ def find_unfinished(parent: Path, arguments: dict, free: str) -> object | None:
     wanted = {key: value for key, value in json.loads(json.dumps(arguments, default=str)).items() if key != free}
     candidates = []
     for path in parent.glob(f"*/{MANIFEST}"):
-        manifest = read_json(path)
+        try:
+            manifest = read_json(path)
+        except InputError:  # a damaged neighbour is no reason to stop
+            continue
         found = manifest.get("arguments", {})
         same = {key: value for key, value in found.items() if key != free} == wanted
         if same and not manifest.get("finished"):

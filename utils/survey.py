@@ -32,11 +32,12 @@ def survey(caster: RayCaster, views: list[View]) -> Survey:
             f"the path sees almost nothing of the scene ({hit.mean():.1%} of its rays hit): do mesh and cameras have "
             "the same up axis? See --scene_up and --cameras_up"
         )
-    elif (hit == 0).any():
+    if (hit == 0).any():
         warnings.append(f"the camera sees nothing in frames {_ranges(hit == 0)}")
     if (back > INSIDE).any():
         warnings.append(
-            f"the camera seems to be inside an object in frames {_ranges(back > INSIDE)}: it sees back faces"
+            f"the camera sees mostly back faces in frames {_ranges(back > INSIDE)}: it is inside an object, or the "
+            "mesh is wound inside out, or the up axis is wrong"
         )
     return Survey(float(np.median(depths)) if len(depths) else 1.0, warnings)
 

@@ -64,13 +64,15 @@ def make_views(path: CameraPath, size: tuple[int, int]) -> list[View]:
 class Correspondence:
     """Where each pixel of a target view was in a source view.
 
-    position: float64 [H, W, 2], x then y, in pixels of the source; NaN where it is unknown. visible: bool [H, W].
-    hit: bool [H, W], whether the target pixel sees a surface at all.
+    position: float64 [H, W, 2], x then y, in pixels of the source; NaN where it is unknown. visible: bool [H, W]. hit:
+    bool [H, W], whether the target pixel sees a surface at all. occluded: bool [H, W], surfaces that lie inside the
+    source's image but are hidden there.
     """
 
     position: np.ndarray
     visible: np.ndarray
     hit: np.ndarray
+    occluded: np.ndarray
 
 
 def correspondence(caster: RayCaster, source: View, target: View, *, sky: bool = True) -> Correspondence:
@@ -91,7 +93,8 @@ def correspondence(caster: RayCaster, source: View, target: View, *, sky: bool =
     visible[asked] = _reached(caster, source.eye, offsets[asked], face[asked], rays[asked])
     shape = (target.height, target.width)
     position[~visible] = np.nan
-    return Correspondence(position.reshape(*shape, 2), visible.reshape(shape), hit.reshape(shape))
+    occluded = hit & inside & ~visible
+    return Correspondence(position.reshape(*shape, 2), *(a.reshape(shape) for a in (visible, hit, occluded)))
 
 
 def _reached(

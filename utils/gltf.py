@@ -1,0 +1,215 @@
+"""glTF and GLB files without trust: every size is checked against the file before anything is allocated.
+
+    with refusals(path, "the scene"):
+        file = open_gltf(path)
+        positions = file.accessor(3, "VEC3", {FLOAT: 4})
+
+Both readers stand on this, of scenes (`utils.gltf_check`) and of cameras (`utils.camera_gltf`). Buffers are memory
+views of the file: nothing is copied.
+"""
+
+import base64
+import json
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote
+
+from utils.cli import InputError
+
+GLB_MAGIC, JSON_CHUNK, BIN_CHUNK = 0x46546C67, 0x4E4F534A, 0x004E4942
+FLOAT = 5126
+WIDTHS = {"SCALAR": 1, "VEC3": 3, "VEC4": 4}
+MAX_TRIANGLES = 16_000_000  # in a whole scene, instances included; 4 million take about 3 GiB to load
+MAX_BYTES = 36 * 3 * MAX_TRIANGLES  # that the accessors in use may ask for, all together
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, struct.error)
+
+
+class Refused(ValueError):
+    """Something in the file that we can name."""
+
+
+@contextmanager
+def refusals(path: Path, what: str) -> Iterator[None]:
+    """Turn everything that reading a broken file raises into InputError. what: 'the scene', to be exported again."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Refused as error:
+        raise InputError(f"{path}: {error}; export {what} again") from error
+    except MALFORMED as error:
+        reason = f"{type(error).__name__}: {error}"[:120]
+        raise InputError(f"{path} is not a valid glTF file ({reason}); export {what} again") from error
+
+
+@dataclass(frozen=True)
+class View:
+    """A part of a buffer that lies inside it. In bytes; stride: None where the file gives none."""
+
+    buffer: int
+    start: int
+    length: int
+    stride: int | None
+
+
+@dataclass(frozen=True)
+class Accessor:
+    """`count` elements that lie inside the view. In bytes; offset: from the start of the view."""
+
+    view: int
+    offset: int
+    count: int
+    component: int
+    stride: int
+
+
+@dataclass
+class GltfFile:
+    """The JSON of a file, of which nothing is known but that it is an object, and its binary chunk."""
+
+    path: Path
+    tree: dict
+    chunk: memoryview | None
+    claimed: int = 0  # bytes that the accessors in use ask for, all together
+    _accessors: dict[int, Accessor] = field(default_factory=dict)
+    _views: dict[int, View] = field(default_factory=dict)
+    _buffers: dict[int, memoryview] = field(default_factory=dict)
+
+    def scene(self) -> dict:
+        """The default scene; without scenes, all nodes that are nobody's child."""
+        if self.tree.get("scenes"):
+            scene = entry(self.tree, "scenes", self.tree.get("scene", 0))
+            return {"nodes": [], **scene}
+        nodes = self.tree.get("nodes", [])
+        children = {child for node in nodes for child in node.get("children", [])}
+        return {"nodes": [k for k in range(len(nodes)) if k not in children]}
+
+    def world_up(self, scene: dict) -> str | None:
+        """The extra of that name on the asset or the scene, unchecked; None where the file has none."""
+        for owner in (self.tree["asset"], scene):
+            extras = owner.get("extras")
+            if isinstance(extras, dict) and "world_up" in extras:
+                return str(extras["world_up"])
+        return None
+
+    def accessor(self, index: int, kind: str, sizes: dict[int, int]) -> Accessor:
+        """Check an accessor and all it stands on. kind: 'VEC3'; sizes: bytes of each component type that will do."""
+        accessor = entry(self.tree, "accessors", index)
+        count, component = whole(accessor["count"], "count"), accessor["componentType"]
+        if accessor["type"] != kind or component not in sizes:
+            raise Refused(
+                f"accessor {index} is {str(accessor['type'])[:9]} of type {str(component)[:9]}, where {kind} of "
+                f"{' or '.join(map(str, sizes))} is read (is it quantised?)"
+            )
+        if "sparse" in accessor or "bufferView" not in accessor:
+            raise Refused(f"accessor {index} is sparse or has no buffer view, which is not read")
+        if index not in self._accessors:
+            offset = whole(accessor.get("byteOffset", 0), "byteOffset")
+            size = sizes[component] * WIDTHS[kind]
+            view = self.view(accessor["bufferView"])
+            stride = size if view.stride is None else view.stride
+            if stride < size or offset + (count - 1) * stride + size > view.length:
+                raise Refused(f"accessor {index} asks for {count} elements, more than its buffer view holds")
+            # Accessors may overlap, but not so often that a small file asks for a large memory.
+            self.claimed += count * size
+            if self.claimed > MAX_BYTES:
+                raise Refused("its accessors ask for more memory than a scene may have")
+            self._accessors[index] = Accessor(accessor["bufferView"], offset, count, component, stride)
+        return self._accessors[index]
+
+    def view(self, index: int) -> View:
+        if index not in self._views:
+            view = entry(self.tree, "bufferViews", index)
+            if any("compression" in name for name in view.get("extensions", {})):
+                raise Refused(f"buffer view {index} is compressed, which is not read: export it without compression")
+            start, length = whole(view.get("byteOffset", 0), "byteOffset"), whole(view["byteLength"], "byteLength")
+            if start + length > len(self.buffer(view["buffer"])):
+                raise Refused(f"buffer view {index} reaches beyond buffer {view['buffer']}")
+            stride = whole(view["byteStride"], "byteStride") if "byteStride" in view else None
+            self._views[index] = View(view["buffer"], start, length, stride)
+        return self._views[index]
+
+    def buffer(self, index: int) -> memoryview:
+        if index not in self._buffers:
+            buffer = entry(self.tree, "buffers", index)
+            length, data = whole(buffer["byteLength"], "byteLength"), self._buffer_data(index, buffer.get("uri"))
+            if length > len(data):
+                raise Refused(f"buffer {index} promises {length} bytes, but there are {len(data)}")
+            self._buffers[index] = data[:length]
+        return self._buffers[index]
+
+    def _buffer_data(self, index: int, uri: str | None) -> memoryview:
+        if uri is None:
+            if index or self.chunk is None:
+                raise Refused(f"buffer {index} has no data")
+            return self.chunk
+        if uri.startswith("data:"):
+            return memoryview(base64.b64decode(uri.partition(";base64,")[2], validate=True))
+        path = self.inside(uri)
+        if not path.is_file():
+            raise Refused(f"its buffer {path} is missing")
+        return memoryview(path.read_bytes())
+
+    def inside(self, uri: str) -> Path:
+        """The file a relative URI names. Refuses everything that leaves the folder of the glTF file."""
+        text, folder = unquote(uri), self.path.parent.resolve()
+        plain = not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:|[/\\]", text) and ".." not in re.split(r"[/\\]", text)
+        if not plain or not (folder / text).resolve().is_relative_to(folder):
+            raise Refused(f"it refers to {text[:80]!r}, outside its own folder: put that file beside the scene")
+        return folder / text
+
+
+def open_gltf(path: Path) -> GltfFile:
+    """Split a .glb or .gltf file, parse its JSON and check its version. Raises as `refusals` expects."""
+    data = memoryview(path.read_bytes())
+    text, chunk = _split_glb(data) if path.suffix.lower() == ".glb" else (data, None)
+    tree = json.loads(bytes(text).decode("utf-8-sig"))
+    if not isinstance(tree, dict):
+        raise Refused("its JSON is not an object")
+    version = str(tree["asset"]["version"])
+    if not version.startswith("2."):
+        raise Refused(f"it is glTF version {version[:20]}, only 2 is read")
+    return GltfFile(path, tree, chunk)
+
+
+def _split_glb(data: memoryview) -> tuple[memoryview, memoryview | None]:
+    """JSON and binary chunk of a GLB file."""
+    if len(data) < 20 or struct.unpack_from("<I", data)[0] != GLB_MAGIC:
+        raise Refused("it is not a GLB file")
+    version, length = struct.unpack_from("<II", data, 4)
+    if version != 2:
+        raise Refused(f"it is glTF version {version}, only 2 is read")
+    if length != len(data):
+        raise Refused(f"its header promises {length} bytes, the file has {len(data)}")
+    chunks, position = [], 12
+    while position < length:
+        if position + 8 > length:
+            raise Refused(f"it ends inside a chunk header at byte {position}")
+        size, kind = struct.unpack_from("<II", data, position)
+        if position + 8 + size > length:
+            raise Refused(f"its chunk at byte {position} promises {size} bytes, more than the file holds")
+        chunks.append((kind, data[position + 8 : position + 8 + size]))
+        position += 8 + size
+    if chunks[0][0] != JSON_CHUNK:
+        raise Refused("its first chunk is not JSON")
+    return chunks[0][1], next((chunk for kind, chunk in chunks[1:] if kind == BIN_CHUNK), None)
+
+
+def entry(tree: dict, key: str, index: object) -> dict:
+    """tree[key][index], refused unless the index exists and the entry is a JSON object."""
+    entries = tree.get(key, [])
+    if not isinstance(entries, list) or whole(index, f"index into {key}") >= len(entries):
+        raise Refused(f"it refers to {key}[{index}], which does not exist")
+    if not isinstance(entries[index], dict):
+        raise Refused(f"{key}[{index}] is not a JSON object")
+    return entries[index]
+
+
+def whole(value: object, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**40:
+        raise Refused(f"{what} is {str(value)[:30]}, not a whole number in range")
+    return value
