@@ -384,6 +384,15 @@ def test_edge_detector_that_is_not_installed(picture: Path, monkeypatch: pytest.
         (GGI, ("--degradation", "nan")),
         (GGI, ("--seed", str(2**64))),
         (GGI, ("--fps", "0")),
+        (GGI, ("--guidance_scale", "nan")),
+        (GGI, ("--guidance_scale", "0.5")),
+        (GGI, ("--epoch", "7")),  # of the tiny weights there is one
+        (ANCHORS, ("--guidance", "inf")),
+        (ANCHORS, ("--device", "mps")),
+        (ALIGN, ("--learning_rate", "-1")),
+        (ALIGN, ("--learning_rate", "nan")),
+        (ALIGN, ("--rank", "0x")),
+        (ALIGN, ("--device", "mps")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )

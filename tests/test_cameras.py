@@ -210,9 +210,13 @@ def test_number_of_arcs(poses: int, wanted: int | None, arcs: int) -> None:
     np.testing.assert_allclose(result.c2w[[0, -1]], path.c2w[[0, -1]], atol=1e-12)
 
 
-def test_no_arcs_are_refused() -> None:
-    with pytest.raises(InputError, match="1 or more"):
-        to_arcs(random_path(), 0)
+def test_no_arcs_and_too_many_are_refused() -> None:
+    for arcs, message in ((0, "1 or more"), (-1, "1 or more"), (10**11, "at most 100000"), (2223, "at most 100000")):
+        with pytest.raises(InputError, match=message):
+            to_arcs(random_path(), arcs)
+        with pytest.raises(InputError, match=message):
+            builtin_path("orbit", [[-1] * 3, [1] * 3], "+y", arcs)
+    assert len(to_arcs(random_path(), 2222)) == 99_991
 
 
 # --- keyframes ---
@@ -431,8 +435,8 @@ def slide(**camera: float) -> Gltf:
 
 def test_gltf_linear_translation_and_lens(tmp_path: Path) -> None:
     path = slide().read(tmp_path, fps=10)
-    assert path.numbers == tuple(range(1, 11)) and path.up == "+y" and path.fps == 10
-    np.testing.assert_allclose(path.c2w[:, 0, 3], np.arange(1, 11) / 10, atol=1e-7)
+    assert path.numbers == tuple(range(11)) and path.up == "+y" and path.fps == 10
+    np.testing.assert_allclose(path.c2w[:, 0, 3], np.arange(11) / 10, atol=1e-7)
     assert path.size == (1080, 720)
     np.testing.assert_allclose(path.intrinsics(300, 200)[0], [100 / np.tan(0.4)] * 2 + [150, 100])
     assert slide(aspectRatio=2.0).read(tmp_path).size == (1440, 720)
@@ -445,7 +449,26 @@ def test_gltf_step(tmp_path: Path) -> None:
     path = Gltf([{"camera": 0}]).animate(0, "translation", times, values, "STEP").read(tmp_path)
     np.testing.assert_array_equal(path.c2w[:, 0, 3], np.arange(24))
     held = Gltf([{"camera": 0}]).animate(0, "translation", [0.25, 0.75, 1], values[:3], "STEP").read(tmp_path, 8)
-    assert held.c2w[:, 0, 3].tolist() == [0, 0, 0, 0, 0, 1, 1, 2]
+    assert held.numbers == tuple(range(2, 9)) and held.c2w[:, 0, 3].tolist() == [0, 0, 0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("mode", ["LINEAR", "STEP"])
+@pytest.mark.parametrize(
+    ("first", "count", "fps"), [(0, 46, 24), (1, 46, 24), (100, 46, 24), (7, 50, 30), (7, 50, 29.97), (99_900, 46, 24)]
+)
+def test_gltf_frames_are_the_keys(tmp_path: Path, first: int, count: int, fps: float, mode: str) -> None:
+    """One key per frame, in float32 seconds: every key is a pose, and none stands still before the first."""
+    frames = np.arange(first, first + count)
+    values = np.arange(count)[:, None] * np.ones(3)
+    path = Gltf([{"camera": 0}]).animate(0, "translation", frames / fps, values, mode).read(tmp_path, fps)
+    assert path.numbers == tuple(frames.tolist())
+    np.testing.assert_allclose(path.c2w[:, 0, 3], np.arange(count), atol=0.02 if first > 1000 else 1e-3)
+
+
+def test_gltf_frames_cover_all_channels(tmp_path: Path) -> None:
+    gltf = Gltf([{"camera": 0}]).animate(0, "translation", [0.55, 1], [[0, 0, 0], [1, 0, 0]])
+    path = gltf.animate(0, "rotation", [0.31, 0.8], [[0, 0, 0, 1], [0, 0, 1, 0]]).read(tmp_path, 10)
+    assert path.numbers == tuple(range(4, 11))  # between frames, the first whole one
 
 
 def test_gltf_cubic_spline_is_the_cubic(tmp_path: Path) -> None:
@@ -457,14 +480,14 @@ def test_gltf_cubic_spline_is_the_cubic(tmp_path: Path) -> None:
     tangent = np.stack([3 * keys**2 - 1, 4 * keys, -np.ones(3)], -1)
     values = np.stack([tangent, cubic(keys), tangent], 1).reshape(-1, 3)
     path = Gltf([{"camera": 0}]).animate(0, "translation", keys, values, "CUBICSPLINE").read(tmp_path, 12)
-    np.testing.assert_allclose(path.c2w[:, :3, 3], cubic(np.arange(1, 25) / 12), atol=1e-5)
+    np.testing.assert_allclose(path.c2w[:, :3, 3], cubic(np.arange(25) / 12), atol=1e-5)
 
 
 def test_gltf_cubic_spline_rotation(tmp_path: Path) -> None:
     turns = turns_about("y", [0, 60]).as_quat()
     values = np.stack([0 * turns, turns, 0 * turns], 1).reshape(-1, 4)
     path = Gltf([{"camera": 0}]).animate(0, "rotation", [0, 1], values, "CUBICSPLINE").read(tmp_path, 10)
-    s = np.arange(1, 11)[:, None] / 10
+    s = np.arange(11)[:, None] / 10
     blend = turns[0] + (3 * s**2 - 2 * s**3) * (turns[1] - turns[0])
     np.testing.assert_allclose(path.c2w[:, :3, :3], Rotation.from_quat(blend).as_matrix(), atol=1e-6)
 
@@ -473,7 +496,7 @@ def test_gltf_rotation_takes_the_short_way(tmp_path: Path) -> None:
     turns = turns_about("x", [0, 80])
     quaternions = turns.as_quat() * [[1], [-1]]  # the same rotation, written the other way
     path = Gltf([{"camera": 0}]).animate(0, "rotation", [0, 1], quaternions).read(tmp_path, 10)
-    wanted = Slerp([0, 1], turns)(np.arange(1, 11) / 10).as_matrix()
+    wanted = Slerp([0, 1], turns)(np.arange(11) / 10).as_matrix()
     np.testing.assert_allclose(path.c2w[:, :3, :3], wanted, atol=1e-6)
 
 
@@ -489,10 +512,10 @@ def test_gltf_parents_and_scale(tmp_path: Path) -> None:
     ]
     gltf = Gltf(nodes).animate(1, "rotation", [0, 1], turn.as_quat())
     path = gltf.animate(0, "translation", [0, 2], [[0, 0, 1], [0, 2, 1]]).read(tmp_path, 10)
-    assert len(path) == 20
-    t = np.arange(1, 21) / 10
+    assert len(path) == 21
+    t = np.arange(21) / 10
     rotation = turns_about("y", np.minimum(t, 1) * 90)
-    local = np.stack([0 * t, t, np.ones(20)], -1)
+    local = np.stack([0 * t, t, np.ones(21)], -1)
     np.testing.assert_allclose(path.c2w[:, :3, :3], rotation.as_matrix(), atol=1e-6)
     np.testing.assert_allclose(path.c2w[:, :3, 3], 2 * rotation.apply(local) + [10, 0, 0], atol=1e-5)
 
@@ -507,7 +530,7 @@ def test_gltf_normalized_rotations_and_stride(tmp_path: Path) -> None:
     gltf.json["buffers"][0]["byteLength"] = len(gltf.blob)
     gltf.json["animations"][0]["samplers"][0]["output"] = 2
     path = gltf.read(tmp_path, 2)
-    np.testing.assert_allclose(path.c2w[1, :3, :3], Rotation.from_euler("z", 90, degrees=True).as_matrix(), atol=1e-4)
+    np.testing.assert_allclose(path.c2w[2, :3, :3], Rotation.from_euler("z", 90, degrees=True).as_matrix(), atol=1e-4)
 
 
 @pytest.mark.parametrize("uri", ["sub/anim%20one.bin", "data:application/octet-stream;base64,"])
@@ -516,7 +539,13 @@ def test_gltf_text_file(tmp_path: Path, uri: str) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "anim one.bin").write_bytes(gltf.blob)
     gltf.json["buffers"][0]["uri"] = uri + (base64.b64encode(gltf.blob).decode() if uri.startswith("data") else "")
-    assert len(read_cameras(write(tmp_path / "a.gltf", gltf.json))) == 24
+    assert len(read_cameras(write(tmp_path / "a.gltf", gltf.json))) == 25
+
+
+def inlined(gltf: Gltf) -> Gltf:
+    """With its buffer in the JSON, so that this is a whole .gltf file."""
+    gltf.json["buffers"][0]["uri"] = "data:;base64," + base64.b64encode(gltf.blob).decode()
+    return gltf
 
 
 def change(*keys: object, value: object) -> Callable[[Gltf], None]:
@@ -553,26 +582,28 @@ def change(*keys: object, value: object) -> Callable[[Gltf], None]:
         (change("nodes", 0, "matrix", value=np.eye(4).ravel().tolist()), "matrix and an animation"),
         (change("animations", 0, "channels", 0, "sampler", value=5), "samplers\\[5\\]"),
         (change("animations", 0, "samplers", 0, "input", value=5), "accessors\\[5\\]"),
-        (change("animations", 0, "samplers", 0, "input", value=-1), "accessors\\[-1\\]"),
-        (change("animations", 0, "samplers", 0, "output", value=0), "3 float"),
+        (change("animations", 0, "samplers", 0, "input", value=-1), "accessors is -1"),
+        (change("animations", 0, "samplers", 0, "output", value=0), "VEC3"),
         (change("animations", 0, "samplers", 0, "interpolation", value="BOUNCE"), "BOUNCE"),
         (change("animations", 0, "samplers", 0, "interpolation", value="CUBICSPLINE"), "2 times but 2 values"),
-        (change("accessors", 1, "count", value=1000), "beyond its buffer"),
+        (change("accessors", 1, "count", value=1000), "more than its buffer view"),
         (change("accessors", 1, "count", value=1), "2 times but 1 values"),
-        (change("accessors", 1, "byteOffset", value=8), "beyond its buffer"),
-        (change("accessors", 1, "byteOffset", value=-8), "not a length"),
+        (change("accessors", 1, "byteOffset", value=8), "more than its buffer view"),
+        (change("accessors", 1, "byteOffset", value=-8), "not a whole number"),
         (change("accessors", 0, "bufferView", value=9), "bufferViews\\[9\\]"),
         (change("accessors", 0, "sparse", value={"count": 1, "indices": {}, "values": {}}), "sparse"),
-        (change("bufferViews", 1, "byteLength", value=4), "beyond its buffer"),
-        (change("bufferViews", 1, "byteOffset", value=10**9), "beyond its buffer"),
+        (change("bufferViews", 1, "byteLength", value=4), "more than its buffer view"),
+        (change("bufferViews", 1, "byteOffset", value=10**9), "beyond buffer 0"),
         (change("bufferViews", 0, "buffer", value=2), "buffers\\[2\\]"),
         (change("bufferViews", 0, "extensions", value={"EXT_meshopt_compression": {}}), "compressed"),
-        (change("buffers", 0, "byteLength", value=10**9), "shorter than the file says"),
-        (change("buffers", 0, "uri", value="../anim.bin"), "outside the file's folder"),
-        (change("buffers", 0, "uri", value="%2e%2e/anim.bin"), "outside the file's folder"),
-        (change("buffers", 0, "uri", value="/anim.bin"), "outside the file's folder"),
-        (change("buffers", 0, "uri", value="file:///anim.bin"), "outside the file's folder"),
+        (change("buffers", 0, "byteLength", value=10**9), "promises 1000000000 bytes"),
+        (change("buffers", 0, "uri", value="../anim.bin"), "outside its own folder"),
+        (change("buffers", 0, "uri", value="%2e%2e/anim.bin"), "outside its own folder"),
+        (change("buffers", 0, "uri", value="/anim.bin"), "outside its own folder"),
+        (change("buffers", 0, "uri", value="file:///anim.bin"), "outside its own folder"),
         (change("buffers", 0, "uri", value="gone.bin"), "missing"),
+        (change("buffers", 0, "uri", value="x" * 300), "cannot be read"),
+        (change("buffers", 0, "uri", value="."), "cannot be read"),
         (change("nodes", value=5), "not a valid glTF"),
     ],
 )
@@ -609,6 +640,7 @@ def test_gltf_keys_that_cannot_be(tmp_path: Path) -> None:
 def test_glb_of_another_length(tmp_path: Path) -> None:
     whole, file = slide().glb(), tmp_path / "a.glb"
     lies = [b"", b"glTF", b"nope" + whole[4:], whole[:8] + struct.pack("<I", 10**9) + whole[12:]]
+    lies += [whole + b"more", whole[:8] + struct.pack("<I", len(whole) + 4) + whole[12:] + b"more"]
     lies += [whole[:12] + struct.pack("<I", length) + whole[16:] for length in (0, 5, 10**9, 2**32 - 1)]
     for data in lies + [whole[:cut] for cut in range(0, len(whole) - 4, 37)]:
         file.write_bytes(data)
@@ -736,7 +768,10 @@ def test_files_that_are_not_cameras(tmp_path: Path) -> None:
         ("b.json", b"\xff\xff", "not valid JSON"),
         ("c.json", b'{"frames":' + b"[" * 200_000, "not valid JSON"),
         ("d.fbx", b"", "cameras come as"),
-        ("e.gltf", b"{}", "no camera"),
+        ("e.gltf", b'{"asset": {"version": "2.0"}}', "no camera"),
+        ("e1.gltf", b'{"asset": {"version": "1.0"}}', "only 2 is read"),
+        ("e2.gltf", b"{}", "not a valid glTF"),
+        ("e3.gltf", b"[]", "not an object"),
         ("f.gltf", b"[" * 200_000, "not a valid glTF"),
     ):
         if data is not None:
@@ -745,6 +780,43 @@ def test_files_that_are_not_cameras(tmp_path: Path) -> None:
             read_cameras(tmp_path / name)
     with pytest.raises(InputError, match="no COLMAP model"):
         read_cameras(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_obstacle(tmp_path: Path) -> None:
+    for name, data in (("t.json", transforms()), ("k.json", keyframes()), ("a.gltf", inlined(slide()).json)):
+        plain = read_cameras(write(tmp_path / name, data))
+        (tmp_path / name).write_text(json.dumps(data), encoding="utf-8-sig")
+        assert_same(plain, read_cameras(tmp_path / name), 0)
+
+
+@pytest.mark.parametrize("key", ["applied_transform", "applied_scale"])
+def test_poses_moved_away_from_the_mesh_are_refused(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "t.json"
+    same = [1, 1.0] if key == "applied_scale" else [IDENTITY, IDENTITY[:3]]
+    for value in same:
+        assert len(read_cameras(write(file, {**transforms(), key: value}))) == 3
+    moved = [[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]]  # as nerfstudio writes it for COLMAP models
+    for value in [0.5, -1] if key == "applied_scale" else [moved, [*IDENTITY[:2], [0, 0, 1, 0.1]]]:
+        with pytest.raises(InputError, match="moved away from their mesh"):
+            read_cameras(write(file, {**transforms(), key: value}))
+    for value in ("x", None, [], [[1]]):
+        with pytest.raises(InputError, match=f"'{key}' must be"):
+            read_cameras(write(file, {**transforms(), key: value}))
+
+
+@pytest.mark.parametrize("where", ["asset", "scene"])
+def test_gltf_says_which_way_is_up(tmp_path: Path, where: str) -> None:
+    gltf, file = slide(), tmp_path / "camera.glb"
+    gltf.json |= {"scene": 0, "scenes": [{"nodes": [0]}]}
+    owner = gltf.json["asset"] if where == "asset" else gltf.json["scenes"][0]
+    owner["extras"] = {"world_up": "+z"}
+    assert gltf.read(tmp_path).up == read_cameras(file, up="+z").up == "+z"
+    with pytest.raises(InputError, match="says 'world_up'"):
+        read_cameras(file, up="+y")
+    for wrong in ("-z", None, ["+z"]):
+        owner["extras"] = {"world_up": wrong}
+        with pytest.raises(InputError, match="must be '\\+y' or"):
+            gltf.read(tmp_path)
 
 
 def test_up_axis_contradictions(tmp_path: Path) -> None:
@@ -762,6 +834,17 @@ def leaves(data: object, trail: tuple = ()) -> list[tuple]:
     return [place for key, value in items for place in [(*trail, key), *leaves(value, (*trail, key))]]
 
 
+def is_read(source: Path) -> bool:
+    """Whether a path comes out of a damaged file, and not an InputError of one line; all else is a failure."""
+    try:
+        path = read_cameras(source)
+    except InputError as error:
+        assert "\n" not in str(error)
+        return False
+    assert isinstance(path, CameraPath) and len(path) >= 2 and np.isfinite(path.c2w).all()
+    return True
+
+
 @pytest.mark.parametrize("kind", ["transforms", "keyframes", "gltf"])
 def test_damaged_values_never_end_in_another_error(tmp_path: Path, kind: str) -> None:
     """Put odd values in every place of a valid file: it is read, or refused with an InputError."""
@@ -777,14 +860,12 @@ def test_damaged_values_never_end_in_another_error(tmp_path: Path, kind: str) ->
             for key in place[:-1]:
                 entry = entry[key]
             entry[place[-1]] = odd[value]
-            try:
-                if kind == "gltf":
-                    gltf.json = damaged
-                    gltf.read(tmp_path)
-                else:
-                    read_cameras(write(tmp_path / "t.json", damaged))
-            except InputError:
-                refused += 1
+            if kind == "gltf":
+                gltf.json = damaged
+                (tmp_path / "t.glb").write_bytes(gltf.glb())
+                refused += not is_read(tmp_path / "t.glb")
+            else:
+                refused += not is_read(write(tmp_path / "t.json", damaged))
     assert refused > 50
 
 
@@ -802,6 +883,35 @@ def test_damaged_bytes_never_end_in_another_error(tmp_path: Path) -> None:
                 read_cameras(source or file, up="+y")
             except InputError as error:
                 assert "\n" not in str(error)
+
+
+def test_broken_files_end_in_a_path_or_one_line(tmp_path: Path) -> None:
+    """Bytes changed, cut, repeated or swapped, in every kind of file: 100 of each."""
+    gltf = slide().animate(0, "rotation", [0, 1], [[0, 0, 0, 1], [0, 0, 1, 1]])
+    gltf.json["asset"]["extras"] = {"world_up": "+z"}
+    whole = {
+        "a.glb": gltf.glb(),
+        "t.json": json.dumps(transforms()).encode(),
+        "k.json": json.dumps(keyframes()).encode(),
+    }
+    whole["a.gltf"] = json.dumps(inlined(gltf).json).encode()
+    rng = np.random.default_rng(2)
+    outcomes = {name: [] for name in whole}
+    for name, data in whole.items():
+        for _ in range(100):
+            damaged = bytearray(data)
+            start, length = rng.integers(len(data)), rng.integers(1, 30)
+            piece = damaged[start : start + length]
+            kind = rng.integers(4)
+            if kind == 0:
+                damaged[start] = rng.integers(256)
+            elif kind == 1:
+                damaged[start] = rng.choice(list(b"0123456789-.eE"))
+            else:
+                damaged[start : start + length] = piece * 2 if kind == 2 else b""
+            (tmp_path / name).write_bytes(damaged)
+            outcomes[name].append(is_read(tmp_path / name))
+    assert all(0.05 < np.mean(read) < 0.95 for read in outcomes.values()), outcomes
 
 
 # --- built-in paths ---

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from models.weights import WEIGHTS
+from models.weights import WEIGHTS, load_preset
 from tests.helpers import (
     ALIGN,
     ANCHORS,
@@ -237,6 +237,40 @@ def test_other_arguments_are_refused_unless_overwrite(
     assert (folder / MANIFEST).read_bytes() == manifest
     assert call(script, *first, *other, "--overwrite") == 0
     assert contents(folder).keys() == before.keys() and contents(folder) != before
+
+
+def test_new_anchors_leave_the_videos_alone(tmp_path: Path, loras: Path, one_arc: Path):
+    """A video lies in a folder of its own inside the anchors' folder."""
+    scene = shutil.copytree(one_arc, tmp_path / "scene")
+    views = scene / "multiviews" / anchor_run(1)
+    assert call(ANCHORS, *draw(scene, loras)) == 0
+    (views / VIDEO).mkdir()
+    (views / VIDEO / "video.mp4").touch()
+    assert call(ANCHORS, *draw(scene, loras), "--guidance", 2, "--overwrite") == 0
+    assert (views / VIDEO / "video.mp4").exists()
+
+
+def test_other_fps_encode_the_frames_again(tmp_path: Path, one_arc: Path, capsys: pytest.CaptureFixture):
+    target = one_arc / "multiviews" / anchor_run(1)
+    command = ("--target", target, *QUICK_VIDEO, "--output_dir", tmp_path)
+    assert call(GGI, *command) == 0
+    frame = (tmp_path / VIDEO / "0010.png").stat().st_mtime_ns
+    assert call(GGI, *command, "--fps", 24) == 0
+    assert probe_video(tmp_path / VIDEO / "video.mp4")[0]["fps"] == 24
+    assert (tmp_path / VIDEO / "0010.png").stat().st_mtime_ns == frame
+
+
+def test_finished_runs_notice_other_weights(tmp_path: Path, one_arc: Path, capsys: pytest.CaptureFixture):
+    """The same folder of weights, filled anew: what was made with the old ones is not passed off as done."""
+    weights = shutil.copytree(Path(load_preset("tiny").cogvideox), tmp_path / "weights")
+    target = one_arc / "multiviews" / anchor_run(1)
+    command = ("--target", target, *QUICK_VIDEO, "--output_dir", tmp_path / "out", "--cogvideox", weights)
+    assert call(GGI, *command) == 0
+    file = weights / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({key: 1.01 * tensor for key, tensor in load_file(file).items()}, file, {"format": "pt"})
+    capsys.readouterr()
+    assert call(GGI, *command) == 2
+    assert "other weights (cogvideox_vae)" in capsys.readouterr().err
 
 
 def test_more_steps_go_on_to_the_same_weights(tmp_path: Path, loras: Path, capsys: pytest.CaptureFixture):

@@ -181,7 +181,7 @@ class Reached(Exception):
 
 
 def test_video_inputs_follow_the_transformer(tiny):
-    """Embeddings come from the CPU; a device that is another one must get them. (The meta device stands in for a GPU.)"""
+    """Embeddings come from the CPU and must follow the transformer; the meta device stands in for a GPU."""
     paths = locate(parse(), tiny, GGI_STAGE)
     pipe = load_inbetween(paths, Path(tiny.ggi_transformer), "meta", torch.bfloat16, tiling=False, offload=False)
 

@@ -28,7 +28,7 @@ PATHS = {
 def read_gltf_camera(path: Path, up: str | None, fps: float) -> CameraPath:
     """Read the animated camera of a .glb or .gltf file.
 
-    Its world is Y-up unless `world_up`, an extra of the asset or the scene, or `up` says otherwise; the two must agree.
+    Its world is Y-up unless `world_up` (an extra of the asset or the scene) or `up` says otherwise; both must agree.
     """
     with refusals(path, "the camera"):
         return _read(open_gltf(path), up, fps)

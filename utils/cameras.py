@@ -145,8 +145,9 @@ def _rigid(c2w: np.ndarray, poses: list[str]) -> np.ndarray:
 def read_cameras(path: Path, up: str | None = None, fps: float = 24.0) -> CameraPath:
     """Read a camera path of any supported format.
 
-    up: the world's up axis, '+y' or '+z', where the file does not say by its `world_up` (COLMAP never does;
-    transforms.json defaults to '+z', glTF to '+y'); a contradiction is refused. fps: frames per second where the file does not say; an animated glTF camera is sampled at it.
+    up: the world's up axis, '+y' or '+z', where the file's `world_up` does not say (COLMAP never does; transforms.json
+    defaults to '+z', glTF to '+y'); contradicting it is an error. fps: frames per second where the file does not say;
+    an animated glTF camera is sampled at it.
     Raises InputError for anything that is not a usable path.
     """
     from utils import camera_colmap, camera_files, camera_gltf  # here: they build on this module

@@ -150,16 +150,19 @@ class GltfFile:
         if uri.startswith("data:"):
             return memoryview(base64.b64decode(uri.partition(";base64,")[2], validate=True))
         path = self.inside(uri)
-        if not path.is_file():
-            raise Refused(f"its buffer {path} is missing")
-        return memoryview(path.read_bytes())
+        try:
+            return memoryview(path.read_bytes())
+        except FileNotFoundError as error:
+            raise Refused(f"its buffer {path} is missing") from error
+        except OSError as error:
+            raise Refused(f"its buffer {str(path)[:200]} cannot be read ({error.strerror})") from error
 
     def inside(self, uri: str) -> Path:
         """The file a relative URI names. Refuses everything that leaves the folder of the glTF file."""
         text, folder = unquote(uri), self.path.parent.resolve()
         plain = not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:|[/\\]", text) and ".." not in re.split(r"[/\\]", text)
         if not plain or not (folder / text).resolve().is_relative_to(folder):
-            raise Refused(f"it refers to {text[:80]!r}, outside its own folder: put that file beside the scene")
+            raise Refused(f"it refers to {text[:80]!r}, outside its own folder: put that file beside this one")
         return folder / text
 
 
