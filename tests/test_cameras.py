@@ -790,15 +790,18 @@ def test_a_byte_order_mark_is_no_obstacle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["applied_transform", "applied_scale"])
-def test_poses_moved_away_from_the_mesh_are_refused(tmp_path: Path, key: str) -> None:
+def test_moved_poses_are_taken_as_they_stand_with_a_note(tmp_path: Path, key: str, capsys) -> None:
     file = tmp_path / "t.json"
     same = [1, 1.0] if key == "applied_scale" else [IDENTITY, IDENTITY[:3]]
     for value in same:
         assert len(read_cameras(write(file, {**transforms(), key: value}))) == 3
+    assert not capsys.readouterr().err
     moved = [[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]]  # as nerfstudio writes it for COLMAP models
     for value in [0.5, -1] if key == "applied_scale" else [moved, [*IDENTITY[:2], [0, 0, 1, 0.1]]]:
-        with pytest.raises(InputError, match="moved away from their mesh"):
-            read_cameras(write(file, {**transforms(), key: value}))
+        assert_same(
+            read_cameras(write(file, {**transforms(), key: value})), read_cameras(write(file, transforms())), 0
+        )
+        assert "the mesh must be in the world of the poses" in capsys.readouterr().err
     for value in ("x", None, [], [[1]]):
         with pytest.raises(InputError, match=f"'{key}' must be"):
             read_cameras(write(file, {**transforms(), key: value}))

@@ -13,6 +13,7 @@ for all keyframes or for each. Without `frame`, keyframes are 45 frames apart, w
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -148,14 +149,14 @@ def _read_transforms(path: Path, data: dict, up: str | None, fps: float) -> Came
 
 
 def _check_applied(path: Path, data: dict) -> None:
-    """Refuse poses that nerfstudio has moved or scaled: the mesh, which it has not, would lie in another world."""
+    """Say so when nerfstudio has moved or scaled the poses: they are taken as they stand, and the mesh must fit them."""
     matrix = data.get("applied_transform", np.eye(4).tolist())
     shape = (4, 4) if isinstance(matrix, list) and len(matrix) == 4 else (3, 4)
     off = np.abs(to_numbers(matrix, shape, f"{path}: 'applied_transform'") - np.eye(*shape)).max()
     if max(off, abs(to_number(data.get("applied_scale", 1), f"{path}: 'applied_scale'") - 1)) > 1e-6:
-        raise InputError(
-            f"{path}: by its 'applied_transform' or 'applied_scale' the cameras were moved away from their mesh; "
-            "undo that in every transform_matrix and remove the key, or use the cameras this file was made from"
+        print(
+            f"note: {path} has an applied_transform or applied_scale; the mesh must be in the world of the poses as they are",
+            file=sys.stderr,
         )
 
 

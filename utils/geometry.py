@@ -20,7 +20,8 @@ import numpy as np
 
 from utils.cli import InputError
 from utils.glb_writer import write_glb
-from utils.gltf_check import FAR, MAX_TRIANGLES, read_gltf
+from utils.gltf import MAX_TRIANGLES
+from utils.gltf_check import FAR, read_gltf
 from utils.raycast import RayCaster, face_normals
 
 __all__ = ["Geometry", "RayCaster", "load_geometry", "turn", "write_glb"]

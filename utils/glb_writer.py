@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.gltf_check import BIN_CHUNK, FLOAT, GLB_MAGIC, JSON_CHUNK
+from utils.gltf import BIN_CHUNK, FLOAT, GLB_MAGIC, JSON_CHUNK
 from utils.runs import atomic_path
 
 if TYPE_CHECKING:

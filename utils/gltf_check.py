@@ -12,10 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.gltf import (
-    BIN_CHUNK,
     FLOAT,
-    GLB_MAGIC,
-    JSON_CHUNK,
     MAX_TRIANGLES,
     GltfFile,
     Refused,
@@ -23,8 +20,6 @@ from utils.gltf import (
     open_gltf,
     refusals,
 )
-
-__all__ = ["BIN_CHUNK", "FAR", "FLOAT", "GLB_MAGIC", "JSON_CHUNK", "MAX_TRIANGLES", "CheckedGltf", "read_gltf"]
 
 FAR = 1e15  # metres; beyond, float32 squares overflow
 POINTS_AND_LINES, TRIANGLES, STRIP, FAN = (0, 1, 2, 3), 4, 5, 6

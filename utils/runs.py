@@ -37,7 +37,6 @@ PACKAGES = (  # whose versions decide numbers
     "opencv-python-headless",
     "pillow",
     "trimesh",
-    "pygltflib",
     "embreex",
 )
 
