@@ -149,13 +149,14 @@ def _read_transforms(path: Path, data: dict, up: str | None, fps: float) -> Came
 
 
 def _check_applied(path: Path, data: dict) -> None:
-    """Say so when nerfstudio has moved or scaled the poses: they are taken as they stand, and the mesh must fit them."""
+    """Say so when nerfstudio has moved or scaled the poses: they are taken as they stand; the mesh must fit them."""
     matrix = data.get("applied_transform", np.eye(4).tolist())
     shape = (4, 4) if isinstance(matrix, list) and len(matrix) == 4 else (3, 4)
     off = np.abs(to_numbers(matrix, shape, f"{path}: 'applied_transform'") - np.eye(*shape)).max()
     if max(off, abs(to_number(data.get("applied_scale", 1), f"{path}: 'applied_scale'") - 1)) > 1e-6:
         print(
-            f"note: {path} has an applied_transform or applied_scale; the mesh must be in the world of the poses as they are",
+            f"note: {path} has an applied_transform or applied_scale; the mesh must be in the world of the poses as they "
+            "are",
             file=sys.stderr,
         )
 
