@@ -155,8 +155,8 @@ def _check_applied(path: Path, data: dict) -> None:
     off = np.abs(to_numbers(matrix, shape, f"{path}: 'applied_transform'") - np.eye(*shape)).max()
     if max(off, abs(to_number(data.get("applied_scale", 1), f"{path}: 'applied_scale'") - 1)) > 1e-6:
         print(
-            f"note: {path} has an applied_transform or applied_scale; the mesh must be in the world of the poses as they "
-            "are",
+            f"note: {path} has an applied_transform or applied_scale; the mesh must be in the world of the poses as "
+            "they stand",
             file=sys.stderr,
         )
 
