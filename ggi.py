@@ -176,7 +176,7 @@ def main() -> None:
     noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]
     run = open_run(folder, result_arguments(args, scene, anchors, noises), overwrite=args.overwrite)
     if run.finished:
-        require_same_weights(run, args, preset, GGI_STAGE)
+        require_same_weights(run, args, preset, GGI_STAGE, transformer=transformer)
         if run.manifest.get("fps") != args.fps:
             finish(args, scene, anchors, run)
             return
@@ -204,11 +204,8 @@ def fill_arcs(
     caption_model: Path | None,
 ) -> None:
     """Generate every arc that is not there yet."""
-    import torch
     from tqdm import tqdm
 
-    from models.inbetween import ConditionEps
-    from models.latents import draw_noise, to_signed
     from models.loading import DTYPES, caption_image, encode_video_prompts, load_inbetween
 
     dtype = DTYPES[args.dtype]
@@ -218,41 +215,45 @@ def fill_arcs(
         prompt = args.prompt if args.prompt is not None else run.manifest["prompt"]
     length = read_json(transformer / "config.json")["max_text_seq_length"]
     embeds = encode_video_prompts(paths["cogvideox_text"], [prompt, ""], device, dtype, length)
-    pipe = load_inbetween(
-        paths, transformer, device, dtype, tiling=preset.vae_tiling, offload=use_offload(args, device)
-    )
-    run.begin(
-        weights=weight_hashes(paths | {"transformer": transformer}), prompt=prompt, scene=str(scene.folder.resolve())
-    )
-
-    def picture(path: Path) -> torch.Tensor:
-        return to_signed(resize_image(read_image(path), args.width, args.height))[None]
-
+    offload = use_offload(args, device)
+    pipe = load_inbetween(paths, transformer, device, dtype, tiling=preset.vae_tiling, offload=offload)
+    hashes = weight_hashes(paths | {"transformer": transformer})
+    run.begin(weights=hashes, prompt=prompt, scene=str(scene.folder.resolve()))
     with tqdm(total=len(scene.arcs), desc="arcs", unit="arc") as progress:
-        for arc, warped in zip(scene.arcs, noises, strict=True):
-            if is_done(run, arc):
-                progress.update()
-                continue
-            start_path = chain_path(run.folder, arc.index) if args.chain and arc.index else anchors[arc.index]
-            latent_shape = warped.shape[:3]
-            eps = ConditionEps.draw(*latent_shape, seed=args.seed, arc=arc.index)
-            edges = to_signed(edge_video(arc, args.width, args.height, args.num_frames))[None]
-            conditions = pipe.encode_conditions(picture(start_path), picture(anchors[arc.index + 1]), edges, eps)
-            background = torch.from_numpy(warped).movedim(-1, 1)[None]
-            noise = blend_noise(
-                background, draw_noise(background.shape, derive_seed(args.seed, arc.index, 1)), args.degradation
-            )
-            latents = pipe(
-                conditions,
-                noise.to(dtype),
-                embeds[prompt],
-                embeds[""],
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
-            )
-            save_arc(run, arc, pipe.decode_video(latents))
-            run.save()
+        for arc, noise in zip(scene.arcs, noises, strict=True):
+            if not is_done(run, arc):
+                start = chain_path(run.folder, arc.index) if args.chain and arc.index else anchors[arc.index]
+                frames = fill_arc(args, pipe, arc, start, anchors[arc.index + 1], noise, embeds[prompt], embeds[""])
+                save_arc(run, arc, frames)
+                run.save()
             progress.update()
+
+
+def fill_arc(args, pipe, arc: Arc, start: Path, end: Path, warped: np.ndarray, positive, negative) -> np.ndarray:
+    """The frames of one arc between two pictures, uint8 [num_frames, height, width, 3].
+
+    warped: float32 [13, h, w, 16]. positive, negative: prompt embeddings [1, T, D].
+    """
+    import torch
+
+    from models.inbetween import ConditionEps
+    from models.latents import draw_noise, to_signed
+
+    ends = (to_signed(resize_image(read_image(path), args.width, args.height))[None] for path in (start, end))
+    edges = to_signed(edge_video(arc, args.width, args.height, args.num_frames))[None]
+    eps = ConditionEps.draw(*warped.shape[:3], seed=args.seed, arc=arc.index)
+    conditions = pipe.encode_conditions(*ends, edges, eps)
+    background = torch.from_numpy(warped).movedim(-1, 1)[None]
+    fresh = draw_noise(background.shape, derive_seed(args.seed, arc.index, 1))
+    latents = pipe(
+        conditions,
+        blend_noise(background, fresh, args.degradation).to(pipe.transformer.dtype),
+        positive,
+        negative,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+    )
+    return pipe.decode_video(latents)
 
 
 def edge_video(arc: Arc, width: int, height: int, num_frames: int) -> np.ndarray:

@@ -272,9 +272,14 @@ def weight_hashes(paths: dict[str, Path]) -> dict[str, dict[str, str]]:
     return hashes
 
 
-def require_same_weights(run: Run, args: argparse.Namespace, preset: Preset, components: Iterable[str]) -> None:
-    """Raise InputError when local weights have changed since the finished run was made with them."""
-    sources = {name: Path(_source(args, preset, name)) for name in components}
+def require_same_weights(
+    run: Run, args: argparse.Namespace, preset: Preset, components: Iterable[str], **others: Path
+) -> None:
+    """Raise InputError when local weights have changed since the finished run was made with them.
+
+    others: further components and their folders.
+    """
+    sources = {name: Path(_source(args, preset, name)) for name in components} | others
     now = weight_hashes({name: path for name, path in sources.items() if path.exists()})
     before = run.manifest.get("weights", {})
     changed = [name for name in now if now[name] != before.get(name)]
