@@ -4,9 +4,10 @@
     python tools/blender_export.py file.blend -- out/             # with the `bpy` package in place of Blender
 
 Geometry: what is visible in the viewport and not disabled for renders, as at the first frame: meshes, curves, texts
-and metaballs, with viewport modifiers and all kinds of instances. Names are kept; meshes are baked to the world.
-Cameras: the active camera over the scene's frame range. cameras.json is in Blender's world (Z up); scene.glb is Y up,
-as glTF asks: blender (x, y, z) = gltf (x, -z, y). Needs nothing but Blender: it imports nothing else from here.
+and metaballs, with viewport modifiers and all kinds of instances. Names are kept; meshes are baked to the world, with
+the normals that Blender shades them with. Cameras: the active camera over the scene's frame range; a lens that changes
+is written for each frame. cameras.json is in Blender's world (Z up); scene.glb is Y up, as glTF asks: blender
+(x, y, z) = gltf (x, -z, y). Needs nothing but Blender: it imports nothing else from here.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import struct
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import bpy
 import numpy as np
@@ -28,6 +30,15 @@ class InputError(ValueError):
     """Something about the scene or the command is wrong. One line."""
 
 
+class Mesh(NamedTuple):
+    """A mesh in the Z-up world, its vertices split where the shading is: one normal each."""
+
+    name: str
+    vertices: np.ndarray  # float64 [V, 3], metres
+    normals: np.ndarray  # float64 [V, 3], unit
+    triangles: np.ndarray  # uint32 [N, 3], counter-clockwise seen from outside
+
+
 # --- Geometry --------------------------------------------------------------------------------------------------------
 
 
@@ -39,8 +50,8 @@ def rendered_objects(collection: bpy.types.Collection) -> set[bpy.types.Object]:
     return found.union(*(rendered_objects(child) for child in collection.children))
 
 
-def visible_meshes() -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, vertices float64 [V, 3] in the Z-up world, triangles uint32 [N, 3]) of everything visible now."""
+def visible_meshes() -> list[Mesh]:
+    """Everything visible now."""
     depsgraph = bpy.context.evaluated_depsgraph_get()
     rendered = rendered_objects(depsgraph.scene.original.collection)
     found, as_mesh = [], set()
@@ -56,30 +67,75 @@ def visible_meshes() -> list[tuple[str, np.ndarray, np.ndarray]]:
         key = (name, matrix.tobytes())
         if obj.type == "MESH":
             as_mesh.add(key)
-        found.append((key, obj.type, *world_mesh(obj, matrix)))
+        if mesh := world_mesh(obj, name, matrix):
+            found.append((key, obj.type, mesh))
     names: set[str] = set()
     return [
-        (unique_name(key[0], names), vertices, triangles)
-        for key, kind, vertices, triangles in found
-        if len(triangles) and (kind == "MESH" or key not in as_mesh)
+        mesh._replace(name=unique_name(mesh.name, names))
+        for key, kind, mesh in found
+        if kind == "MESH" or key not in as_mesh
     ]
 
 
-def world_mesh(obj: bpy.types.Object, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices and triangles of an evaluated object, carried to the world by matrix [4, 4]."""
+def world_mesh(obj: bpy.types.Object, name: str, matrix: np.ndarray) -> Mesh | None:
+    """An evaluated object carried to the world by matrix [4, 4]; None if it has no faces."""
     mesh = obj.to_mesh()
     if mesh is None:
-        return np.zeros((0, 3)), np.zeros((0, 3), np.uint32)
+        return None
     mesh.calc_loop_triangles()
-    vertices = np.empty(3 * len(mesh.vertices), np.float32)
-    mesh.vertices.foreach_get("co", vertices)
-    triangles = np.empty(3 * len(mesh.loop_triangles), np.int32)
-    mesh.loop_triangles.foreach_get("vertices", triangles)
+    local = None
+    if count := len(mesh.loop_triangles):
+        corners = numbers(mesh.loop_triangles, "loops", np.int32, 3 * count)
+        points = numbers(mesh.loop_triangles, "vertices", np.int32, 3 * count)
+        normals = corner_normals(mesh)[corners]
+        vertices = numbers(mesh.vertices, "co", np.float32, 3 * len(mesh.vertices)).reshape(-1, 3)
+        local = split_vertices(vertices, points, normals)
     obj.to_mesh_clear()
-    triangles = triangles.reshape(-1, 3).astype(np.uint32)
+    if local is None:
+        return None
+    vertices, normals, triangles = local
     if np.linalg.det(matrix[:3, :3]) < 0:  # a mirrored object: keep the outside outside
         triangles = triangles[:, ::-1]
-    return vertices.reshape(-1, 3).astype(float) @ matrix[:3, :3].T + matrix[:3, 3], triangles
+    return Mesh(name, vertices @ matrix[:3, :3].T + matrix[:3, 3], turn_normals(normals, matrix[:3, :3]), triangles)
+
+
+def numbers(items: bpy.types.bpy_prop_collection, what: str, kind: type, size: int) -> np.ndarray:
+    """The attribute `what` of all items, [size] of `kind`."""
+    values = np.empty(size, kind)
+    items.foreach_get(what, values)
+    return values
+
+
+def corner_normals(mesh: bpy.types.Mesh) -> np.ndarray:
+    """float32 [corners, 3]: flat and smooth faces, sharp edges and custom normals as Blender shades them."""
+    size = 3 * len(mesh.loops)
+    if hasattr(mesh, "corner_normals"):
+        return numbers(mesh.corner_normals, "vector", np.float32, size).reshape(-1, 3)
+    mesh.calc_normals_split()  # before Blender 4.1
+    return numbers(mesh.loops, "normal", np.float32, size).reshape(-1, 3)
+
+
+def split_vertices(
+    vertices: np.ndarray, points: np.ndarray, normals: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vertices float64 [S, 3], normals float64 [S, 3], triangles uint32 [N, 3]: a vertex for each normal it has.
+
+    vertices: float32 [V, 3]; points: int32 [3 N], the vertex of each triangle corner; normals: float32 [3 N, 3].
+    """
+    rows = np.ascontiguousarray(np.column_stack([points, normals.view(np.int32)]))
+    _, first, index = np.unique(rows.view("V16").reshape(-1), return_index=True, return_inverse=True)
+    triangles = index.reshape(-1, 3).astype(np.uint32)
+    return vertices[points[first]].astype(float), normals[first].astype(float), triangles
+
+
+def turn_normals(normals: np.ndarray, linear: np.ndarray) -> np.ndarray:
+    """Unit normals [V, 3] of a surface after linear [3, 3]; zero where it is squashed to nothing."""
+    x, y, z = linear.T
+    cofactor = np.stack([np.cross(y, z), np.cross(z, x), np.cross(x, y)], axis=1)
+    # The inverse transpose is the cofactors over the determinant, of which only the sign matters here.
+    turned = normals @ (cofactor if x @ cofactor[:, 0] >= 0 else -cofactor).T
+    length = np.linalg.norm(turned, axis=1, keepdims=True)
+    return np.divide(turned, length, out=np.zeros_like(turned), where=length > 0)
 
 
 def unique_name(name: str, taken: set[str]) -> str:
@@ -91,8 +147,8 @@ def unique_name(name: str, taken: set[str]) -> str:
     return free
 
 
-def glb_bytes(meshes: list[tuple[str, np.ndarray, np.ndarray]]) -> bytes:
-    """A binary glTF of named meshes without normals or materials, one node each."""
+def glb_bytes(meshes: list[Mesh]) -> bytes:
+    """A binary glTF of meshes with normals and without materials, one node each."""
     views, accessors, data = [], [], bytearray()
 
     def add(array: np.ndarray, kind: str, component: int, target: int, **bounds: list) -> int:
@@ -104,18 +160,20 @@ def glb_bytes(meshes: list[tuple[str, np.ndarray, np.ndarray]]) -> bytes:
         return len(accessors) - 1
 
     gltf_meshes = []
-    for name, vertices, triangles in meshes:
-        x, y, z = vertices.astype("<f4").T
-        points = np.ascontiguousarray(np.stack([x, z, -y], axis=1))
+    for mesh in meshes:
+        points, normals = y_up(mesh.vertices), y_up(mesh.normals)
         bounds = {"min": points.min(axis=0).tolist(), "max": points.max(axis=0).tolist()}
-        position = add(points, "VEC3", FLOAT, ARRAY_BUFFER, **bounds)
-        indices = add(np.ascontiguousarray(triangles, "<u4").reshape(-1), "SCALAR", UINT, INDEX_BUFFER)
-        gltf_meshes.append({"name": name, "primitives": [{"attributes": {"POSITION": position}, "indices": indices}]})
+        attributes = {
+            "POSITION": add(points, "VEC3", FLOAT, ARRAY_BUFFER, **bounds),
+            "NORMAL": add(normals, "VEC3", FLOAT, ARRAY_BUFFER),
+        }
+        indices = add(np.ascontiguousarray(mesh.triangles, "<u4").reshape(-1), "SCALAR", UINT, INDEX_BUFFER)
+        gltf_meshes.append({"name": mesh.name, "primitives": [{"attributes": attributes, "indices": indices}]})
     document = {
         "asset": {"version": "2.0", "generator": "blender_export.py"},
         "scene": 0,
         "scenes": [{"nodes": list(range(len(meshes)))}],
-        "nodes": [{"name": name, "mesh": i} for i, (name, _, _) in enumerate(meshes)],
+        "nodes": [{"name": mesh.name, "mesh": i} for i, mesh in enumerate(meshes)],
         "meshes": gltf_meshes,
         "accessors": accessors,
         "bufferViews": views,
@@ -125,6 +183,12 @@ def glb_bytes(meshes: list[tuple[str, np.ndarray, np.ndarray]]) -> bytes:
     text += b" " * (-len(text) % 4)
     header = struct.pack("<4sII", b"glTF", 2, 12 + 8 + len(text) + 8 + len(data))
     return header + struct.pack("<I4s", len(text), b"JSON") + text + struct.pack("<I4s", len(data), b"BIN\0") + data
+
+
+def y_up(vectors: np.ndarray) -> np.ndarray:
+    """float64 [V, 3] of Blender's world in glTF's: little-endian float32 [V, 3]."""
+    x, y, z = vectors.astype("<f4").T
+    return np.ascontiguousarray(np.stack([x, z, -y], axis=1))
 
 
 # --- Cameras ---------------------------------------------------------------------------------------------------------
@@ -137,25 +201,27 @@ def read_cameras(scene: bpy.types.Scene) -> dict:
         raise InputError("the scene has no active camera: choose one in Scene properties > Camera")
     if camera.type != "CAMERA":
         raise InputError(f"the active camera {camera.name!r} is a {camera.type.lower()}, not a camera")
-    numbers = range(scene.frame_start, scene.frame_end + 1, scene.frame_step)
-    poses, lens = [], None
-    for number in numbers:
+    poses, lenses = [], []
+    for number in range(scene.frame_start, scene.frame_end + 1, scene.frame_step):
         scene.frame_set(number)
         if scene.camera != camera:
             raise InputError(f"the active camera changes at frame {number}: a path is one shot; remove the marker")
         evaluated = camera.evaluated_get(bpy.context.evaluated_depsgraph_get())
         poses.append(camera_pose(np.array(evaluated.matrix_world, float), f"{camera.name!r} at frame {number}"))
-        now = intrinsics(scene.render, evaluated.data)
-        if lens is not None and not np.allclose(list(now.values()), list(lens.values()), rtol=1e-5):
-            raise InputError(f"the lens of {camera.name!r} changes at frame {number}: a path has one focal length")
-        lens = lens or now
+        lenses.append(intrinsics(scene.render, evaluated.data))
     frames = [
         {"file_path": f"images/{n:04d}.png", "frame": n, "transform_matrix": pose.tolist()}
         for n, pose in enumerate(poses, start=1)
     ]
+    shared = image_size(scene.render)
+    values = np.array([list(lens.values()) for lens in lenses])
+    if np.allclose(values, values[0], rtol=1e-5):
+        shared = {**lenses[0], **shared}
+    else:
+        frames = [{**frame, **lens} for frame, lens in zip(frames, lenses, strict=True)]
     distortion = dict.fromkeys(("k1", "k2", "p1", "p2"), 0.0)
     fps = scene.render.fps / scene.render.fps_base
-    return {"camera_model": "OPENCV", **lens, **distortion, "fps": fps, "world_up": "+z", "frames": frames}
+    return {"camera_model": "OPENCV", **shared, **distortion, "fps": fps, "world_up": "+z", "frames": frames}
 
 
 def camera_pose(matrix: np.ndarray, what: str) -> np.ndarray:
@@ -171,13 +237,19 @@ def camera_pose(matrix: np.ndarray, what: str) -> np.ndarray:
     return pose
 
 
+def image_size(render: bpy.types.RenderSettings) -> dict:
+    """w, h in pixels."""
+    width, height = (side * render.resolution_percentage // 100 for side in (render.resolution_x, render.resolution_y))
+    return {"w": width, "h": height}
+
+
 def intrinsics(render: bpy.types.RenderSettings, lens: bpy.types.Camera) -> dict:
-    """fl_x, fl_y, cx, cy, w, h in pixels of a perspective camera, as Blender's renderers use it."""
+    """fl_x, fl_y, cx, cy in pixels of a perspective camera, as Blender's renderers use it."""
     if lens.type != "PERSP":
         raise InputError(f"the camera {lens.name!r} is {lens.type.lower()}; only perspective cameras can be exported")
     if not np.isclose(render.pixel_aspect_x, render.pixel_aspect_y):
         raise InputError("the pixels are not square: set Output properties > Format > Aspect to 1, 1")
-    width, height = (side * render.resolution_percentage // 100 for side in (render.resolution_x, render.resolution_y))
+    width, height = image_size(render).values()
     fit = lens.sensor_fit
     wide = width >= height if fit == "AUTO" else fit == "HORIZONTAL"
     sensor = lens.sensor_height if fit == "VERTICAL" else lens.sensor_width  # AUTO: the width for either side
@@ -185,7 +257,7 @@ def intrinsics(render: bpy.types.RenderSettings, lens: bpy.types.Camera) -> dict
     focal = lens.lens / sensor * side
     # A shift moves the picture right and up over the scene, so that the principal point moves left and down in it.
     center = {"cx": width / 2 - lens.shift_x * side, "cy": height / 2 + lens.shift_y * side}
-    return {"fl_x": focal, "fl_y": focal, **center, "w": width, "h": height}
+    return {"fl_x": focal, "fl_y": focal, **center}
 
 
 # --- Command ---------------------------------------------------------------------------------------------------------
@@ -221,7 +293,7 @@ def export(output: Path, overwrite: bool) -> None:
     text = json.dumps(cameras, indent=2) + "\n"
     write_all({scene_path: glb_bytes(meshes), cameras_path: text.encode()})
     count, moving = len(cameras["frames"]), moving_names(meshes, last)
-    print(f"scene: {scene_path} ({len(meshes)} meshes, {sum(len(faces) for _, _, faces in meshes)} triangles)")
+    print(f"scene: {scene_path} ({len(meshes)} meshes, {sum(len(mesh.triangles) for mesh in meshes)} triangles)")
     print(f"cameras: {cameras_path} ({count} frames)")
     if moving:
         print(f"note: {', '.join(moving[:3])} move; the scene is exported as at frame {scene.frame_start}")
@@ -229,14 +301,15 @@ def export(output: Path, overwrite: bool) -> None:
         print(f"note: arcs need {ARC_STEPS} N + 1 frames (46, 91, 136, ...), this path has {count}")
 
 
-def moving_names(first: list[tuple], last: list[tuple]) -> list[str]:
-    """Names of meshes whose vertices differ between two frames."""
-    after = {name: vertices for name, vertices, _ in last}
-    return [
-        name
-        for name, vertices, _ in first
-        if name not in after or after[name].shape != vertices.shape or abs(after[name] - vertices).max() > 1e-4
-    ]
+def moving_names(first: list[Mesh], last: list[Mesh]) -> list[str]:
+    """Names of meshes whose triangles are elsewhere in the other list."""
+    corners = {mesh.name: mesh.vertices[mesh.triangles] for mesh in last}
+
+    def moves(mesh: Mesh) -> bool:
+        before, after = mesh.vertices[mesh.triangles], corners.get(mesh.name)
+        return after is None or after.shape != before.shape or abs(after - before).max() > 1e-4
+
+    return [mesh.name for mesh in first if moves(mesh)]
 
 
 def open_blend(path: Path) -> None:
