@@ -284,9 +284,6 @@ def test_more_steps_go_on_to_the_same_weights(tmp_path: Path, loras: Path, capsy
 def test_resume_from_a_named_checkpoint(tmp_path: Path, loras: Path, capsys: pytest.CaptureFixture):
     copy = shutil.copytree(loras, tmp_path / "loras")
     shutil.copy(loras.parent / "picture.png", tmp_path)
-    manifest = read_json(copy / "town" / MANIFEST)
-    manifest["arguments"]["path_image"] = [str(tmp_path / "picture.png")]
-    (copy / "town" / MANIFEST).write_text(json.dumps(manifest))
     (copy / "town" / "checkpoint-4" / "lora.safetensors").write_bytes(b"to be made again")
     assert call(ALIGN, *train(copy, "--resume_from_checkpoint", 2)) == 0
     assert_same(contents(copy, STATE), contents(loras, STATE))
