@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from utils.cli import InputError
 from utils.runs import atomic_path
@@ -26,7 +27,12 @@ def read_map(path: Path) -> np.ndarray:
     """
     if not path.is_file():
         raise InputError(f"{path} is missing")
-    stored = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    try:
+        with Image.open(path) as image:
+            image.verify()  # checksums: OpenCV would print its own lines about a damaged file, or return half of it
+        stored = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        stored = None
     if stored is None:
         raise InputError(f"{path} cannot be read as an image; make the file again")
     if stored.dtype != np.uint16 or stored.ndim != 3 or stored.shape[2] not in (3, 4):
