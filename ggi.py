@@ -27,8 +27,10 @@ from models.weights import (
 )
 from utils.arcs import (
     ARC_FRAMES,
+    CONTACT_SHEET,
     LATENT_FRAMES,
     MULTIVIEWS,
+    VIDEO_FILE,
     Arc,
     Scene,
     chain_path,
@@ -46,7 +48,6 @@ from utils.images import contact_sheet, read_image, resize_image, write_image, w
 from utils.noise import blend_noise, load_or_make_noise
 from utils.runs import MANIFEST, Run, derive_seed, files_sha256, open_run, read_json
 
-VIDEO, CONTACT_SHEET = "video.mp4", "contact_sheet.png"
 EPOCH = 1350  # of the released transformer
 SHEET_COLUMNS = 8  # frames per arc on the contact sheet
 
@@ -280,7 +281,7 @@ def save_arc(run: Run, arc: Arc, frames: np.ndarray) -> None:
 def finish(args: argparse.Namespace, scene: Scene, anchors: list[Path], run: Run) -> None:
     """Video and contact sheet from the saved frames."""
     shown = [path for arc in scene.arcs for path in arc_frame_paths(run, arc)[bool(arc.index) :]]
-    write_video(run.folder / VIDEO, (read_image(path) for path in shown), args.fps)
+    write_video(run.folder / VIDEO_FILE, (read_image(path) for path in shown), args.fps)
     rows = []
     columns = resample_indices(ARC_FRAMES, SHEET_COLUMNS)
     for arc in scene.arcs:
@@ -294,7 +295,7 @@ def finish(args: argparse.Namespace, scene: Scene, anchors: list[Path], run: Run
 
 
 def print_results(run: Run) -> None:
-    print(run.folder / VIDEO)
+    print(run.folder / VIDEO_FILE)
     print(run.folder / CONTACT_SHEET)
 
 

@@ -20,7 +20,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.arcs import ARC_FRAMES, CAMERAS_FILE, LATENT_FRAMES, SCENE_FILE, Arc, count_arcs, latent_frame_numbers
+from utils.arcs import (
+    ARC_FRAMES,
+    CAMERAS_FILE,
+    LATENT_FRAMES,
+    PREVIEW_FOLDER,
+    SCENE_FILE,
+    Arc,
+    count_arcs,
+    latent_frame_numbers,
+)
 from utils.cameras import CameraPath, builtin_path, read_cameras, to_arcs, write_transforms
 from utils.cli import InputError, Parser, non_negative_int, positive_int, run_script, size
 from utils.correspondence import encode_map, write_map
@@ -38,7 +47,7 @@ MANIFEST = "preprocess.json"
 FPS = 24  # of animated cameras
 SMALLEST_EDGES = 16  # pixels
 FILES = ARC_FRAMES + LATENT_FRAMES  # edges, maps and corres_end.png of an arc
-OWNED = ("arc[0-9]", "arc[0-9][0-9]", "arc[0-9][0-9][0-9]", SCENE_FILE, CAMERAS_FILE, MANIFEST, "preview")
+OWNED = ("arc[0-9]", "arc[0-9][0-9]", "arc[0-9][0-9][0-9]", SCENE_FILE, CAMERAS_FILE, MANIFEST, PREVIEW_FOLDER)
 
 
 def parse_args() -> argparse.Namespace:

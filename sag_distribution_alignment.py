@@ -26,14 +26,13 @@ from models.weights import (
     resolve_device,
     weight_hashes,
 )
-from utils.arcs import checkpoint_lora_paths, find_checkpoints
+from utils.arcs import LOSS_CURVE, LOSS_FILE, STATE_FOLDER, checkpoint_lora_paths, find_checkpoints
 from utils.cli import InputError, Parser, folder_name, positive_float, positive_int, run_script, seed
 from utils.edges import edge_detector
 from utils.images import plot_curve, write_image
 from utils.references import Reference, load_references
 from utils.runs import Run, atomic_path, files_sha256, open_run
 
-LOSSES, STATE = "loss.csv", "state"
 PRECISION = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
 
 
@@ -100,9 +99,9 @@ def read_losses(path: Path, steps: int) -> list[float]:
 
 
 def write_losses(folder: Path, losses: list[float]) -> None:
-    with atomic_path(folder / LOSSES) as temporary, temporary.open("w", newline="") as file:
+    with atomic_path(folder / LOSS_FILE) as temporary, temporary.open("w", newline="") as file:
         csv.writer(file).writerows([("step", "loss"), *enumerate(losses, start=1)])
-    write_image(folder / "loss.png", plot_curve(losses, "loss"))
+    write_image(folder / LOSS_CURVE, plot_curve(losses, "loss"))
 
 
 def main() -> None:
@@ -165,13 +164,13 @@ def train(
     objective, optimizer = accelerator.prepare(FlowObjective(models), optimizer)
     save_loras_only(accelerator, networks)
     if first_step:
-        accelerator.load_state(find_checkpoints(run.folder)[first_step] / STATE)
+        accelerator.load_state(find_checkpoints(run.folder)[first_step] / STATE_FOLDER)
     if accelerator.is_main_process:
         begin(run, references, paths)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("alignment")
 
-    losses = read_losses(run.folder / LOSSES, first_step)
+    losses = read_losses(run.folder / LOSS_FILE, first_step)
     for step in trange(first_step, args.max_train_steps, desc="align", disable=not accelerator.is_main_process):
         losses.append(backward(args, preset, references, step, accelerator, objective, models, texts))
         accelerator.unscale_gradients()  # float16 scales them
@@ -223,7 +222,7 @@ def save_checkpoint(accelerator, run: Run, step: int, networks, losses: list[flo
         checkpoint = run.folder / f"checkpoint-{step}"
         try:
             with atomic_path(checkpoint) as temporary:
-                accelerator.save_state(temporary / STATE)
+                accelerator.save_state(temporary / STATE_FOLDER)
                 for model, path in zip(networks, checkpoint_lora_paths(temporary), strict=True):
                     save_lora(model, path)
         except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk

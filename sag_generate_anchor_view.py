@@ -22,6 +22,8 @@ from models.weights import (
     weight_hashes,
 )
 from utils.arcs import (
+    ANCHOR_FILES,
+    CONTACT_SHEET,
     MULTIVIEWS,
     Scene,
     anchor_path,
@@ -46,9 +48,7 @@ from utils.cli import (
 from utils.correspondence import read_map
 from utils.edges import resize_edges
 from utils.images import contact_sheet, read_image, write_image
-from utils.runs import Run, draw_seed, files_sha256, find_unfinished, open_run
-
-OWNED = ("image_*.png", "warped_x_*.png", "mask_*.png", "contact_sheet.png", "run.json")
+from utils.runs import MANIFEST, Run, draw_seed, files_sha256, find_unfinished, open_run
 
 
 def parse_args() -> argparse.Namespace:
@@ -129,7 +129,9 @@ def open_anchor_run(args: argparse.Namespace, arguments: dict) -> Run:
         print(f"seed {args.seed}" + ("" if unfinished is None else ", continuing an unfinished run"))
     name = anchor_run_name(args.pfix, args.prompt, args.epoch, args.seed, args.num_replacement)
     # Videos of these anchors are folders of their own, which stay when the anchors are drawn anew.
-    return open_run(parent / name, arguments | {"seed": args.seed}, overwrite=args.overwrite, owned=OWNED)
+    return open_run(
+        parent / name, arguments | {"seed": args.seed}, overwrite=args.overwrite, owned=(*ANCHOR_FILES, MANIFEST)
+    )
 
 
 def main() -> None:
@@ -220,7 +222,7 @@ def draw_anchors(
             )
             write_image(anchor_path(run.folder, k), decode_anchor(models, latents))
             run.save()
-    write_image(run.folder / "contact_sheet.png", anchor_sheet(scene, run.folder))
+    write_image(run.folder / CONTACT_SHEET, anchor_sheet(scene, run.folder))
     run.finish()
 
 

@@ -43,23 +43,14 @@ def subdivide(geometry: Geometry) -> Geometry:
     )
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """Median CPU seconds of all threads over REPEATS runs, after one that warms up."""
+def median_seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Median over REPEATS runs, after one to warm up. clock: `process_time` (CPU, all threads) or `perf_counter`."""
     work()
     times = []
     for _ in range(REPEATS):
-        start = time.process_time()
+        start = clock()
         work()
-        times.append(time.process_time() - start)
-    return statistics.median(times)
-
-
-def wall_seconds(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times)
 
 
@@ -82,16 +73,17 @@ def measure(scene_path: Path, cameras_path: Path, splits: int) -> dict[str, floa
 
     def on_threads(count: int) -> float:
         with ThreadPoolExecutor(count) as pool:
-            return wall_seconds(lambda: list(pool.map(draw, views)))
+            return median_seconds(lambda: list(pool.map(draw, views)), time.perf_counter)
 
     found = [correspondence(caster, *pair) for pair in pairs]
     noise = [(one.position, one.visible) for one in found]
     return {
         "faces": len(geometry.faces),
         "build_s": build,
-        "maps_per_s": MAPS / cpu_seconds(lambda: [correspondence(caster, *pair) for pair in pairs]),
-        "frames_per_s": FRAMES / cpu_seconds(lambda: [draw(view) for view in views]),
-        "noise_s": cpu_seconds(lambda: warp_noise(noise, LATENT_SIZE, 0)),
+        "maps_per_s": MAPS
+        / median_seconds(lambda: [correspondence(caster, *pair) for pair in pairs], time.process_time),
+        "frames_per_s": FRAMES / median_seconds(lambda: [draw(view) for view in views], time.process_time),
+        "noise_s": median_seconds(lambda: warp_noise(noise, LATENT_SIZE, 0), time.process_time),
         "one_thread_s": on_threads(1),
         "two_threads_s": on_threads(2),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

@@ -4,8 +4,6 @@ import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-TOKEN_PIXELS = 16  # side of one FLUX token in pixels: 8x latents, packed 2x2
-
 
 def posterior_sample(posterior: DiagonalGaussianDistribution, eps: torch.Tensor | None = None) -> torch.Tensor:
     """mean + std * eps, in the posterior's dtype. eps: N(0, 1) of the latents' shape; None gives the mean."""

@@ -125,7 +125,7 @@ def resolve_device(name: str) -> str:
         raise InputError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cpu":
         return "cpu"
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+    if not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise InputError(f"--device {name}: this machine has no such CUDA device; use --device cpu")
     return name
 

@@ -61,8 +61,9 @@ def town_picture(seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
     """A view into the town of this seed. size: width, height."""
     parts = make_town(seed)
     with tempfile.TemporaryDirectory() as folder:
-        export_glb(parts, Path(folder) / "scene.glb")
-        geometry = turn(load_geometry(Path(folder) / "scene.glb"), "+z")
+        mesh = Path(folder) / "town.glb"
+        export_glb(parts, mesh)
+        geometry = turn(load_geometry(mesh), "+z")
     width, height = size
     c2w = make_path(parts, "walk", seed, 46)[FRAME]
     return render(geometry, View(c2w, FOCAL * width, FOCAL * width, width / 2, height / 2, width, height))

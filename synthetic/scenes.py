@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from synthetic.shapes import Mesh, box, loft, make_house, place, quads, turned
-from utils.arcs import ARC_STEPS
+from utils.arcs import ARC_STEPS, CAMERAS_FILE, SCENE_FILE
 from utils.cameras import CameraPath, look_at, write_transforms
 from utils.cli import InputError, Parser, non_negative_int, positive_int, require_writable, run_script
 from utils.runs import atomic_path
@@ -342,7 +342,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    scene, cameras = args.output / "scene.glb", args.output / "cameras.json"
+    scene, cameras = args.output / SCENE_FILE, args.output / CAMERAS_FILE
     for path in (scene, cameras):
         if path.exists() and not args.overwrite:
             raise InputError(f"{path} exists already; pass --overwrite to replace it, or choose another --output")

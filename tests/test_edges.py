@@ -1,5 +1,6 @@
 """Soft edges: where lines lie, how wide they are, what counts as an edge, and what the command refuses."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -166,12 +167,11 @@ def test_detectors_by_name() -> None:
 
 def run_edges(*arguments: object, path: Path | None = None) -> subprocess.CompletedProcess:
     """The command in a Python that does not see controlnet_aux, unless the folder `path` holds one."""
-    hide = "import sys, runpy; sys.modules['controlnet_aux'] = None; "
-    if path is not None:
-        hide = f"import sys, runpy; sys.path.insert(0, {str(path)!r}); "
-    code = hide + "runpy.run_module('utils.edges', run_name='__main__', alter_sys=True)"
+    hide = "" if path else "sys.modules['controlnet_aux'] = None; "
+    code = f"import sys, runpy; {hide}runpy.run_module('utils.edges', run_name='__main__', alter_sys=True)"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
 
 
 def test_command_writes_the_edges(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import preprocess
 import tests.town
 from benchmarks.preprocess import cpu_seconds, subdivide, wall_seconds
 from tests.helpers import DATA, ROOT
-from utils.arcs import load_scene
+from utils.arcs import CAMERAS_FILE, SCENE_FILE, load_scene
 from utils.cameras import read_cameras
 from utils.cli import run_script
 from utils.correspondence import VISIBLE, encode_map, read_map, source_positions, write_map
@@ -614,6 +614,15 @@ def test_speed():
 def _wall_seconds(draw: Callable[[View], object], views: list[View], threads: int) -> float:
     with ThreadPoolExecutor(threads) as pool:
         return wall_seconds(lambda: list(pool.map(draw, views)))
+
+
+def test_the_committed_sample_counts_as_finished(monkeypatch, tmp_path, capsys):
+    """Its manifest has today's form: the commands that made it find nothing left to do."""
+    for name in (SCENE_FILE, CAMERAS_FILE):
+        shutil.copy(ROOT / "assets" / "sampleA" / name, tmp_path / name)
+    flags = ("--scene", tmp_path / SCENE_FILE, "--cameras", tmp_path / CAMERAS_FILE)
+    assert run_main(monkeypatch, *flags, "--output", ROOT / "assets" / "sampleA") == 0
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_the_committed_sample_is_what_the_code_makes():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import resource
 import shutil
@@ -667,8 +668,7 @@ def test_another_transformer_for_the_video(tmp_path: Path, one_arc: Path, flag_v
 # Two processes
 
 SLOW_SECOND_PROCESS = """
-import os, sys, time
-sys.path.insert(0, os.getcwd())
+import os, time
 import sag_distribution_alignment as script
 from utils.cli import run_script
 
@@ -685,7 +685,8 @@ def test_two_processes_write_one_checkpoint(tmp_path: Path):
     (tmp_path / "script.py").write_text(SLOW_SECOND_PROCESS)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "script.py")]
     command = [sys.executable, *launch, *words(*train(double, "--max_train_steps", 2))]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, env=environment)
     assert result.returncode == 0, result.stderr
     assert contents(double, "random_states").keys() == contents(single, "random_states").keys()
     losses = [np.loadtxt(folder / "town" / "loss.csv", delimiter=",", skiprows=1) for folder in (single, double)]

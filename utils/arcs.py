@@ -26,6 +26,7 @@ PADDING_FRAMES = 3
 LATENT_FRAMES = 13  # CogVideoX: 49 frames in 4x temporal compression
 NOISE_CHANNELS = 16
 SCENE_FILE, CAMERAS_FILE = "scene.glb", "cameras.json"  # the mesh and the path, as preprocess.py used them
+PREVIEW_FOLDER = "preview"
 REFERENCE_LATENT_SIZE = (90, 60)  # width, height; the size whose noise file carries no size in its name
 
 
@@ -178,6 +179,10 @@ def _one_size(sizes: dict[Path, tuple[int, int]]) -> tuple[int, int]:
 # --- runs: anchors of a scene, videos of anchors, LoRAs ---
 
 MULTIVIEWS = "multiviews"
+CONTACT_SHEET, VIDEO_FILE = "contact_sheet.png", "video.mp4"
+LOSS_FILE, LOSS_CURVE = "loss.csv", "loss.png"
+STATE_FOLDER = "state"  # in a checkpoint: what an interrupted training goes on from
+ANCHOR_FILES = ("image_*.png", "warped_x_*.png", "mask_*.png", CONTACT_SHEET)  # of a run; its videos are folders
 
 
 def pad_prompts(prompts: Sequence[str], count: int) -> list[str]:

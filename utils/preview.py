@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from utils.arcs import ARC_STEPS, LATENT_FRAMES, Scene, load_scene
+from utils.arcs import ARC_STEPS, CONTACT_SHEET, LATENT_FRAMES, PREVIEW_FOLDER, Scene, load_scene
 from utils.cameras import CameraPath
 from utils.correspondence import read_map, warp_image
 from utils.geometry import Geometry
@@ -25,10 +25,10 @@ GRID_CELL = 20  # pixels; side of the cells of the carried grid
 def write_preview(folder: Path, geometry: Geometry, path: CameraPath, fps: float) -> None:
     """Write all three pictures of a finished scene folder."""
     scene = load_scene(folder)
-    write_image(folder / "preview" / "contact_sheet.png", scene_sheet(scene))
+    write_image(folder / PREVIEW_FOLDER / CONTACT_SHEET, scene_sheet(scene))
     shown = [p for arc in scene.arcs for p in arc.edge_paths[bool(arc.index) :]]
-    write_video(folder / "preview" / "edges.mp4", (_even(read_image(p)) for p in shown), fps)
-    write_image(folder / "preview" / "top.png", top_view(geometry, path))
+    write_video(folder / PREVIEW_FOLDER / "edges.mp4", (_even(read_image(p)) for p in shown), fps)
+    write_image(folder / PREVIEW_FOLDER / "top.png", top_view(geometry, path))
 
 
 def scene_sheet(scene: Scene) -> np.ndarray:
