@@ -605,14 +605,14 @@ def test_speed():
         per_frame = median_seconds(lambda draw=draw: [draw(view) for view in frames], time.process_time) / len(frames)
         seconds.append((per_map, per_frame))
         if shape is geometry:
-            one, two = (_median_seconds(draw, frames * 2, threads, time.perf_counter) for threads in (1, 2))
+            one, two = (_wall_seconds(draw, frames * 2, threads) for threads in (1, 2))
     (per_map, per_frame), (fine_map, fine_frame) = seconds
     assert 1 / per_map > 20 / 3 and 1 / per_frame > 1.5 / 3
     assert fine_map < 9 * per_map and fine_frame < 9 * per_frame
     assert one / two > 1.7 / 3
 
 
-def _median_seconds(draw: Callable[[View], object], views: list[View], threads: int, time.perf_counter) -> float:
+def _wall_seconds(draw: Callable[[View], object], views: list[View], threads: int) -> float:
     with ThreadPoolExecutor(threads) as pool:
         return median_seconds(lambda: list(pool.map(draw, views)), time.perf_counter)
 
