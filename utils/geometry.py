@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from utils.gltf import MAX_TRIANGLES
 from utils.gltf_check import FAR, read_gltf
 from utils.raycast import RayCaster, face_normals
 
-__all__ = ["Geometry", "RayCaster", "load_geometry", "turn", "write_glb"]
+__all__ = ["Geometry", "RayCaster", "build_geometry", "load_geometry", "turn", "write_glb"]
 
 UPS = ("+y", "+z")
 FORMATS = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
@@ -186,6 +187,12 @@ def _unique(names: list[str]) -> list[str]:
 
 
 # --- building ---
+
+
+def build_geometry(meshes: Iterable[tuple[str, np.ndarray, np.ndarray]], up: str) -> Geometry:
+    """A scene from meshes in memory: name, vertices float64 [V, 3] in metres, faces int [F, 3]; all flat shaded."""
+    parts = [_Part(name, vertices, faces, np.zeros(len(faces), bool), None) for name, vertices, faces in meshes]
+    return _assemble(Path("the scene"), parts, up)
 
 
 def _to_part(path: Path, name: str, mesh) -> _Part:

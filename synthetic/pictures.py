@@ -1,0 +1,128 @@
+"""Pictures of random towns with their edges: what the image networks are trained on. Drawn once and cached.
+
+    python -m synthetic.pictures --towns 1000 --processes 2
+
+A town is seen from VIEWS places, each coloured in STYLES styles. Towns and styles of the three splits never meet.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from synthetic.render import draw_edges, paint, town_world, trace, typical_depth
+from synthetic.scenes import PATHS, make_path, make_town, to_camera_path
+from synthetic.styles import make_style
+from utils.arcs import ARC_FRAMES
+from utils.cli import InputError, Parser, positive_int, run_script
+from utils.edges import resize_edges
+from utils.tensor_cache import read_arrays, write_arrays
+from utils.views import make_views
+
+SIZE = (144, 96)  # width, height of the tiny networks' pictures
+EDGE_SIZE = (540, 360)  # lines are drawn at half the width that preprocessing draws them at: a quarter of the time
+VIEWS, STYLES = 8, 4  # of each town
+SPLITS = {"train": (0, 100_000), "validation": (100_000, 110_000), "test": (200_000, 10**9)}  # seeds: first, end
+CACHE = Path("cache/pictures")
+VERSION = 1  # of what is drawn; a cache of another version is made again
+
+
+@dataclass(frozen=True)
+class TownPictures:
+    """images: uint8 [VIEWS, STYLES, H, W, 3]; edges: uint8 [VIEWS, H, W]; captions: one for each style."""
+
+    images: np.ndarray
+    edges: np.ndarray
+    captions: tuple[str, ...]
+
+
+def scene_seed(split: str, number: int) -> int:
+    """Seed of town `number` of a split. Raises ValueError beyond the split's end."""
+    first, end = SPLITS[split]
+    if not 0 <= number < (end - first) // STYLES:
+        raise ValueError(f"town {number} is outside the {split} split of {(end - first) // STYLES} towns")
+    return first + number
+
+
+def style_seeds(split: str, number: int) -> list[int]:
+    """Seeds of the styles that town `number` is coloured in."""
+    return [SPLITS[split][0] + STYLES * number + k for k in range(STYLES)]
+
+
+def draw_town(split: str, number: int, size: tuple[int, int] = SIZE) -> dict[str, np.ndarray]:
+    """The arrays of TownPictures. Deterministic."""
+    cv2.setNumThreads(1)
+    seed = scene_seed(split, number)
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 20]))
+    parts = make_town(seed)
+    world = town_world(parts)
+    styles = [make_style(style_seed) for style_seed in style_seeds(split, number)]
+    images, edges = [], []
+    for kind in PATHS:
+        path = to_camera_path(make_path(parts, kind, seed, ARC_FRAMES))
+        views, large = make_views(path, size), make_views(path, EDGE_SIZE)
+        depth = typical_depth(world, views[::9])
+        for frame in rng.choice(ARC_FRAMES, VIEWS // len(PATHS), replace=False):
+            buffer = trace(world, views[frame])
+            images.append([paint(buffer, style) for style in styles])
+            edges.append(resize_edges(draw_edges(world, large[frame], depth), *size)[..., 0])
+    return {"images": np.array(images), "edges": np.array(edges)}
+
+
+def cached_town(split: str, number: int, folder: Path = CACHE, size: tuple[int, int] = SIZE) -> TownPictures:
+    """Read a town's pictures from the cache; draw and cache them when they are missing or damaged."""
+    path = folder / f"{split}_{number:05d}.safetensors"
+    identity = {"split": split, "number": number, "size": list(size), "version": VERSION}
+    arrays = read_arrays(path, identity)
+    if arrays is None:
+        try:
+            arrays = draw_town(split, number, size)
+        except InputError:  # no path through this town keeps clear of it: an empty entry
+            arrays = {
+                "images": np.zeros((0, STYLES, *size[::-1], 3), np.uint8),
+                "edges": np.zeros((0, *size[::-1]), np.uint8),
+            }
+        write_arrays(path, arrays, identity)
+    captions = tuple(make_style(seed).caption for seed in style_seeds(split, number))
+    return TownPictures(arrays["images"], arrays["edges"], captions)
+
+
+def load_towns(split: str, count: int, folder: Path = CACHE, processes: int | None = None) -> list[TownPictures]:
+    """The first `count` towns of a split, those without pictures left out; missing ones are drawn in parallel."""
+    missing = [n for n in range(count) if not (folder / f"{split}_{n:05d}.safetensors").is_file()]
+    if missing:
+        with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
+            jobs = pool.map(_draw_into, [(split, n, folder) for n in missing], chunksize=4)
+            for _ in tqdm(jobs, total=len(missing), desc=f"draw {split}", unit="town"):
+                pass
+    towns = [cached_town(split, n, folder) for n in tqdm(range(count), desc=f"read {split}", unit="town")]
+    return [town for town in towns if len(town.images)]
+
+
+def _draw_into(job: tuple[str, int, Path]) -> None:
+    cached_town(*job)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__, "python -m synthetic.pictures")
+    parser.add_argument("--split", choices=list(SPLITS), default="train", help="which seeds")
+    parser.add_argument("--towns", type=positive_int, default=1000, help=f"how many, each {VIEWS}x{STYLES} pictures")
+    parser.add_argument("--cache_dir", type=Path, default=CACHE, help="folder of the cache")
+    parser.add_argument("--processes", type=positive_int, help="processes that draw (default: one for each core)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    towns = load_towns(args.split, args.towns, args.cache_dir, args.processes)
+    print(f"{args.cache_dir}: {len(towns)} towns, {len(towns) * VIEWS * STYLES} pictures")
+
+
+if __name__ == "__main__":
+    run_script(main)

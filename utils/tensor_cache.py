@@ -1,0 +1,52 @@
+"""Cache files of named arrays that know whether they are whole and what they were made from.
+
+A file is a safetensors file whose header holds the identity of its content and a hash over its bytes. A file that is
+missing, damaged or of another identity reads as None, and is made again.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from utils.runs import atomic_path
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], identity: Mapping) -> None:
+    """Write arrays whole or not at all. identity: JSON values that decide what the file must hold."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    header = {"identity": _text(identity), "sha256": _hash(arrays)}
+    with atomic_path(path) as temporary:
+        save_file(arrays, temporary, header)
+
+
+def read_arrays(path: Path, identity: Mapping) -> dict[str, np.ndarray] | None:
+    """The arrays of a file, or None when it must be made (again)."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            header = file.metadata() or {}
+            if header.get("identity") != _text(identity):
+                return None
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError):
+        return None
+    return arrays if header.get("sha256") == _hash(arrays) else None
+
+
+def _text(identity: Mapping) -> str:
+    return json.dumps(identity, sort_keys=True)
+
+
+def _hash(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array)
+    return digest.hexdigest()
