@@ -12,7 +12,6 @@ uninterrupted one.
 """
 
 import argparse
-import csv
 import errno
 from pathlib import Path
 
@@ -26,10 +25,11 @@ from models.weights import (
     resolve_device,
     weight_hashes,
 )
-from utils.arcs import LOSS_CURVE, LOSS_FILE, STATE_FOLDER, checkpoint_lora_paths, find_checkpoints
+from utils.arcs import STATE_FOLDER, checkpoint_lora_paths, find_checkpoints
 from utils.cli import InputError, Parser, folder_name, positive_float, positive_int, run_script, seed
 from utils.edges import edge_detector
-from utils.images import plot_curve, write_image
+from utils.images import write_image
+from utils.losses import read_losses, write_losses
 from utils.references import Reference, load_references
 from utils.runs import Run, atomic_path, files_sha256, open_run
 
@@ -88,20 +88,6 @@ def resume_step(args: argparse.Namespace, run: Run) -> int:
     if wanted != "latest" and not (wanted.isdigit() and int(wanted) in found):
         raise InputError(f"--resume_from_checkpoint {wanted}: {run.folder} holds checkpoints {found or 'none'}")
     return found[-1] if wanted == "latest" else int(wanted)
-
-
-def read_losses(path: Path, steps: int) -> list[float]:
-    """The losses of the first `steps` steps of an interrupted run."""
-    if not steps or not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)][:steps]
-
-
-def write_losses(folder: Path, losses: list[float]) -> None:
-    with atomic_path(folder / LOSS_FILE) as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([("step", "loss"), *enumerate(losses, start=1)])
-    write_image(folder / LOSS_CURVE, plot_curve(losses, "loss"))
 
 
 def main() -> None:
@@ -170,7 +156,7 @@ def train(
     accelerator.wait_for_everyone()
     accelerator.init_trackers("alignment")
 
-    losses = read_losses(run.folder / LOSS_FILE, first_step)
+    losses = read_losses(run.folder, first_step)
     for step in trange(first_step, args.max_train_steps, desc="align", disable=not accelerator.is_main_process):
         losses.append(backward(args, preset, references, step, accelerator, objective, models, texts))
         accelerator.unscale_gradients()  # float16 scales them

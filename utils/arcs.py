@@ -181,6 +181,7 @@ def _one_size(sizes: dict[Path, tuple[int, int]]) -> tuple[int, int]:
 MULTIVIEWS = "multiviews"
 CONTACT_SHEET, VIDEO_FILE = "contact_sheet.png", "video.mp4"
 LOSS_FILE, LOSS_CURVE = "loss.csv", "loss.png"
+SAMPLES_FOLDER = "samples"  # of a training run: sample sheets
 STATE_FOLDER = "state"  # in a checkpoint: what an interrupted training goes on from
 ANCHOR_FILES = ("image_*.png", "warped_x_*.png", "mask_*.png", CONTACT_SHEET)  # of a run; its videos are folders
 

@@ -1,0 +1,219 @@
+"""The training loop of whole networks: accelerate, EMA, clipping, curves, sample sheets, and exact resuming.
+
+What a step sees depends on the seed, the step and the item's number alone: no sampler state is kept, so that a resumed
+run draws what an uninterrupted one would have drawn, and so do several processes that share a global batch.
+"""
+
+import argparse
+import errno
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from utils.arcs import SAMPLES_FOLDER, STATE_FOLDER, find_checkpoints
+from utils.cli import non_negative_int, positive_float, positive_int, seed, unit_float
+from utils.images import write_image
+from utils.losses import read_losses, write_losses
+from utils.runs import Run, atomic_path
+
+KEPT_STATES = 2  # checkpoints that keep what is needed to go on from them; older ones keep their weights
+Draw = Callable[[tuple[int, ...], Iterable[int]], dict]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a network is trained; the flags of `add_training_flags`."""
+
+    max_train_steps: int
+    checkpointing_steps: int
+    sheet_steps: int
+    learning_rate: float
+    warmup_steps: int
+    decay_steps: int
+    train_batch_size: int
+    gradient_accumulation_steps: int
+    max_grad_norm: float
+    ema_decay: float
+    beta2: float
+    weight_decay: float
+    mixed_precision: str
+    seed: int
+    report_to: str
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then constant, then linear to zero over the last `decay_steps` steps. step: from 0."""
+        rise = min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        fall = min(1.0, (self.max_train_steps - step) / max(self.decay_steps, 1))
+        return self.learning_rate * min(rise, fall)
+
+
+FREE_SETTINGS = {  # may change between attempts: how far, how often and where, not what
+    "max_train_steps",
+    "decay_steps",
+    "checkpointing_steps",
+    "sheet_steps",
+    "report_to",
+}
+
+
+def add_training_flags(parser: argparse.ArgumentParser, **defaults: object) -> None:
+    """One flag for each field of TrainSettings. defaults: those that differ from the ones here."""
+
+    def add(name: str, default: object, **options: object) -> None:
+        parser.add_argument(f"--{name}", default=defaults.get(name, default), **options)
+
+    add("max_train_steps", 1000, type=positive_int, help="optimizer steps; may be raised later to go on")
+    add("checkpointing_steps", 500, type=positive_int, help="steps between checkpoints")
+    add("sheet_steps", 500, type=positive_int, help="steps between sample sheets")
+    add("learning_rate", 1e-4, type=positive_float, help="peak learning rate of AdamW")
+    add("warmup_steps", 100, type=non_negative_int, help="first steps, over which the learning rate rises")
+    add("decay_steps", 0, type=non_negative_int, help="last steps, over which the learning rate falls to zero")
+    add("train_batch_size", 1, type=positive_int, help="items per process and step")
+    add("gradient_accumulation_steps", 1, type=positive_int, help="batches per optimizer step")
+    add("max_grad_norm", 1.0, type=positive_float, help="gradients are clipped to this norm")
+    add("ema_decay", 0.999, type=unit_float, help="decay of the averaged weights that are saved; 0 saves the raw ones")
+    add("beta2", 0.999, type=unit_float, help="second beta of AdamW; the first is 0.9")
+    add("weight_decay", 0.01, type=float, help="weight decay of AdamW")
+    add("mixed_precision", "bf16", choices=["bf16", "no"], help="precision of the computation; weights are float32")
+    add("seed", 0, type=seed, help="seed of start values, data order, noise and timesteps")
+    add("report_to", "tensorboard", choices=["tensorboard", "none"], help="where curves are logged")
+
+
+def training_settings(args: argparse.Namespace) -> TrainSettings:
+    return TrainSettings(**{field.name: getattr(args, field.name) for field in fields(TrainSettings)})
+
+
+def is_trained(run: Run, settings: TrainSettings) -> bool:
+    """Whether the run has a checkpoint of the last step."""
+    return not run.replaces and max(find_checkpoints(run.folder), default=0) >= settings.max_train_steps
+
+
+def fit(
+    run: Run,
+    objective,
+    settings: TrainSettings,
+    draw: Draw,
+    save: Callable[[Path], None],
+    sheet: Callable[[], np.ndarray] | None = None,
+    *,
+    device: str = "cpu",
+) -> None:
+    """Train the parameters of `objective` that require gradients, and leave checkpoint-<step>/ folders in the run.
+
+    objective(**batch) returns scalars with the key `loss`. draw(step_seed, items) gives the batch of one process.
+    save(folder) writes the weights for use; sheet() paints samples, uint8 [H, W, 3]. Both see the averaged weights.
+    """
+    import accelerate
+    import torch
+    from diffusers.training_utils import EMAModel
+    from tqdm import trange
+
+    accelerator = accelerate.Accelerator(
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        log_with=None if settings.report_to == "none" else settings.report_to,
+        project_dir=run.folder,
+        cpu=device == "cpu",
+        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    objective.to(accelerator.device)
+    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay
+    )
+    average = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
+    module, optimizer = accelerator.prepare(objective, optimizer)
+    accelerator.register_for_checkpointing(average)
+    checkpoints = {} if run.replaces else find_checkpoints(run.folder)
+    first = max((step for step, path in checkpoints.items() if (path / STATE_FOLDER).is_dir()), default=0)
+    if first:
+        accelerator.load_state(checkpoints[first] / STATE_FOLDER)
+        average.to(accelerator.device)
+    if accelerator.is_main_process:
+        run.begin()
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("training")
+    losses = read_losses(run.folder, first)
+    began = time.monotonic()
+
+    steps = trange(first, settings.max_train_steps, desc="train", disable=not accelerator.is_main_process)
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate_at(step)
+        values = _backward(accelerator, module, settings, draw, step)
+        norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.step(parameters)
+        losses.append(values["loss"])
+        rate = (step + 1 - first) / (time.monotonic() - began)
+        accelerator.log(values | {"grad_norm": float(norm), "steps_per_second": rate}, step + 1)
+        steps.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
+        last = step + 1 == settings.max_train_steps
+        if (step + 1) % settings.checkpointing_steps == 0 or last:
+            _checkpoint(accelerator, run, step + 1, losses, save, averaged(average, parameters, settings.ema_decay))
+        if sheet and accelerator.is_main_process and ((step + 1) % settings.sheet_steps == 0 or last):
+            with averaged(average, parameters, settings.ema_decay):
+                write_image(run.folder / SAMPLES_FOLDER / f"{step + 1:06d}.png", sheet())
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        run.finish(steps=settings.max_train_steps)
+
+
+def _backward(accelerator, module, settings: TrainSettings, draw: Draw, step: int) -> dict[str, float]:
+    """Gradients of one optimizer step, accumulated over its batches; the mean values over all of them."""
+    import torch
+
+    rank, size = accelerator.process_index, settings.train_batch_size
+    rows = []
+    for micro in range(settings.gradient_accumulation_steps):
+        batch = draw((settings.seed, step, micro), range(rank * size, (rank + 1) * size))
+        with accelerator.accumulate(module):
+            values = module(**_to(batch, accelerator.device))
+            accelerator.backward(values["loss"])
+        rows.append(torch.stack([value.detach().float() for value in values.values()]))
+    mean = accelerator.reduce(torch.stack(rows).mean(dim=0), "mean")
+    return dict(zip(values, mean.tolist(), strict=True))
+
+
+def _to(batch: dict, device) -> dict:
+    return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+
+
+@contextmanager
+def averaged(average, parameters: list, decay: float) -> Iterator[None]:
+    """Put the averaged weights in place for the block; with decay 0, nothing happens."""
+    if not decay:
+        yield
+        return
+    average.store(parameters)
+    average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        average.restore(parameters)
+
+
+def _checkpoint(accelerator, run: Run, step: int, losses: list[float], save: Callable, with_average) -> None:
+    """Weights for use, and the state to go on from; the folder gets its name when it is complete."""
+    from safetensors import SafetensorError
+
+    if accelerator.is_main_process:
+        write_losses(run.folder, losses)  # before the checkpoint: a kill in between leaves rows too many, not too few
+        checkpoint = run.folder / f"checkpoint-{step}"
+        try:
+            with atomic_path(checkpoint) as temporary:
+                accelerator.save_state(temporary / STATE_FOLDER)
+                with with_average:
+                    save(temporary)
+        except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
+            raise OSError(errno.EIO, f"cannot write a checkpoint ({error})", str(checkpoint)) from error
+        for path in list(find_checkpoints(run.folder).values())[:-KEPT_STATES]:
+            shutil.rmtree(path / STATE_FOLDER, ignore_errors=True)
+        run.save()
+    accelerator.wait_for_everyone()
