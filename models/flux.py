@@ -100,7 +100,7 @@ def control_residuals(
     timestep: float | torch.Tensor,
     text: Text,
     control: torch.Tensor,
-    guidance: float,
+    guidance: float | torch.Tensor,
 ) -> list[torch.Tensor]:
     """Unscaled ControlNet residuals, one [B, L, hidden] per ControlNet block. Arguments as for `velocity`."""
     network = models.controlnet
@@ -119,13 +119,13 @@ def velocity(
     text: Text,
     control: torch.Tensor,
     *,
-    guidance: float,
+    guidance: float | torch.Tensor,
     control_weight: float = 1.0,
 ) -> torch.Tensor:
     """Predicted velocity (noise minus image) of one branch, in the transformer's dtype, [B, L, 64].
 
     tokens: packed latents [B, L, 64]. timestep in [0, 1], one or [B]. control: edge images [B, 3, H, W] in [-1, 1], H
-    W = 256 L. guidance: distilled guidance scale (4 at inference, 1 in training). control_weight: 0 leaves the
+    W = 256 L. guidance: distilled guidance scale, one or [B] (4 at inference, 1 in training). control_weight: 0 leaves the
     ControlNet out.
     """
     residuals = None
@@ -158,7 +158,7 @@ def _inputs(network, tokens, timestep, text, control, guidance) -> dict:
         "timestep": torch.as_tensor(timestep, dtype=torch.float32).expand(batch).to(device, dtype),
         "img_ids": token_positions(control.shape[-2] // 8, control.shape[-1] // 8, device),
         "txt_ids": torch.zeros(text.tokens.shape[1], 3, device=device),
-        "guidance": torch.full((batch,), float(guidance), device=device, dtype=dtype)
+        "guidance": torch.as_tensor(guidance, dtype=torch.float32).expand(batch).to(device, dtype)
         if network.config.guidance_embeds
         else None,
     }

@@ -84,7 +84,7 @@ def _make_tiny(folder: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             print("making the tiny weights (once) …", file=sys.stderr, flush=True)
-            line = [sys.executable, "-m", "synthetic.init_tiny", "--output", str(folder)]
+            line = [sys.executable, "-m", "synthetic.tiny_models", "--output", str(folder)]
             made = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
             if made.returncode:
                 raise InputError(f"the tiny weights cannot be made: {made.stderr.strip().splitlines()[-1:]}")

@@ -1,11 +1,12 @@
-"""Seeded random tiny weights: the same diffusers classes as the full models, small enough for a CPU.
+"""The tiny networks: the same diffusers classes as the full models, small enough for a CPU. 144x96 pixels, 49 frames.
 
-    python -m synthetic.init_tiny [--output checkpoints/tiny] [--seed 0] [--overwrite]
+    python -m synthetic.tiny_models --output runs/random [--seed 0] [--overwrite]
 
-They draw noise, but every key, shape, file and code path is real. 144x96 pixels, 49 frames.
+The command writes them with random weights, which training starts from (`make tiny-weights`).
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -20,14 +21,18 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from synthetic.colour_highway import open_highway
+from synthetic.styles import vocabulary
 from utils.cli import InputError, Parser, non_negative_int, run_script
 from utils.runs import atomic_path, write_json
 
 WIDTH, HEIGHT, FRAMES = 144, 96, 49
-TEXT_DIM, MAX_TOKENS = 32, 32
+TEXT_DIM, MAX_TOKENS = 64, 32
+HEADS, HEAD_DIM = 3, 64
 
 PRESET = {
     "image_size": [WIDTH, HEIGHT],
@@ -49,11 +54,17 @@ PRESET = {
 
 
 def clip_text() -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """CLIP text encoder over single characters."""
+    """CLIP text encoder. Its byte pairs are trained until every word of the captions is one token."""
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
+    trained.train_from_iterator([" ".join(vocabulary())], trainer)
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     characters = sorted(bytes_to_unicode().values())
-    symbols = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    symbols = [*characters, *(c + "</w>" for c in characters), *(a + b for a, b in merges)]
+    symbols = list(dict.fromkeys([*symbols, "<|startoftext|>", "<|endoftext|>"]))
     vocab = {symbol: i for i, symbol in enumerate(symbols)}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=MAX_TOKENS)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
     config = CLIPTextConfig(
         vocab_size=len(vocab),
         hidden_size=TEXT_DIM,
@@ -69,50 +80,66 @@ def clip_text() -> tuple[CLIPTextModel, CLIPTokenizer]:
 
 
 def t5_text() -> tuple[T5EncoderModel, T5Tokenizer]:
-    """T5 encoder over single characters."""
-    characters = [chr(c) for c in range(33, 127)]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -2.0) for c in characters)]
+    """T5 encoder over the words of the captions; every other word is the unknown one."""
+    words = [",", *("▁" + word for word in vocabulary())]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((word, -1.0) for word in words)]
     tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=MAX_TOKENS)
-    config = T5Config(vocab_size=len(vocab), d_model=TEXT_DIM, d_kv=16, d_ff=2 * TEXT_DIM, num_layers=2, num_heads=2)
+    config = T5Config(vocab_size=len(vocab), d_model=TEXT_DIM, d_kv=32, d_ff=2 * TEXT_DIM, num_layers=2, num_heads=2)
     return T5EncoderModel(config), tokenizer
 
 
-def flux_pipeline() -> FluxPipeline:
-    clip, clip_tokenizer = clip_text()
-    t5, t5_tokenizer = t5_text()
-    transformer = FluxTransformer2DModel(
-        num_layers=2, num_single_layers=5, guidance_embeds=True, **flux_sizes()
-    )  # five single blocks, so that all four that carry LoRA exist
+def image_vae() -> AutoencoderKL:
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 16, 16),
+        block_out_channels=(16, 32, 64, 64),
         layers_per_block=1,
         latent_channels=16,
-        norm_num_groups=4,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
+        norm_num_groups=1,  # more groups wash colours out, because each is centred on its own
+        mid_block_add_attention=False,
+        scaling_factor=1.0,  # measured after training
+        shift_factor=0.0,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    return FluxPipeline(scheduler, vae, clip, clip_tokenizer, t5, t5_tokenizer, transformer)
+    open_highway(vae)
+    return vae
+
+
+def video_vae() -> AutoencoderKLCogVideoX:
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(16, 16, 32, 64),
+        latent_channels=16,
+        layers_per_block=1,
+        norm_num_groups=1,
+        sample_width=WIDTH,
+        sample_height=HEIGHT,
+        scaling_factor=1.0,
+    )
+    open_highway(vae)
+    return vae
+
+
+def flux_transformer() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(num_layers=3, num_single_layers=6, guidance_embeds=True, **flux_sizes())
 
 
 def flux_sizes() -> dict:
     """Sizes that transformer and ControlNet share."""
     return {
         "in_channels": 64,
-        "attention_head_dim": 32,
-        "num_attention_heads": 2,
+        "attention_head_dim": HEAD_DIM,
+        "num_attention_heads": HEADS,
         "joint_attention_dim": TEXT_DIM,
         "pooled_projection_dim": TEXT_DIM,
-        "axes_dims_rope": (4, 14, 14),
+        "axes_dims_rope": (8, 28, 28),
     }
 
 
 def controlnet() -> FluxControlNetModel:
-    """XLabs' layout, two double blocks. The zero-initialised outputs are drawn anew: edges must do something."""
+    """XLabs' layout, two double blocks. Two zero-initialised layers in a row would learn nothing: both are drawn."""
     model = FluxControlNetModel(
         patch_size=2,
         num_layers=2,
@@ -122,21 +149,29 @@ def controlnet() -> FluxControlNetModel:
         **flux_sizes(),
     )
     for name, parameter in model.named_parameters():
-        if name.startswith(("controlnet_blocks", "input_hint_block.conv_out")):
+        if name.startswith("input_hint_block.conv_out"):
             torch.nn.init.normal_(parameter, std=0.1)
+        if name.startswith("controlnet_blocks"):
+            torch.nn.init.normal_(parameter, std=0.02)
     return model
 
 
-def cogvideox_pipeline() -> CogVideoXImageToVideoPipeline:
-    t5, tokenizer = t5_text()
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=32,
+def flux_pipeline() -> FluxPipeline:
+    clip, clip_tokenizer = clip_text()
+    t5, t5_tokenizer = t5_text()
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return FluxPipeline(scheduler, image_vae(), clip, clip_tokenizer, t5, t5_tokenizer, flux_transformer())
+
+
+def inbetween_transformer() -> CogVideoXTransformer3DModel:
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
         in_channels=48,
         out_channels=16,
-        time_embed_dim=64,
+        time_embed_dim=128,
         text_embed_dim=TEXT_DIM,
-        num_layers=2,
+        num_layers=8,
         sample_width=WIDTH // 8,
         sample_height=HEIGHT // 8,
         sample_frames=FRAMES,
@@ -144,17 +179,10 @@ def cogvideox_pipeline() -> CogVideoXImageToVideoPipeline:
         use_rotary_positional_embeddings=True,
         use_learned_positional_embeddings=True,
     )
-    vae = AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * 4,
-        up_block_types=("CogVideoXUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
-        latent_channels=16,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_width=WIDTH,
-        sample_height=HEIGHT,
-        scaling_factor=0.7,
-    )
+
+
+def cogvideox_pipeline() -> CogVideoXImageToVideoPipeline:
+    t5, tokenizer = t5_text()
     scheduler = CogVideoXDDIMScheduler(  # the values published with CogVideoX-5B-I2V
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -165,12 +193,12 @@ def cogvideox_pipeline() -> CogVideoXImageToVideoPipeline:
         snr_shift_scale=1.0,
         clip_sample=False,
     )
-    return CogVideoXImageToVideoPipeline(tokenizer, t5, vae, transformer, scheduler)
+    return CogVideoXImageToVideoPipeline(tokenizer, t5, video_vae(), inbetween_transformer(), scheduler)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("--output", type=Path, default=Path("checkpoints/tiny"), help="folder to write")
+    parser = Parser(__doc__, "python -m synthetic.tiny_models")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the random weights")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     return parser.parse_args()

@@ -1,0 +1,188 @@
+"""Train the tiny networks on the synthetic world: their autoencoders, and FLUX with its ControlNet and text encoders.
+
+    python -m synthetic.train vae --output_dir runs/vae
+    python -m synthetic.train video-vae --output_dir runs/video_vae
+    python -m synthetic.train image --vae runs/vae/checkpoint-20000/vae --output_dir runs/image
+    accelerate launch --num_processes 2 -m synthetic.train image …
+
+Every run leaves checkpoint-<step>/ folders with averaged weights in diffusers' format, loss.csv, TensorBoard curves
+and sample sheets; the same command continues an interrupted run. `--init_from` starts from earlier weights instead.
+The in-between transformer has its own trainer, train_ggi.py. `make tiny-weights` runs all of it.
+"""
+
+import argparse
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from models.training import FREE_SETTINGS, add_training_flags, fit, is_trained, training_settings
+from synthetic.pictures import load_towns
+from utils.cli import InputError, Parser, positive_int, run_script, unit_float
+from utils.runs import Run, open_run
+
+STAGES = ("vae", "image", "video-vae")
+DEFAULTS = {
+    "vae": {
+        "max_train_steps": 6000,
+        "learning_rate": 1.5e-3,
+        "train_batch_size": 8,
+        "beta2": 0.99,
+        "weight_decay": 0.0,
+    },
+    "video-vae": {"max_train_steps": 4000, "learning_rate": 1.5e-3, "beta2": 0.99, "weight_decay": 0.0},
+    "image": {"max_train_steps": 12000, "learning_rate": 8e-4, "train_batch_size": 16, "beta2": 0.99},
+}
+SEGMENT = 9  # frames on which the video autoencoder is trained
+EDGE_SHARE = 0.35  # of its segments: GGI encodes edges with it
+HELD_OUT = ("validation", 8)  # towns on a sample sheet
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__, "python -m synthetic.train")
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="vae|image|video-vae")
+    for stage in STAGES:
+        sub = stages.add_parser(stage, help=f"train {stage}", doc=f"Train {stage}.")
+        add = sub.add_argument
+        add("--output_dir", type=Path, required=True, help="run folder")
+        add("--init_from", type=Path, metavar="FOLDER", help="folder of weights to start from, as a checkpoint has it")
+        if stage == "video-vae":
+            add("--clips", type=positive_int, default=400, help="clips of the training split, drawn once and cached")
+        else:
+            add("--towns", type=positive_int, default=1250, help="towns of the training split, drawn once and cached")
+        cache = Path("cache") / ("clips" if stage == "video-vae" else "pictures")
+        add("--cache_dir", type=Path, default=cache, help="folder of the cache")
+        add("--overwrite", action="store_true", help="replace a run that was trained with other arguments")
+        if stage != "image":
+            add("--decoder_only", action="store_true", help="keep the latents as they are, for networks built on them")
+        if stage == "image":
+            add("--vae", type=Path, required=True, metavar="FOLDER", help="trained image autoencoder")
+            add("--caption_dropout", type=unit_float, default=0.4, help="share of pictures with an empty prompt")
+        add_training_flags(sub, **DEFAULTS[stage])
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    for name in ("init_from", "vae"):
+        folder = getattr(args, name, None)
+        if folder and not folder.is_dir():
+            raise InputError(f"--{name} {folder} is not a folder of weights")
+    if getattr(args, "decoder_only", False) and not args.init_from:
+        raise InputError("--decoder_only goes on from weights that exist: pass --init_from")
+    free = FREE_SETTINGS | {"output_dir", "cache_dir", "overwrite"}
+    run = open_run(
+        args.output_dir, {key: value for key, value in vars(args).items() if key not in free}, overwrite=args.overwrite
+    )
+    if is_trained(run, training_settings(args)):
+        print(f"{run.folder} is finished; raise --max_train_steps to train on")
+        return
+    globals()["train_" + args.stage.replace("-", "_")](args, run)
+    print(run.folder / f"checkpoint-{args.max_train_steps}")
+
+
+def train_vae(args: argparse.Namespace, run: Run) -> None:
+    import torch
+    from accelerate.utils import set_seed
+    from diffusers import AutoencoderKL
+
+    from models.latents import to_signed
+    from synthetic import vae_training as training
+    from synthetic.tiny_models import image_vae
+
+    set_seed(args.seed)
+    vae = AutoencoderKL.from_pretrained(args.init_from / "vae") if args.init_from else image_vae()
+    vae.encoder.requires_grad_(not args.decoder_only)
+    vae.to(memory_format=torch.channels_last)  # a third faster
+    towns, held_out = (load_towns(split, n, args.cache_dir) for split, n in (("train", args.towns), HELD_OUT))
+    draw = training.draw_pictures(towns)
+    shown = np.array([town.images[i % len(town.images), 0] for i, town in enumerate(held_out)])
+
+    def save(folder: Path) -> None:
+        if not args.decoder_only:
+            batches = (draw((1, k), range(16))["pixels"] for k in range(training.STATISTICS // 16))
+            mean, std = training.latent_statistics(vae, batches)
+            vae.register_to_config(scaling_factor=1 / std, shift_factor=mean)
+        copy.deepcopy(vae).to(torch.bfloat16, memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
+
+    def sheet() -> np.ndarray:
+        return training.reconstruction_sheet(shown, training.reconstruct(vae, to_signed(shown)))
+
+    fit(run, training.ReconstructionObjective(vae), training_settings(args), draw, save, sheet)
+
+
+def train_video_vae(args: argparse.Namespace, run: Run) -> None:
+    import torch
+    from accelerate.utils import set_seed
+    from diffusers import AutoencoderKLCogVideoX
+
+    from models.latents import to_signed
+    from synthetic import vae_training as training
+    from synthetic.tiny_models import video_vae
+
+    set_seed(args.seed)
+    vae = AutoencoderKLCogVideoX.from_pretrained(args.init_from / "vae") if args.init_from else video_vae()
+    vae.encoder.requires_grad_(not args.decoder_only)
+    draw = training.draw_segments(load_videos("train", args.clips, args.cache_dir), SEGMENT, EDGE_SHARE)
+    held_out = load_videos("validation", 3, args.cache_dir)
+    shown = np.array([video[:SEGMENT] for pair in held_out for video in training.video_and_edges(pair)])
+
+    def save(folder: Path) -> None:
+        if not args.decoder_only:
+            _, std = training.latent_statistics(vae, (draw((1, k), range(4))["pixels"] for k in range(16)))
+            vae.register_to_config(scaling_factor=1 / std)
+        copy.deepcopy(vae).to(torch.bfloat16).save_pretrained(folder / "vae")
+
+    def sheet() -> np.ndarray:
+        output = training.reconstruct(vae, to_signed(shown).movedim(2, 1))
+        return training.reconstruction_sheet(shown[:, -1], output[:, :, -1])
+
+    fit(run, training.ReconstructionObjective(vae), training_settings(args), draw, save, sheet)
+
+
+def load_videos(split: str, count: int, folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(frames, edges) of the first `count` drawn clips of a split, every style a video of its own."""
+    from synthetic.clips import cached_clip, draw_clips
+
+    draw_clips(split, count, folder)
+    clips = (cached_clip(split, n, folder) for n in range(count))
+    return [(frames, clip["edges"]) for clip in clips if clip for frames in clip["images"]]
+
+
+def train_image(args: argparse.Namespace, run: Run) -> None:
+    import torch
+    from accelerate.utils import set_seed
+    from diffusers import AutoencoderKL, FluxControlNetModel, FluxPipeline
+
+    from synthetic import image_training as training
+    from synthetic.tiny_models import controlnet, flux_pipeline
+
+    set_seed(args.seed)
+    if args.init_from:
+        pipeline = FluxPipeline.from_pretrained(args.init_from / "flux", local_files_only=True)
+        control = FluxControlNetModel.from_pretrained(args.init_from / "controlnet")
+    else:
+        pipeline, control = flux_pipeline(), controlnet()
+    pipeline.vae = AutoencoderKL.from_pretrained(args.vae)
+    objective = training.ImageObjective(pipeline, control, pipeline.vae)
+    towns, held_out = (load_towns(split, n, args.cache_dir) for split, n in (("train", args.towns), HELD_OUT))
+    edges = np.array([town.edges[i % len(town.edges)] for i, town in enumerate(held_out)])
+    truth = np.array([town.images[i % len(town.images), 0] for i, town in enumerate(held_out)])
+    captions = [town.captions[0] for town in held_out]
+
+    def save(folder: Path) -> None:
+        copy.deepcopy(pipeline).to(torch.bfloat16).save_pretrained(folder / "flux")
+        copy.deepcopy(control).to(torch.bfloat16).save_pretrained(folder / "controlnet")
+
+    def sheet() -> np.ndarray:
+        """Rows: edges, true pictures, drawn with the caption, drawn with the empty prompt."""
+        drawn = [training.sample_pictures(objective, edges, texts, 0) for texts in (captions, [""] * len(captions))]
+        rows = [np.repeat(edges[..., None], 3, axis=-1), truth, *drawn]
+        return np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+
+    fit(run, objective, training_settings(args), training.draw_captioned(towns, args.caption_dropout), save, sheet)
+
+
+if __name__ == "__main__":
+    run_script(main)
