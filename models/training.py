@@ -126,14 +126,16 @@ def fit(
     optimizer = torch.optim.AdamW(
         parameters, settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay
     )
-    average = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
+    average = EMAModel(parameters, decay=settings.ema_decay, foreach=True) if settings.ema_decay else None
     module, optimizer = accelerator.prepare(objective, optimizer)
-    accelerator.register_for_checkpointing(average)
+    if average:
+        accelerator.register_for_checkpointing(average)
     checkpoints = {} if run.replaces else find_checkpoints(run.folder)
     first = max((step for step, path in checkpoints.items() if (path / STATE_FOLDER).is_dir()), default=0)
     if first:
         accelerator.load_state(checkpoints[first] / STATE_FOLDER)
-        average.to(accelerator.device)
+        if average:
+            average.to(accelerator.device)
     if accelerator.is_main_process:
         run.begin()
     accelerator.wait_for_everyone()
@@ -149,16 +151,17 @@ def fit(
         norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        average.step(parameters)
+        if average:
+            average.step(parameters)
         losses.append(values["loss"])
         rate = (step + 1 - first) / (time.monotonic() - began)
         accelerator.log(values | {"grad_norm": float(norm), "steps_per_second": rate}, step + 1)
         steps.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
         last = step + 1 == settings.max_train_steps
         if (step + 1) % settings.checkpointing_steps == 0 or last:
-            _checkpoint(accelerator, run, step + 1, losses, save, averaged(average, parameters, settings.ema_decay))
+            _checkpoint(accelerator, run, step + 1, losses, save, averaged(average, parameters))
         if sheet and accelerator.is_main_process and ((step + 1) % settings.sheet_steps == 0 or last):
-            with averaged(average, parameters, settings.ema_decay):
+            with averaged(average, parameters):
                 write_image(run.folder / SAMPLES_FOLDER / f"{step + 1:06d}.png", sheet())
     accelerator.end_training()
     if accelerator.is_main_process:
@@ -186,9 +189,9 @@ def _to(batch: dict, device) -> dict:
 
 
 @contextmanager
-def averaged(average, parameters: list, decay: float) -> Iterator[None]:
-    """Put the averaged weights in place for the block; with decay 0, nothing happens."""
-    if not decay:
+def averaged(average, parameters: list) -> Iterator[None]:
+    """Put the averaged weights in place for the block; with none, nothing happens."""
+    if average is None:
         yield
         return
     average.store(parameters)

@@ -35,6 +35,7 @@ COMPONENTS = {
     "flux_text": ("flux", None, FLUX_TEXT_FILES),
     "controlnet": ("controlnet", None, ["*.safetensors", "*.json"]),
     "cogvideox_vae": ("cogvideox", "vae", ["vae/*"]),
+    "cogvideox_transformer": ("cogvideox", "transformer", ["transformer/*"]),
     "cogvideox_text": ("cogvideox", None, ["model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/*"]),
 }
 FLUX_STAGE = ("flux_transformer", "flux_vae", "flux_text", "controlnet")

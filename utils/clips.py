@@ -38,6 +38,7 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 FRAME_FOLDERS = ("images_2", "images_4", "images_8", "images")  # the first that a clip has is taken
 FLOWS = ("dis", "raft")
+RAFT_SIDE = 128  # pixels that RAFT needs at least
 ENDS = (0, ARC_STEPS)
 LATENT_SCALE = 8  # pixels per latent cell
 
@@ -172,7 +173,7 @@ class FolderClips:
         self._size = size
         self._edges, self._flow = edges, flow
         check_edge_detector(edges)
-        check_flow(flow)
+        check_flow(flow, size)
         clips = find_clips(folder)
         texts = {clip.id: "" for clip in clips} if captions is None else read_captions(captions)
         if without := [clip.id for clip in clips if clip.id not in texts]:
@@ -333,17 +334,18 @@ def flow_correspondence(target: np.ndarray, source: np.ndarray, flow: Flow) -> t
     return np.stack([x, y], axis=-1).astype(np.float64) + 0.5, consistent & inside
 
 
-def check_flow(name: str) -> None:
-    """Raise InputError when the flow `name` (dis or raft) does not exist or is not installed. Loads nothing."""
+def check_flow(name: str, size: tuple[int, int]) -> None:
+    """Raise InputError when flow `name` is unknown, not installed or not for frames of this size. Loads nothing."""
     if name not in FLOWS:
         raise InputError(f"--flow {name} is unknown: choose {' or '.join(FLOWS)}")
+    if name == "raft" and min(size) < RAFT_SIDE:
+        raise InputError(f"--flow raft needs sides of {RAFT_SIDE} pixels, not {size[0]}x{size[1]}; use --flow dis")
     if name == "raft" and importlib.util.find_spec("torchvision") is None:
         raise InputError("--flow raft needs torchvision: pip install torchvision, or use --flow dis")
 
 
 def flow_estimator(name: str) -> Flow:
-    """The function behind `--flow NAME`. Raises InputError when RAFT's library or weights are not at hand."""
-    check_flow(name)
+    """The function behind `--flow NAME`, after `check_flow`. Raises InputError when RAFT's weights are not at hand."""
     if name == "dis":
         return dis_flow
     _raft()  # now, so that missing weights are reported before work begins
@@ -358,7 +360,7 @@ def dis_flow(start: np.ndarray, end: np.ndarray) -> np.ndarray:
 
 
 def raft_flow(start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """RAFT (large). uint8 [H, W, 3], sides multiples of 8 and at least 128 -> float32 [H, W, 2]."""
+    """RAFT (large). uint8 [H, W, 3], sides multiples of 8 and at least RAFT_SIDE -> float32 [H, W, 2]."""
     import torch
 
     model, device = _raft()

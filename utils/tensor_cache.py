@@ -4,6 +4,7 @@ A file is a safetensors file whose header holds the identity of its content and 
 missing, damaged or of another identity reads as None, and is made again.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping
@@ -21,7 +22,10 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], identity: Mapping
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     header = {"identity": _text(identity), "sha256": _hash(arrays)}
     with atomic_path(path) as temporary:
-        save_file(arrays, temporary, header)
+        try:
+            save_file(arrays, temporary, header)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(errno.EIO, f"cannot write a cache file ({error})", str(path)) from error
 
 
 def read_arrays(path: Path, identity: Mapping) -> dict[str, np.ndarray] | None:
@@ -33,7 +37,7 @@ def read_arrays(path: Path, identity: Mapping) -> dict[str, np.ndarray] | None:
             header = file.metadata() or {}
             if header.get("identity") != _text(identity):
                 return None
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
     except (SafetensorError, OSError, ValueError):
         return None
     return arrays if header.get("sha256") == _hash(arrays) else None
