@@ -3,8 +3,8 @@
     python -m synthetic.assemble --image runs/image/checkpoint-20000 --video_vae runs/video_vae/checkpoint-4000 \\
         --inbetween runs/ggi/checkpoint-8000 --output checkpoints/tiny --overwrite
 
-The video model takes the text encoder that was trained with the image model. A part that is not given stays as it is
-in --output, or is random when there is none yet. Everything is stored in bfloat16.
+A part that is not given stays as it is in --output, or is random when there is none yet: so does the text encoder of
+the video model, which is never trained. Everything is stored in bfloat16.
 """
 
 import argparse
@@ -66,7 +66,6 @@ def assemble(image: Path | None, video_vae: Path | None, inbetween: Path | None,
         if before
         else tiny_models.cogvideox_pipeline()
     )
-    video.text_encoder, video.tokenizer = flux.text_encoder_2, flux.tokenizer_2
     if video_vae:
         video.vae = AutoencoderKLCogVideoX.from_pretrained(video_vae / "vae", **local)
     if inbetween:

@@ -110,7 +110,7 @@ def video_vae() -> AutoencoderKLCogVideoX:
     vae = AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4,
         up_block_types=("CogVideoXUpBlock3D",) * 4,
-        block_out_channels=(16, 16, 32, 64),
+        block_out_channels=(16, 32, 64, 64),
         latent_channels=16,
         layers_per_block=1,
         norm_num_groups=1,

@@ -1,8 +1,8 @@
 """Train the tiny networks on the synthetic world: their autoencoders, and FLUX with its ControlNet and text encoders.
 
     python -m synthetic.train vae --output_dir runs/vae
-    python -m synthetic.train video-vae --output_dir runs/video_vae
-    python -m synthetic.train image --vae runs/vae/checkpoint-20000/vae --output_dir runs/image
+    python -m synthetic.train video-vae --image_vae runs/vae/checkpoint-6000/vae --output_dir runs/video_vae
+    python -m synthetic.train image --vae runs/vae/checkpoint-6000/vae --output_dir runs/image
     accelerate launch --num_processes 2 -m synthetic.train image …
 
 Every run leaves checkpoint-<step>/ folders with averaged weights in diffusers' format, loss.csv, TensorBoard curves
@@ -34,6 +34,7 @@ DEFAULTS = {
     "video-vae": {"max_train_steps": 4000, "learning_rate": 1.5e-3, "beta2": 0.99, "weight_decay": 0.0},
     "image": {"max_train_steps": 12000, "learning_rate": 8e-4, "train_batch_size": 16, "beta2": 0.99},
 }
+PARTS = {"vae": ("vae",), "video-vae": ("vae",), "image": ("flux", "controlnet")}  # of a checkpoint of each stage
 SEGMENT = 9  # frames on which the video autoencoder is trained
 EDGE_SHARE = 0.35  # of its segments: GGI encodes edges with it
 HELD_OUT = ("validation", 8)  # towns on a sample sheet
@@ -56,6 +57,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         add("--overwrite", action="store_true", help="replace a run that was trained with other arguments")
         if stage != "image":
             add("--decoder_only", action="store_true", help="keep the latents as they are, for networks built on them")
+        if stage == "video-vae":
+            add("--image_vae", type=Path, metavar="FOLDER", help="trained image autoencoder to start from")
         if stage == "image":
             add("--vae", type=Path, required=True, metavar="FOLDER", help="trained image autoencoder")
             add("--caption_dropout", type=unit_float, default=0.4, help="share of pictures with an empty prompt")
@@ -65,10 +68,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    for name in ("init_from", "vae"):
-        folder = getattr(args, name, None)
-        if folder and not folder.is_dir():
-            raise InputError(f"--{name} {folder} is not a folder of weights")
+    for name, parts in (("init_from", PARTS[args.stage]), ("vae", ("",)), ("image_vae", ("",))):
+        if folder := getattr(args, name, None):
+            require_weights(name, folder, parts)
     if getattr(args, "decoder_only", False) and not args.init_from:
         raise InputError("--decoder_only goes on from weights that exist: pass --init_from")
     free = FREE_SETTINGS | {"output_dir", "cache_dir", "overwrite"}
@@ -80,6 +82,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     globals()["train_" + args.stage.replace("-", "_")](args, run)
     print(run.folder / f"checkpoint-{args.max_train_steps}")
+
+
+def require_weights(flag: str, folder: Path, parts: Sequence[str]) -> None:
+    """Raise InputError unless every part of the folder holds a model or a pipeline."""
+    for part in (folder / part for part in parts):
+        if not any((part / name).is_file() for name in ("config.json", "model_index.json")):
+            raise InputError(f"--{flag} {folder} is not a folder of weights: {part} holds no config.json")
 
 
 def train_vae(args: argparse.Namespace, run: Run) -> None:
@@ -115,14 +124,17 @@ def train_vae(args: argparse.Namespace, run: Run) -> None:
 def train_video_vae(args: argparse.Namespace, run: Run) -> None:
     import torch
     from accelerate.utils import set_seed
-    from diffusers import AutoencoderKLCogVideoX
+    from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
 
     from models.latents import to_signed
     from synthetic import vae_training as training
+    from synthetic.inflate import inflate
     from synthetic.tiny_models import video_vae
 
     set_seed(args.seed)
     vae = AutoencoderKLCogVideoX.from_pretrained(args.init_from / "vae") if args.init_from else video_vae()
+    if args.image_vae and not args.init_from:
+        inflate(AutoencoderKL.from_pretrained(args.image_vae), vae)
     vae.encoder.requires_grad_(not args.decoder_only)
     draw = training.draw_segments(load_videos("train", args.clips, args.cache_dir), SEGMENT, EDGE_SHARE)
     held_out = load_videos("validation", 3, args.cache_dir)
