@@ -1,29 +1,40 @@
-# make demo   set up everything, then run the whole pipeline on the tiny weights; leaves a video
+# make demo   set up everything, then run the whole pipeline on the tiny weights; leaves a video and demo.png
 # make test   set up everything, then run all tests
-# make sample make the committed scene folder and reference picture again
+# make sample make the committed scene folder and reference pictures again
+# make tiny-weights  train the committed tiny weights again, from nothing; hours; goes on where it was interrupted
 PYTHON ?= python3
 BIN ?= .venv/bin
 SETUP ?= .venv/installed
 OUT ?= demo
 
+# The demo. STYLE: a reference picture; STEPS, RATE and BATCH: training of its LoRA; THREADS: of that training.
 STYLE := assets/references/boxtown.png
-STEPS := 20
+STEPS := 300
+RATE := 2e-3
+BATCH := 8
+PROMPT :=
 SEED := 42
-RUN = $(OUT)/boxtown_p-e3b0c442_e$(shell printf %03d $(STEPS))_s$(shell printf %06d $(SEED))_r12_ip1
+THREADS := 2
 TINY := --weights tiny --device cpu
+NAME = $(basename $(notdir $(STYLE)))
+# The folder of the anchors; sampleA has three.
+RUN = $(OUT)/$(shell $(BIN)/python -c 'import sys; from utils.arcs import anchor_run_name as name; \
+	print(name(sys.argv[1], 3 * [sys.argv[2]], $(STEPS), $(SEED), 12))' '$(NAME)' '$(PROMPT)')
 
 # OpenMP threads that spin while they wait crawl on a machine that is not idle.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint sample clean
+.PHONY: demo test lint sample tiny-weights clean
 
 demo: $(SETUP)
-	$(BIN)/accelerate launch --num_processes 1 --main_process_port=4401 sag_distribution_alignment.py \
-		--path_image $(STYLE) --pfix boxtown --max_train_steps $(STEPS) --checkpointing_steps 10 \
+	$(BIN)/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(THREADS) --main_process_port=4401 \
+		sag_distribution_alignment.py --path_image $(STYLE) --prompt '$(PROMPT)' --pfix $(NAME) \
+		--max_train_steps $(STEPS) --learning_rate $(RATE) --train_batch_size $(BATCH) \
 		--output_dir $(OUT)/loras $(TINY)
-	$(BIN)/python sag_generate_anchor_view.py --epoch $(STEPS) --target assets/sampleA --pfix boxtown \
-		--num_replacement 12 --seed $(SEED) --loras $(OUT)/loras --output_dir $(OUT) $(TINY)
-	$(BIN)/python ggi.py --target $(RUN) --scene assets/sampleA --prompt '' $(TINY)
+	$(BIN)/python sag_generate_anchor_view.py --epoch $(STEPS) --target assets/sampleA --prompt '$(PROMPT)' \
+		--pfix $(NAME) --num_replacement 12 --seed $(SEED) --loras $(OUT)/loras --output_dir $(OUT) $(TINY)
+	$(BIN)/python ggi.py --target $(RUN) --scene assets/sampleA --prompt '$(PROMPT)' $(TINY)
+	$(BIN)/python -m synthetic.demo --run $(RUN) --scene assets/sampleA --reference $(STYLE)
 
 test: $(SETUP)
 	$(BIN)/python -m pytest -m "" -q
@@ -37,6 +48,18 @@ sample: $(SETUP)
 	$(BIN)/python preprocess.py --scene $(OUT)/town/scene.glb --cameras $(OUT)/town/cameras.json \
 		--output assets/sampleA --overwrite --preview
 	$(BIN)/python -m synthetic.reference --overwrite
+
+# The steps that made checkpoints/tiny, in order; see docs/tiny_weights.md.
+TRAIN = $(BIN)/python -m synthetic.train
+tiny-weights: $(SETUP)
+	$(TRAIN) vae --towns 400 --max_train_steps 6000 --output_dir runs/vae
+	$(TRAIN) video-vae --image_vae runs/vae/checkpoint-6000/vae --clips 48 --max_train_steps 1600 \
+		--output_dir runs/video_vae
+	$(TRAIN) image --vae runs/vae/checkpoint-6000/vae --towns 1110 --max_train_steps 12000 --output_dir runs/image
+	$(BIN)/python -m synthetic.assemble --video_vae runs/video_vae/checkpoint-1600 --output runs/start --overwrite
+	$(BIN)/python train_ggi.py --dataset synthetic --clips 560 --from_scratch --cogvideox runs/start/cogvideox $(TINY)
+	$(BIN)/python -m synthetic.assemble --image runs/image/checkpoint-12000 --video_vae runs/video_vae/checkpoint-1600 \
+		--inbetween runs/ggi/checkpoint-4000 --output checkpoints/tiny --overwrite
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv

@@ -48,7 +48,7 @@ def _clear(conv: nn.Module, outputs: int) -> None:
 def _pass(conv: nn.Module, matrix: torch.Tensor, taps: int = 1) -> None:
     """The first outputs become `matrix` [out, in] times the first inputs, at the middle of the kernel.
 
-    taps: 2 spreads it over the first 2x2 of the kernel, which is what a stride of 2 covers. Over time the kernel's last
+    taps: 2 spreads it over the first 2x2 of the kernel, which is what a stride of 2 covers. In time the kernel's last
     tap is the present frame.
     """
     outputs, inputs = matrix.shape

@@ -5,6 +5,7 @@ and then, and with edges that are left out now and then, so that both can be wea
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ def sample_pictures(objective: ImageObjective, edges: np.ndarray, captions: Sequ
     schedule = anchor_schedule(SHEET_STEPS, width, height)
     scales = {"guidance": settings.guidance, "control_weight": settings.control_weight}
     with torch.autocast("cpu", torch.bfloat16):
-        for now, after in zip(schedule[:-1], schedule[1:], strict=True):
+        for now, after in pairwise(schedule):
             prediction = velocity(models, tokens, now, text, control, **scales)
             tokens = tokens + (after - now) * prediction.float()
     return to_bytes(decode_latents(models, unpack(tokens, height // 8, width // 8)))

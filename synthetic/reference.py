@@ -1,88 +1,94 @@
-"""A reference picture: another town than the sample's, flat shaded in warm evening light.
+"""The reference pictures of assets/references: random towns in random styles, both from the seeds kept for tests.
 
-    python -m synthetic.reference [--output assets/references/boxtown.png] [--seed 3] [--overwrite]
+    python -m synthetic.reference [--output_dir assets/references] [--overwrite]
 
-Colours belong to object classes (the prefix of a mesh name); the sun casts shadows, distance fades into the sky. World
-axes are Blender's: Z up, metres.
+Beside them, references.json says which town and style each picture shows. They are chosen by hand, so that every sky
+and most colours appear; each view shows every major class of object, and the sky.
 """
 
 import argparse
-import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2
-import numpy as np
+from tqdm import tqdm
 
-from synthetic.scenes import export_glb, make_path, make_town
-from utils.cli import InputError, Parser, non_negative_int, run_script
-from utils.geometry import Geometry, RayCaster, load_geometry, turn
+from synthetic.reference_views import find_reference
+from synthetic.styles import Style, make_style
+from utils.cli import InputError, Parser, require_writable, run_script
 from utils.images import write_image
-from utils.views import View
+from utils.runs import read_json, write_json
 
+FOLDER, INDEX = Path("assets/references"), "references.json"
 SIZE = (1152, 768)  # width, height in pixels
-SAMPLES = 2  # rays per pixel and axis
-FOCAL = 0.87  # focal length in image widths: 60 degrees across
-FRAME = 20  # of the walk through the town
-COLOURS = {
-    "wall": (226, 190, 140), "roof": (164, 78, 58), "window": (58, 78, 104), "door": (96, 58, 44),
-    "balcony": (238, 226, 200), "chimney": (150, 84, 66), "trunk": (104, 74, 56), "tree": (92, 128, 78),
-    "rock": (150, 142, 136), "fence": (206, 190, 160), "road": (132, 122, 126), "ground": (146, 162, 92),
-    "hill": (120, 142, 104),
-}  # fmt: skip
-SUN = np.array([0.45, -0.5, 0.55]) / np.linalg.norm([0.45, -0.5, 0.55])  # towards the sun
-SHADE, LIGHT = np.array([0.52, 0.52, 0.62]), np.array([0.62, 0.55, 0.42])
-LOW_SKY, HIGH_SKY = np.array([250.0, 226, 190]), np.array([96.0, 158, 196])
-HAZE = 160.0  # metres over which a surface fades to 1/e
+CHOSEN = {  # name: seeds of the town and of the style
+    "boxtown": (200_130, 200_069),  # red brick and orange trees in the evening; the demo's picture
+    "autumn": (200_101, 200_101),  # yellow brick under a blue sky
+    "blossom": (200_122, 200_027),  # white walls and pink trees
+    "dawn": (200_114, 200_037),  # blue brick on yellow ground
+    "heather": (200_129, 200_087),  # green boards on purple ground
+    "rain": (200_134, 200_047),  # pink walls under grey clouds
+    "snow": (200_116, 200_043),  # blue walls and red roofs on white ground
+    "sunset": (200_100, 200_138),  # green brick, purple ground and pink trees
+}
 
 
-def render(geometry: Geometry, view: View) -> np.ndarray:
-    """A flat-shaded picture of a scene whose names start with their class: uint8 [H, W, 3]."""
-    caster = RayCaster(geometry)
-    rays = view.rays(SAMPLES).reshape(-1, 3)
-    face = caster.cast(view.eye, rays)
-    rise = np.clip(rays[:, 2] / np.linalg.norm(rays[:, :2], axis=1) / 0.5, 0, 1)[:, None]
-    picture = LOW_SKY + (HIGH_SKY - LOW_SKY) * rise
-    hit = face >= 0
-    face, seen = face[hit], rays[hit]
-    depth = caster.plane_depth(face, view.eye, seen)[:, None]
-    normal = caster.normals[face] * -np.sign(np.einsum("ij,ij->i", caster.normals[face], seen))[:, None]
-    points = view.eye + depth * seen + 1e-3 * normal  # clear of their own face
-    lit = caster.cast(points, np.broadcast_to(SUN, points.shape)) < 0
-    light = SHADE + LIGHT * (np.clip(normal @ SUN, 0, None) * lit)[:, None]
-    classes = [name.split("_")[0] for name in geometry.names]
-    colour = np.array([COLOURS[kind] for kind in classes], float)[geometry.objects[face]]
-    haze = 1 - np.exp(-depth / HAZE)
-    picture[hit] = colour * light * (1 - haze) + LOW_SKY * haze
-    large = np.clip(picture, 0, 255).astype(np.float32).reshape(SAMPLES * view.height, SAMPLES * view.width, 3)
-    return cv2.resize(large, (view.width, view.height), interpolation=cv2.INTER_AREA).round().astype(np.uint8)
+@dataclass(frozen=True)
+class Entry:
+    """What a picture shows; caption: that of the style."""
+
+    scene_seed: int
+    style_seed: int
+    caption: str
 
 
-def town_picture(seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """A view into the town of this seed. size: width, height."""
-    parts = make_town(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        mesh = Path(folder) / "town.glb"
-        export_glb(parts, mesh)
-        geometry = turn(load_geometry(mesh), "+z")
-    width, height = size
-    c2w = make_path(parts, "walk", seed, 46)[FRAME]
-    return render(geometry, View(c2w, FOCAL * width, FOCAL * width, width / 2, height / 2, width, height))
+def chosen_entries() -> dict[str, Entry]:
+    """{name: entry} of the pictures that the command draws."""
+    return {name: Entry(town, style, make_style(style).caption) for name, (town, style) in CHOSEN.items()}
 
 
-def parse_args() -> argparse.Namespace:
+def style_of(picture: Path) -> Style | None:
+    """The style that a reference picture is drawn in; None for a picture that no references.json beside it names.
+
+    Raises InputError when that file is damaged, or names another style than its seed gives now.
+    """
+    index = picture.parent / INDEX
+    if not index.is_file():
+        return None
+    entry = read_json(index).get(picture.stem)
+    if entry is None:
+        return None
+    try:
+        seed, caption = int(entry["style_seed"]), entry["caption"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(f"{index}: the entry of {picture.stem} needs style_seed and caption") from error
+    if seed < 0 or (style := make_style(seed)).caption != caption:
+        raise InputError(f"{index}: style {seed} is not {caption!r}; draw it again: python -m synthetic.reference")
+    return style
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__, "python -m synthetic.reference")
-    parser.add_argument("--output", type=Path, default=Path("assets/references/boxtown.png"), help="picture to write")
-    parser.add_argument("--seed", type=non_negative_int, default=3, help="of the town")
-    parser.add_argument("--overwrite", action="store_true", help="replace the picture if it exists")
-    return parser.parse_args()
+    parser.add_argument("--output_dir", type=Path, default=FOLDER, help="folder of the pictures")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
-    if args.output.exists() and not args.overwrite:
-        raise InputError(f"{args.output} exists already; pass --overwrite to replace it")
-    write_image(args.output, town_picture(args.seed))
-    print(args.output)
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    cv2.setNumThreads(1)
+    entries, index = chosen_entries(), args.output_dir / INDEX
+    pictures = {name: args.output_dir / f"{name}.png" for name in entries}
+    for path in (*pictures.values(), index):
+        if path.exists() and not args.overwrite:
+            raise InputError(f"{path} exists already; pass --overwrite to replace it, or choose another --output_dir")
+    require_writable(args.output_dir)
+    for name, entry in tqdm(entries.items(), desc="draw", unit="picture"):
+        write_image(pictures[name], find_reference(entry.scene_seed, make_style(entry.style_seed), SIZE))
+    write_json(index, {name: asdict(entry) for name, entry in entries.items()})
+    for path in (*pictures.values(), index):
+        print(path)
 
 
 if __name__ == "__main__":

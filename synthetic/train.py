@@ -23,18 +23,12 @@ from utils.cli import InputError, Parser, positive_int, run_script, unit_float
 from utils.runs import Run, open_run
 
 STAGES = ("vae", "image", "video-vae")
-DEFAULTS = {
-    "vae": {
-        "max_train_steps": 6000,
-        "learning_rate": 1.5e-3,
-        "train_batch_size": 8,
-        "beta2": 0.99,
-        "weight_decay": 0.0,
-    },
-    "video-vae": {"max_train_steps": 4000, "learning_rate": 1.5e-3, "beta2": 0.99, "weight_decay": 0.0},
-    "image": {"max_train_steps": 12000, "learning_rate": 8e-4, "train_batch_size": 16, "beta2": 0.99},
-}
 PARTS = {"vae": ("vae",), "video-vae": ("vae",), "image": ("flux", "controlnet")}  # of a checkpoint of each stage
+DEFAULTS = {
+    "vae": {"learning_rate": 1.5e-3, "train_batch_size": 8, "warmup_steps": 200, "decay_steps": 2000},
+    "video-vae": {"learning_rate": 6e-4, "warmup_steps": 50, "decay_steps": 600, "ema_decay": 0.995},
+    "image": {"learning_rate": 1e-3, "train_batch_size": 16, "warmup_steps": 300, "decay_steps": 2500},
+}
 SEGMENT = 9  # frames on which the video autoencoder is trained
 EDGE_SHARE = 0.35  # of its segments: GGI encodes edges with it
 HELD_OUT = ("validation", 8)  # towns on a sample sheet
@@ -62,7 +56,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         if stage == "image":
             add("--vae", type=Path, required=True, metavar="FOLDER", help="trained image autoencoder")
             add("--caption_dropout", type=unit_float, default=0.4, help="share of pictures with an empty prompt")
-        add_training_flags(sub, **DEFAULTS[stage])
+        regularisation = {"beta2": 0.99, "weight_decay": 0.01 if stage == "image" else 0.0}
+        add_training_flags(sub, **regularisation, **DEFAULTS[stage])
     return parser.parse_args(argv)
 
 

@@ -1,0 +1,67 @@
+"""Reference pictures: the view into a random town that shows every major class of object, and the sky.
+
+A reference says nothing about the colours of what it does not show, so the view is chosen among many.
+"""
+
+import numpy as np
+
+from synthetic.render import GBuffer, World, class_map, paint, town_world, trace
+from synthetic.scenes import PATHS, make_path, make_town, to_camera_path
+from synthetic.styles import CLASSES, MAJOR_CLASSES, Style
+from utils.arcs import ARC_FRAMES
+from utils.cli import InputError
+from utils.views import View, make_views
+
+CANDIDATES = 48  # views that are looked at, over all kinds of paths
+THUMBNAIL = (144, 96)  # width, height of a look
+ENOUGH = {  # share of the picture from which more of a class makes no better reference
+    "wall": 0.12, "roof": 0.08, "window": 0.02, "tree": 0.06, "road": 0.08, "ground": 0.10, "sky": 0.10,
+}  # fmt: skip
+
+
+def find_reference(scene_seed: int, style: Style, size: tuple[int, int]) -> np.ndarray:
+    """The best reference view into the town of this seed, in a style: uint8 [H, W, 3]. size: width, height.
+
+    Raises InputError when no camera path through the town keeps clear of it.
+    """
+    world, views = town_world_and_views(scene_seed, size)
+    looks = [look(world, view) for view in views]
+    best = int(np.argmax([completeness(shares) for shares in looks]))
+    return paint(trace(world, views[best]), style)
+
+
+def town_world_and_views(scene_seed: int, size: tuple[int, int]) -> tuple[World, list[View]]:
+    """The town of a seed and CANDIDATES views along one arc of each kind of path that it allows."""
+    parts = make_town(scene_seed)
+    frames = np.linspace(0, ARC_FRAMES - 1, CANDIDATES // len(PATHS)).round().astype(int)
+    views = []
+    for kind in PATHS:
+        try:
+            path = to_camera_path(make_path(parts, kind, scene_seed, ARC_FRAMES))
+        except InputError:  # the other kinds remain
+            continue
+        along = make_views(path, size)
+        views += [along[frame] for frame in frames]
+    if not views:
+        raise InputError(f"town {scene_seed} has no clear camera path; take another seed")
+    return town_world(parts), views
+
+
+def look(world: World, view: View) -> dict[str, float]:
+    """Share of the picture that each major class covers, from a thumbnail of the view."""
+    width, height = THUMBNAIL
+    sx, sy = width / view.width, height / view.height
+    small = View(view.c2w, view.fx * sx, view.fy * sy, view.cx * sx, view.cy * sy, width, height)
+    return class_shares(trace(world, small))
+
+
+def class_shares(buffer: GBuffer) -> dict[str, float]:
+    """Share of the pixels of a G-buffer that belong to each major class."""
+    classes = class_map(buffer)
+    return {name: float((classes == CLASSES.index(name)).mean()) for name in MAJOR_CLASSES}
+
+
+def completeness(shares: dict[str, float]) -> float:
+    """How much of what a reference should show is there: the scarcest class counts most, the others break ties."""
+    filled = [min(shares[name] / ENOUGH[name], 1.0) for name in MAJOR_CLASSES]
+    return min(filled) + 0.1 * sum(filled) / len(filled)
