@@ -1,0 +1,267 @@
+"""The benchmark: what the method does with trained weights on test scenes and styles, against ground truth.
+
+    python -m synthetic.check
+    python -m synthetic.check --scenes 2 --seeds 1 --only edge_correlation style_error --resume
+
+Prints one line per figure, `name value bar ok|short`, and ends with exit code 1 if any falls short of its bar; figures
+without a bar are there to compare with. A unit is one scene in one style; no two units share a style.
+OUTPUT_DIR/units/SCENE_STYLE/ holds pictures to look at: anchors.png, video.png, chain.png and chain.mp4, on the right
+the truth. --resume keeps what was measured with the same weights and settings.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from models.weights import WEIGHTS, load_preset, locate
+from synthetic.pictures import SPLITS
+from utils.cli import InputError, Parser, positive_float, positive_int, require_writable, run_script
+from utils.runs import write_json
+
+if TYPE_CHECKING:  # it brings torch along
+    from synthetic.check_stages import Settings
+
+FIRST_SEED = SPLITS["test"][0]
+MOST_LORA_STEPS = 400
+Means = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a figure is held against: `value sign limit(means)`. sign: >=, <=, < or >."""
+
+    sign: str
+    limit: Callable[[Means], float]
+
+    def is_met(self, value: float, means: Means) -> bool:
+        limit = self.limit(means)
+        return {">=": value >= limit, "<=": value <= limit, "<": value < limit, ">": value > limit}[self.sign]
+
+
+def at_least(limit: float) -> Bar:
+    return Bar(">=", lambda means: limit)
+
+
+def at_most(limit: float) -> Bar:
+    return Bar("<=", lambda means: limit)
+
+
+def below(name: str, factor: float = 1.0) -> Bar:
+    """Below a share of another figure."""
+    return Bar("<", lambda means: factor * means[name])
+
+
+CHAIN_WITHOUT = ("chain_no_align", "chain_no_replace", "chain_no_ggi", "chain_no_edges")
+# figure -> (part that measures it, bar or None)
+FIGURES: dict[str, tuple[str, Bar | None]] = {
+    "image_vae_psnr": ("image_vae", at_least(30)),
+    "video_vae_psnr": ("video_vae", at_least(28)),
+    "edge_vae_psnr": ("video_vae", None),
+    "edge_correlation": ("anchors", at_least(0.45)),
+    "edge_correlation_shuffled": ("anchors", below("edge_correlation", 0.5)),
+    "edge_correlation_base": ("anchors", None),
+    "edge_correlation_vae": ("anchors", None),
+    "style_error": ("anchors", at_most(12)),
+    "style_error_base": ("anchors", None),
+    "style_error_vae": ("anchors", None),
+    "style_error_replacement": ("anchors", at_most(12)),
+    "covisible_ratio": ("anchors", at_most(0.6)),
+    "covisible_error_replacement": ("anchors", None),
+    "covisible_error": ("anchors", None),
+    "covisible_error_vae": ("anchors", None),
+    "inbetween_gain_db": ("inbetween", at_least(3)),
+    "gain_no_edges": ("inbetween", below("inbetween_gain_db")),
+    "gain_no_end": ("inbetween", below("inbetween_gain_db")),
+    "gain_no_warp": ("inbetween", below("inbetween_gain_db")),
+    "gain_vae": ("video_vae", None),
+    "last_frame_psnr": ("inbetween", Bar(">=", lambda means: means["video_vae_psnr"] - 3)),
+    "chain_fidelity": ("chain", Bar(">", lambda means: max(means[name] for name in CHAIN_WITHOUT))),
+    **{name: ("chain", below("chain_fidelity")) for name in CHAIN_WITHOUT},
+}
+PART_ORDER = ("image_vae", "video_vae", "anchors", "inbetween", "chain")
+ALSO_NEEDED = {"inbetween": ("video_vae",)}  # parts whose figures are the bars of another part's
+
+
+def means_over_units(units: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Means of all figures over units, which need not have them all; a unit where a figure is NaN does not count.
+
+    The covisible ratio is one of means, so that a unit with little overlap cannot spoil it.
+    """
+    columns: dict[str, list[float]] = {}
+    for unit in units:
+        for name, value in unit.items():
+            columns.setdefault(name, []).append(value)
+    means = {}
+    for name, values in columns.items():
+        known = [value for value in values if not math.isnan(value)]
+        means[name] = float(np.mean(known)) if known else math.nan
+    if "covisible_error" in means:
+        means["covisible_ratio"] = means["covisible_error_replacement"] / means["covisible_error"]
+    return means
+
+
+def judge(means: Means, names: Iterable[str]) -> list[dict]:
+    """One row per figure: name, value, bar as text (`-` for none), verdict (ok, short or info)."""
+    rows = []
+    for name in names:
+        value, bar = means[name], FIGURES[name][1]
+        text = f"{bar.sign}{bar.limit(means):.3f}" if bar else "-"
+        verdict = ("ok" if bar.is_met(value, means) else "short") if bar else "info"
+        rows.append({"name": name, "value": value, "bar": text, "verdict": verdict})
+    return rows
+
+
+# --- the command line ---
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__, "python -m synthetic.check")
+    add = parser.add_argument
+    add("--scenes", type=positive_int, default=8, help="test scenes")
+    add("--seeds", type=positive_int, default=2, help="styles for each scene")
+    add("--first_scene", type=positive_int, default=FIRST_SEED, help="seed of the first scene; the next ones follow")
+    add("--first_style", type=positive_int, default=FIRST_SEED, help="seed of the first style; the next ones follow")
+    add("--only", nargs="+", choices=list(FIGURES), metavar="NAME", help="figures to measure (default: all)")
+    add("--resume", action="store_true", help="keep what was measured before with the same weights and settings")
+    add("--json", type=Path, metavar="FILE", help="also write figures, bars and every unit's figures there")
+    add("--output_dir", type=Path, default=Path("runs/check"), help="folder of results, pictures and cached scenes")
+    add("--weights_dir", type=Path, default=WEIGHTS / "tiny", help="folder of a weight set, with its preset.json")
+    add("--processes", type=positive_int, default=2, help="processes that work on units, one thread each")
+    settings = parser.add_argument_group("settings")
+    add = settings.add_argument
+    add("--lora_steps", type=positive_int, default=400, help=f"steps of the alignment, {MOST_LORA_STEPS} at most")
+    add("--learning_rate", type=positive_float, default=2e-3, help="of the alignment")
+    add("--train_batch_size", type=positive_int, default=8, help="crops in each of its steps")
+    add("--precision", choices=["bf16", "float32"], default="bf16", help="of the networks in the alignment")
+    add("--prompt", choices=["empty", "caption"], default="empty", help="prompt of all stages: none, or the style's")
+    add("--num_steps", type=positive_int, default=25, help="denoising steps of an anchor")
+    add("--num_inference_steps", type=positive_int, default=30, help="denoising steps of a video")
+    return parser.parse_args(argv)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise InputError for what would not be a test of what was trained."""
+    for name in ("first_scene", "first_style"):
+        if getattr(args, name) < FIRST_SEED:
+            raise InputError(
+                f"--{name} {getattr(args, name)}: tests start at {FIRST_SEED}; seeds below are trained on"
+            )
+    if args.lora_steps > MOST_LORA_STEPS:
+        raise InputError(f"--lora_steps {args.lora_steps}: the bars hold for {MOST_LORA_STEPS} at most")
+    if not (args.weights_dir / "preset.json").is_file() and args.weights_dir != WEIGHTS / "tiny":
+        raise InputError(f"--weights_dir {args.weights_dir} holds no preset.json")
+    require_writable(args.output_dir)
+    if args.json:
+        require_writable(args.json.parent)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    check_arguments(args)
+    names = [name for name in FIGURES if name in (args.only or FIGURES)]
+    wanted = {FIGURES[name][0] for name in names}
+    wanted |= {needed for part in wanted for needed in ALSO_NEEDED.get(part, ())}
+    parts = [part for part in PART_ORDER if part in wanted]
+    results = measure(args, parts)
+    means = means_over_units(results.values())
+    rows = judge(means, names)
+    for row in rows:
+        print("{name} {value:.3f} {bar} {verdict}".format(**row))
+    if args.json:
+        write_json(args.json, {"figures": rows, "units": results, "settings": dataclasses.asdict(settings_of(args))})
+    if any(row["verdict"] == "short" for row in rows):
+        sys.exit(1)
+
+
+def settings_of(args: argparse.Namespace) -> "Settings":
+    from synthetic.check_stages import Settings
+
+    flags = ("lora_steps", "learning_rate", "train_batch_size", "precision", "prompt", "num_steps")
+    return Settings(**{name: getattr(args, name) for name in (*flags, "num_inference_steps")})
+
+
+def measure(args: argparse.Namespace, parts: list[str]) -> dict[str, dict[str, float]]:
+    """{unit: figures} of all units, measured now where they are not there yet."""
+    from synthetic.check_units import PARTS, Unit, finished_parts, hash_weights
+
+    preset = load_preset("tiny" if args.weights_dir == WEIGHTS / "tiny" else str(args.weights_dir.resolve()))
+    if preset.image_size is None or preset.image_size != preset.video_size:
+        raise InputError(
+            f"{args.weights_dir}: the benchmark needs anchors and videos of one size, named in preset.json"
+        )
+    components = dict.fromkeys(component for part in parts for component in PARTS[part].components)
+    paths = locate(argparse.Namespace(), preset, components)
+    settings, hashes = settings_of(args), hash_weights(parts, paths, preset)
+    units = [
+        Unit(i, args.first_scene + i, args.first_style + i * args.seeds + j)
+        for i in range(args.scenes)
+        for j in range(args.seeds)
+    ]
+
+    jobs, results = [], {}
+    for unit in units:
+        done = finished_parts(unit, parts, settings, hashes, args.output_dir) if args.resume else {}
+        results[unit.name] = {name: value for figures in done.values() for name, value in figures.items()}
+        if missing := [part for part in parts if part not in done]:
+            jobs.append((unit, missing, preset, paths, settings, hashes, args.output_dir))
+    for name, figures in run_jobs(jobs, args.processes).items():
+        results[name] |= figures
+    return results
+
+
+def run_jobs(jobs: list[tuple], processes: int) -> dict[str, dict[str, float]]:
+    """Draw the scenes of all jobs, then measure, each in parallel; returns {unit: figures}. Raises what a job raises,
+    when those that have begun are done."""
+    scenes = list({job[0].scene_seed: job for job in jobs}.values())  # units of one scene share its cache
+    # Spawned, because a fork would inherit the state of torch's threads.
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker)
+    results = {}
+    try:
+        with tqdm(total=len(scenes) + len(jobs), desc="check", unit="unit", disable=not jobs) as bar:
+            for done in as_completed([pool.submit(_draw_scene, job) for job in scenes]):
+                done.result()
+                bar.update()
+            names = {pool.submit(_measure, job): job[0].name for job in jobs}
+            for done in as_completed(names):
+                results[names[done]] = done.result()
+                bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return results
+
+
+def _start_worker() -> None:
+    import cv2
+    import torch
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
+def _draw_scene(job: tuple) -> None:
+    from synthetic.check_units import PARTS, Workbench
+
+    unit, parts, *rest, _hashes, folder = job
+    scene = Workbench(unit, *rest, folder).scene
+    for kind in {kind for part in parts for kind in PARTS[part].scene_data}:
+        getattr(scene, kind)  # drawn into the cache
+
+
+def _measure(job: tuple) -> dict[str, float]:
+    from synthetic.check_units import measure_unit
+
+    return measure_unit(*job)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,218 @@
+"""The three stages of the method as the benchmark runs them: the scripts' own functions, in one process on the CPU.
+
+Every stage takes the settings that its script has as flags, and draws what the script would draw.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
+
+from models.alignment import (
+    FlowObjective,
+    batch_flow_sample,
+    draw_batch,
+    load_trainable,
+    lora_optimizer,
+    optimizer_step,
+)
+from models.anchors import AnchorSettings, decode_anchor, encode_warped, sample_anchor, warp_anchor
+from models.flux import FluxModels, decode_latents, encode_image, stack_texts, to_bytes
+from models.inbetween import ConditionEps
+from models.latents import draw_noise, to_signed
+from models.loading import (
+    DTYPES,
+    component_config,
+    encode_flux_prompts,
+    encode_video_prompts,
+    load_flux,
+    load_inbetween,
+    load_model,
+)
+from models.lora import check_lora, load_lora, save_lora
+from models.weights import Preset
+from utils.arcs import ARC_FRAMES, checkpoint_lora_paths, edge_frame_indices
+from utils.noise import blend_noise
+from utils.references import Reference
+from utils.runs import derive_seed, read_json
+
+NEGATIVE_PROMPT = ""
+VIDEO_SEED = 43  # of fresh noise and the VAE's draws, as in ggi.py
+END = -1  # the latent frame that holds the end anchor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the figures besides weights and seeds; names and defaults are the scripts' where they have one."""
+
+    lora_steps: int = 400  # optimizer steps of the alignment
+    learning_rate: float = 2e-3  # of the alignment
+    train_batch_size: int = 8  # crops in each of its steps
+    rank: int = 16  # of the LoRAs
+    precision: str = "bf16"  # of the networks while the LoRAs are trained: bf16 or float32
+    prompt: str = "empty"  # of all stages: empty, or the style's caption
+    num_steps: int = 25  # denoising steps of an anchor
+    num_inference_steps: int = 30  # denoising steps of a video
+    guidance_scale: float = 6.0  # of a video
+    degradation: float = 0.5  # share of fresh noise in a video's noise
+
+    def prompt_of(self, caption: str) -> str:
+        return caption if self.prompt == "caption" else ""
+
+
+Paths = dict[str, Path]
+
+
+# --- stage 1: alignment ---
+
+
+def align(
+    paths: Paths, preset: Preset, reference: Reference, settings: Settings, seed: int
+) -> list[dict[str, torch.Tensor]]:
+    """LoRAs on transformer and ControlNet, trained on one reference; as saved: bfloat16, under peft's names."""
+    low = settings.precision == "bf16"
+    dtype = DTYPES["bfloat16" if low else "float32"]
+    texts = encode_flux_prompts(paths["flux_text"], [reference.prompt], "cpu", dtype, preset.max_sequence_length)
+    models, loras = load_trainable(paths, torch.device("cpu"), dtype, settings.rank, seed)
+    networks = (models.transformer, models.controlnet)
+    for network in networks:
+        network.disable_gradient_checkpointing()  # costs time and saves memory; the numbers are the same
+    optimizer = lora_optimizer([parameter for group in loras for parameter in group], settings.learning_rate)
+    objective, items = FlowObjective(models), range(settings.train_batch_size)
+    for step in range(settings.lora_steps):
+        batch = draw_batch([reference], (seed, step, 0), items, preset.resolution, preset.training_multiple)
+        sample, text = batch_flow_sample(models, batch), stack_texts([texts[batch.prompt]] * len(batch.t))
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = objective(sample, text, batch.control)
+        loss.backward()
+        optimizer_step(optimizer, loras)
+    return saved_loras(networks, paths)
+
+
+def saved_loras(networks: Sequence, paths: Paths) -> list[dict[str, torch.Tensor]]:
+    """What stage 2 reads of the LoRAs that stage 1 writes."""
+    with TemporaryDirectory() as folder:
+        files = checkpoint_lora_paths(Path(folder))
+        for network, file in zip(networks, files, strict=True):
+            save_lora(network, file)
+        names = ("flux_transformer", "controlnet")
+        return [check_lora(file, component_config(n, paths[n])) for n, file in zip(names, files, strict=True)]
+
+
+# --- stage 2: anchors ---
+
+
+class AnchorStage:
+    """Draws the anchors of one scene and style, all from one noise, as the script does; LoRAs can be put in once."""
+
+    def __init__(self, paths: Paths, preset: Preset, settings: Settings, prompt: str, seed: int):
+        dtype = DTYPES[preset.dtype]
+        prompts = [prompt, NEGATIVE_PROMPT]
+        texts = encode_flux_prompts(paths["flux_text"], prompts, "cpu", dtype, preset.max_sequence_length)
+        self.positive, self.negative = (texts[prompt] for prompt in prompts)
+        self.models = load_flux(paths, "cpu", dtype)
+        self.settings, self.dilations = AnchorSettings(num_steps=settings.num_steps), preset.mask_dilations
+        width, height = preset.image_size
+        self.noise = draw_noise((1, 16, height // 8, width // 8), seed)
+
+    def put_in(self, loras: Sequence[dict[str, torch.Tensor]]) -> None:
+        for model, state in zip((self.models.transformer, self.models.controlnet), loras, strict=True):
+            load_lora(model, state)
+
+    def draw(
+        self, edges: np.ndarray, previous: np.ndarray | None = None, code: np.ndarray | None = None
+    ) -> np.ndarray:
+        """One anchor, uint8 [H, W, 3]. edges: uint8 [H, W]. previous, code: the anchor before and the map to it, for
+        sparse appearance-guided sampling; None draws independently."""
+        replacement = None
+        if previous is not None:
+            warped, mask = warp_anchor(previous, code, self.dilations)
+            replacement = encode_warped(self.models, warped, mask, self.noise)
+        control = to_signed(as_rgb(edges))[None]
+        latents = sample_anchor(
+            self.models, self.noise, control, self.positive, self.negative, self.settings, replacement
+        )
+        return decode_anchor(self.models, latents)
+
+
+def load_image_vae(paths: Paths, preset: Preset) -> AutoencoderKL:
+    return load_model("flux_vae", AutoencoderKL, paths["flux_vae"], DTYPES[preset.dtype])
+
+
+@torch.no_grad()
+def image_round_trip(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+    """Pictures uint8 [N, H, W, 3] through the image VAE, posterior means."""
+    models = FluxModels(None, None, vae)  # the two directions need no more
+    return to_bytes(decode_latents(models, encode_image(models, to_signed(images), None)))
+
+
+# --- stage 3: in-betweening ---
+
+
+class VideoStage:
+    """Fills one arc of one scene between any two anchors, as ggi.py does.
+
+    edges: uint8 [46, H, W]. noise: warped noise, float32 [13, h, w, 16].
+    """
+
+    def __init__(
+        self, paths: Paths, preset: Preset, settings: Settings, prompt: str, edges: np.ndarray, noise: np.ndarray
+    ):
+        dtype, transformer = DTYPES[preset.dtype], Path(preset.ggi_transformer)
+        length = read_json(transformer / "config.json")["max_text_seq_length"]
+        embeds = encode_video_prompts(paths["cogvideox_text"], [prompt, ""], "cpu", dtype, length)
+        self.positive, self.negative = embeds[prompt], embeds[""]
+        self.pipe = load_inbetween(paths, transformer, "cpu", dtype, tiling=preset.vae_tiling, offload=False)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.settings, self.edges = settings, as_rgb(edges[edge_frame_indices(preset.num_frames)])
+        self.warped = torch.from_numpy(noise).movedim(-1, 1)[None]
+        self.eps = ConditionEps.draw(*noise.shape[:3], seed=VIDEO_SEED, arc=0)
+
+    def conditions(self, start: np.ndarray, end: np.ndarray, *, edges: bool = True) -> torch.Tensor:
+        """Conditions [1, 13, 32, h, w] of two anchors, uint8 [H, W, 3]; without `edges` of a black edge video."""
+        ends = (to_signed(picture)[None] for picture in (start, end))
+        video = self.edges if edges else np.zeros_like(self.edges)
+        return self.pipe.encode_conditions(*ends, to_signed(video)[None], self.eps)
+
+    def fill(self, conditions: torch.Tensor, *, warped: bool = True) -> np.ndarray:
+        """The arc's frames, uint8 [46, H, W, 3]; without `warped` from fresh noise alone."""
+        fresh = draw_noise(self.warped.shape, derive_seed(VIDEO_SEED, 0, 1))
+        noise = blend_noise(self.warped, fresh, self.settings.degradation) if warped else fresh
+        latents = self.pipe(
+            conditions,
+            noise.to(self.pipe.transformer.dtype),
+            self.positive,
+            self.negative,
+            num_inference_steps=self.settings.num_inference_steps,
+            guidance_scale=self.settings.guidance_scale,
+        )
+        return self.pipe.decode_video(latents)[:ARC_FRAMES]
+
+
+def without_end(conditions: torch.Tensor) -> torch.Tensor:
+    """The same conditions with nothing in place of the end anchor."""
+    taken = conditions.clone()
+    taken[:, END, : conditions.shape[2] // 2] = 0
+    return taken
+
+
+def load_video_vae(paths: Paths, preset: Preset) -> AutoencoderKLCogVideoX:
+    return load_model("cogvideox_vae", AutoencoderKLCogVideoX, paths["cogvideox_vae"], DTYPES[preset.dtype])
+
+
+@torch.no_grad()
+def video_round_trip(vae: AutoencoderKLCogVideoX, video: np.ndarray, num_frames: int) -> np.ndarray:
+    """An arc uint8 [46, H, W, 3], padded as for the model, through the video VAE, posterior means: the same shape."""
+    pixels = to_signed(video[edge_frame_indices(num_frames)]).movedim(0, 1)[None].to(vae.dtype)
+    output = vae.decode(vae.encode(pixels).latent_dist.mean).sample[0].float()
+    frames = ((output.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return frames.movedim(0, -1).numpy()[:ARC_FRAMES]
+
+
+def as_rgb(edges: np.ndarray) -> np.ndarray:
+    """uint8 [..., H, W] -> [..., H, W, 3]."""
+    return np.repeat(edges[..., None], 3, axis=-1)
