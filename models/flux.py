@@ -125,8 +125,8 @@ def velocity(
     """Predicted velocity (noise minus image) of one branch, in the transformer's dtype, [B, L, 64].
 
     tokens: packed latents [B, L, 64]. timestep in [0, 1], one or [B]. control: edge images [B, 3, H, W] in [-1, 1], H
-    W = 256 L. guidance: distilled guidance scale, one or [B] (4 at inference, 1 in training). control_weight: 0 leaves the
-    ControlNet out.
+    W = 256 L. guidance: distilled guidance scale, one or [B] (4 at inference, 1 in training). control_weight: 0
+    leaves the ControlNet out.
     """
     residuals = None
     if control_weight:

@@ -34,6 +34,7 @@ STYLES = 2  # of each clip
 VARIANTS = 2 * STYLES  # with flips
 MAP_SIZE = (360, 240)  # of the correspondences that carry the noise, as in preprocessing
 CACHE = Path("cache/clips")
+MOST_TRIES = 50  # towns after the one asked for
 VERSION = 1  # of what is drawn; a cache of another version is made again
 
 
@@ -105,7 +106,7 @@ def _draw_into(job: tuple[str, int, Path]) -> None:
 class SyntheticClips:
     """Clips for the in-between trainer. count: how many, every VARIANTS of them of one drawn clip.
 
-    A clip of a town without a path is replaced by the one before it.
+    A clip of a town without a path is replaced by the nearest one before it, else after it.
     """
 
     count: int
@@ -128,9 +129,11 @@ class SyntheticClips:
     def load(self, i: int) -> Clip:
         number, variant = divmod(i, VARIANTS)
         style, flip = divmod(variant, 2)
-        used = number
-        while (arrays := cached_clip(self.split, used, self.folder)) is None:
-            used = used - 1 if used else number + 1
+        for used in [*range(number, -1, -1), *range(number + 1, number + MOST_TRIES)]:
+            if (arrays := cached_clip(self.split, used, self.folder)) is not None:
+                break
+        else:
+            raise InputError(f"no town up to number {number + MOST_TRIES} of the {self.split} split has a clear path")
         way = -1 if flip else 1
         frames, edges = arrays["images"][style][:, :, ::way], arrays["edges"][:, :, ::way]
         caption = clip_styles(self.split, used)[style].caption

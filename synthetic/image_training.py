@@ -31,11 +31,12 @@ SHEET_STEPS = 25
 class ImageObjective(nn.Module):
     """All networks that are trained as one module, and the frozen autoencoder beside it."""
 
-    def __init__(self, pipeline: FluxPipeline, controlnet: FluxControlNetModel, vae: AutoencoderKL):
+    def __init__(self, pipeline: FluxPipeline, controlnet: FluxControlNetModel, vae: AutoencoderKL, device: str):
+        """vae: on `device`, where all of it will compute."""
         super().__init__()
         self.transformer, self.controlnet = pipeline.transformer, controlnet
         self.t5, self.clip = pipeline.text_encoder_2, pipeline.text_encoder
-        self.models = FluxModels(self.transformer, self.controlnet, vae.requires_grad_(False))
+        self.models = FluxModels(self.transformer, self.controlnet, vae.requires_grad_(False), device)
         self._tokenizers = (pipeline.tokenizer_2, pipeline.tokenizer)
 
     def texts(self, captions: Sequence[str]) -> Text:
@@ -102,12 +103,13 @@ def sample_pictures(objective: ImageObjective, edges: np.ndarray, captions: Sequ
     """Pictures drawn along edges: uint8 [N, H, W, 3]. edges: uint8 [N, H, W]."""
     models, settings = objective.models, AnchorSettings()
     height, width = edges.shape[1:]
-    control = to_signed(np.repeat(edges[..., None], 3, axis=-1))
+    control = to_signed(np.repeat(edges[..., None], 3, axis=-1)).to(models.device)
     text = objective.texts(captions)
-    tokens = pack(torch.stack([draw_noise((16, height // 8, width // 8), seed + k) for k in range(len(edges))]))
+    noise = torch.stack([draw_noise((16, height // 8, width // 8), seed + k) for k in range(len(edges))])
+    tokens = pack(noise).to(models.device)
     schedule = anchor_schedule(SHEET_STEPS, width, height)
     scales = {"guidance": settings.guidance, "control_weight": settings.control_weight}
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(models.device, torch.bfloat16):
         for now, after in pairwise(schedule):
             prediction = velocity(models, tokens, now, text, control, **scales)
             tokens = tokens + (after - now) * prediction.float()

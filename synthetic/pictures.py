@@ -102,7 +102,9 @@ def load_towns(split: str, count: int, folder: Path = CACHE, processes: int | No
             for _ in tqdm(jobs, total=len(missing), desc=f"draw {split}", unit="town"):
                 pass
     towns = [cached_town(split, n, folder) for n in tqdm(range(count), desc=f"read {split}", unit="town")]
-    return [town for town in towns if len(town.images)]
+    if not (towns := [town for town in towns if len(town.images)]):
+        raise InputError(f"none of the first {count} towns of the {split} split has a clear path; ask for more")
+    return towns
 
 
 def _draw_into(job: tuple[str, int, Path]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from models.training import FREE_SETTINGS, add_training_flags, fit, is_trained, training_settings
+from models.weights import resolve_device
 from synthetic.pictures import load_towns
 from utils.cli import InputError, Parser, positive_int, run_script, unit_float
 from utils.runs import Run, open_run
@@ -30,7 +31,7 @@ DEFAULTS = {
     "image": {"learning_rate": 1e-3, "train_batch_size": 16, "warmup_steps": 300, "decay_steps": 2500},
 }
 SEGMENT = 9  # frames on which the video autoencoder is trained
-EDGE_SHARE = 0.35  # of its segments: GGI encodes edges with it
+EDGE_SHARE = 0.3  # of its segments: GGI encodes edges with it
 HELD_OUT = ("validation", 8)  # towns on a sample sheet
 
 
@@ -48,6 +49,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             add("--towns", type=positive_int, default=1250, help="towns of the training split, drawn once and cached")
         cache = Path("cache") / ("clips" if stage == "video-vae" else "pictures")
         add("--cache_dir", type=Path, default=cache, help="folder of the cache")
+        add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one")
         add("--overwrite", action="store_true", help="replace a run that was trained with other arguments")
         if stage != "image":
             add("--decoder_only", action="store_true", help="keep the latents as they are, for networks built on them")
@@ -68,14 +70,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             require_weights(name, folder, parts)
     if getattr(args, "decoder_only", False) and not args.init_from:
         raise InputError("--decoder_only goes on from weights that exist: pass --init_from")
-    free = FREE_SETTINGS | {"output_dir", "cache_dir", "overwrite"}
+    if getattr(args, "image_vae", None) and args.init_from:
+        raise InputError("--image_vae and --init_from both say what to start from: pass one of them")
+    free = FREE_SETTINGS | {"output_dir", "cache_dir", "overwrite", "device"}
     run = open_run(
         args.output_dir, {key: value for key, value in vars(args).items() if key not in free}, overwrite=args.overwrite
     )
     if is_trained(run, training_settings(args)):
         print(f"{run.folder} is finished; raise --max_train_steps to train on")
         return
-    globals()["train_" + args.stage.replace("-", "_")](args, run)
+    args.device = resolve_device(args.device)
+    {"vae": train_vae, "video-vae": train_video_vae, "image": train_image}[args.stage](args, run)
     print(run.folder / f"checkpoint-{args.max_train_steps}")
 
 
@@ -113,7 +118,7 @@ def train_vae(args: argparse.Namespace, run: Run) -> None:
     def sheet() -> np.ndarray:
         return training.reconstruction_sheet(shown, training.reconstruct(vae, to_signed(shown)))
 
-    fit(run, training.ReconstructionObjective(vae), training_settings(args), draw, save, sheet)
+    fit(run, training.ReconstructionObjective(vae), training_settings(args), draw, save, sheet, device=args.device)
 
 
 def train_video_vae(args: argparse.Namespace, run: Run) -> None:
@@ -128,7 +133,7 @@ def train_video_vae(args: argparse.Namespace, run: Run) -> None:
 
     set_seed(args.seed)
     vae = AutoencoderKLCogVideoX.from_pretrained(args.init_from / "vae") if args.init_from else video_vae()
-    if args.image_vae and not args.init_from:
+    if args.image_vae:
         inflate(AutoencoderKL.from_pretrained(args.image_vae), vae)
     vae.encoder.requires_grad_(not args.decoder_only)
     draw = training.draw_segments(load_videos("train", args.clips, args.cache_dir), SEGMENT, EDGE_SHARE)
@@ -145,7 +150,7 @@ def train_video_vae(args: argparse.Namespace, run: Run) -> None:
         output = training.reconstruct(vae, to_signed(shown).movedim(2, 1))
         return training.reconstruction_sheet(shown[:, -1], output[:, :, -1])
 
-    fit(run, training.ReconstructionObjective(vae), training_settings(args), draw, save, sheet)
+    fit(run, training.ReconstructionObjective(vae), training_settings(args), draw, save, sheet, device=args.device)
 
 
 def load_videos(split: str, count: int, folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -172,7 +177,7 @@ def train_image(args: argparse.Namespace, run: Run) -> None:
     else:
         pipeline, control = flux_pipeline(), controlnet()
     pipeline.vae = AutoencoderKL.from_pretrained(args.vae)
-    objective = training.ImageObjective(pipeline, control, pipeline.vae)
+    objective = training.ImageObjective(pipeline, control, pipeline.vae.to(args.device), args.device)
     towns, held_out = (load_towns(split, n, args.cache_dir) for split, n in (("train", args.towns), HELD_OUT))
     edges = np.array([town.edges[i % len(town.edges)] for i, town in enumerate(held_out)])
     truth = np.array([town.images[i % len(town.images), 0] for i, town in enumerate(held_out)])
@@ -188,7 +193,8 @@ def train_image(args: argparse.Namespace, run: Run) -> None:
         rows = [np.repeat(edges[..., None], 3, axis=-1), truth, *drawn]
         return np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
 
-    fit(run, objective, training_settings(args), training.draw_captioned(towns, args.caption_dropout), save, sheet)
+    draw = training.draw_captioned(towns, args.caption_dropout)
+    fit(run, objective, training_settings(args), draw, save, sheet, device=args.device)
 
 
 if __name__ == "__main__":

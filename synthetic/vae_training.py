@@ -11,6 +11,7 @@ from models.latents import draw_noise, posterior_sample, to_signed
 from synthetic.pictures import TownPictures
 from utils.runs import derive_seed
 
+CROP = (72, 96)  # pixels, height and width of what the video autoencoder is trained on
 COARSE = 4  # pixels; side of the cells in which colours are compared on top of pixels
 KL_WEIGHT = 1e-4  # of the KL divergence per latent element
 STATISTICS = 256  # pictures from which the scale of the latents is measured
@@ -59,10 +60,10 @@ def draw_pictures(towns: Sequence[TownPictures]) -> Callable[[tuple[int, ...], I
 def draw_segments(
     videos: Sequence[tuple[np.ndarray, np.ndarray]], frames: int, edge_share: float
 ) -> Callable[[tuple[int, ...], Iterable[int]], dict]:
-    """The same for parts of `frames` consecutive frames, 4 k + 1, of videos or, in an `edge_share`, of their edges.
+    """The same for parts of `frames` consecutive frames, 8 k + 1, of videos or, in an `edge_share`, of their edges.
 
-    videos: (frames uint8 [F, H, W, 3], edges uint8 [F, H, W]) of each. Half of the parts run backwards, half are
-    flipped.
+    videos: (frames uint8 [F, H, W, 3], edges uint8 [F, H, W]) of each. A part shows a window of the size CROP: several
+    small ones teach more than a large one. Half of the parts run backwards, half are flipped.
     """
 
     def draw(step_seed: tuple[int, ...], items: Iterable[int]) -> dict:
@@ -71,8 +72,9 @@ def draw_segments(
             rng = np.random.default_rng([*step_seed, item])
             video, edges = videos[rng.integers(len(videos))]
             chosen = video_and_edges((video, edges))[int(rng.random() < edge_share)]
-            start = rng.integers(len(chosen) - frames + 1)
-            part = chosen[start : start + frames][:: rng.choice((1, -1)), :, :: rng.choice((1, -1))]
+            start, top, left = rng.integers(np.array(chosen.shape[:3]) - (frames, *CROP) + 1)
+            part = chosen[start : start + frames, top : top + CROP[0], left : left + CROP[1]]
+            part = part[:: rng.choice((1, -1)), :, :: rng.choice((1, -1))]
             parts.append(part)
             shape = (16, (frames - 1) // 4 + 1, part.shape[1] // 8, part.shape[2] // 8)
             eps.append(draw_noise(shape, derive_seed(*step_seed, item, 1)))
@@ -88,9 +90,9 @@ def video_and_edges(pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np
 
 @torch.no_grad()
 def reconstruct(vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels through the autoencoder, without noise; float32."""
-    with torch.autocast("cpu", torch.bfloat16):
-        return vae.decode(vae.encode(pixels).latent_dist.mean).sample.float()
+    """Pixels through the autoencoder, without noise; float32, on the CPU."""
+    with torch.autocast(vae.device.type, torch.bfloat16):
+        return vae.decode(vae.encode(pixels.to(vae.device)).latent_dist.mean).sample.float().cpu()
 
 
 def psnr(output: torch.Tensor, target: torch.Tensor) -> float:
@@ -101,7 +103,7 @@ def psnr(output: torch.Tensor, target: torch.Tensor) -> float:
 @torch.no_grad()
 def latent_statistics(vae: nn.Module, batches: Iterable[torch.Tensor]) -> tuple[float, float]:
     """(mean, standard deviation) of all latents of some batches of pixels."""
-    latents = torch.cat([vae.encode(pixels).latent_dist.mean.flatten() for pixels in batches])
+    latents = torch.cat([vae.encode(pixels.to(vae.device)).latent_dist.mean.flatten() for pixels in batches])
     return float(latents.mean()), float(latents.std())
 
 

@@ -39,11 +39,11 @@ def call(script: str, *arguments: object) -> int:
         except SystemExit as stop:
             return stop.code or 0
         finally:
-            _forget_accelerator()
+            forget_accelerator()
     return 0
 
 
-def _forget_accelerator() -> None:
+def forget_accelerator() -> None:
     """accelerate keeps its precision and device for the life of a process."""
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState, GradientState
