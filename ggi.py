@@ -29,13 +29,13 @@ from utils.arcs import (
     ARC_FRAMES,
     CONTACT_SHEET,
     LATENT_FRAMES,
-    MULTIVIEWS,
     VIDEO_FILE,
     Arc,
     Scene,
     chain_path,
     edge_frame_indices,
     find_anchors,
+    find_scene,
     frame_path,
     ggi_transformer_folder,
     load_scene,
@@ -46,7 +46,7 @@ from utils.cli import InputError, Parser, guidance_float, positive_int, run_scri
 from utils.edges import resize_edges
 from utils.images import contact_sheet, read_image, resize_image, write_image, write_video
 from utils.noise import blend_noise, load_or_make_noise
-from utils.runs import MANIFEST, Run, derive_seed, files_sha256, open_run, read_json
+from utils.runs import Run, derive_seed, files_sha256, open_run, read_json
 
 EPOCH = 1350  # of the released transformer
 SHEET_COLUMNS = 8  # frames per arc on the contact sheet
@@ -87,18 +87,6 @@ def parse_args() -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace a video of this name that was made with other arguments")
     add_weight_flags(parser, GGI_STAGE)
     return parser.parse_args()
-
-
-def find_scene(args: argparse.Namespace) -> Path:
-    """The scene folder of a run: named, or the run's grandparent, or noted in the run's manifest."""
-    if args.scene:
-        return args.scene
-    run = args.target.absolute()
-    if run.parent.name == MULTIVIEWS and (run.parent.parent / "arc0").is_dir():
-        return run.parent.parent
-    if (args.target / MANIFEST).exists() and (noted := read_json(args.target / MANIFEST).get("scene")):
-        return Path(noted)
-    raise InputError(f"{args.target} does not lie in a scene folder: pass --scene")
 
 
 def check_anchors(anchors: Sequence[Path]) -> None:
@@ -168,7 +156,7 @@ def main() -> None:
     args.dtype = args.dtype or preset.dtype
     if not args.target.is_dir():
         raise InputError(f"run folder {args.target} does not exist: give one that sag_generate_anchor_view.py wrote")
-    scene = load_scene(find_scene(args))
+    scene = load_scene(args.scene or find_scene(args.target))
     anchors = find_anchors(args.target, len(scene.arcs) + 1)
     check_anchors(anchors)
     transformer = find_transformer(args, preset)

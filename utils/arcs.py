@@ -19,6 +19,7 @@ from PIL import Image
 
 from utils.cli import InputError
 from utils.correspondence import read_map
+from utils.runs import MANIFEST, read_json
 
 ARC_STEPS = 45  # steps between the two anchors of an arc
 ARC_FRAMES = ARC_STEPS + 1
@@ -226,6 +227,21 @@ def find_anchors(run: Path, count: int) -> list[Path]:
     if extra:
         raise InputError(f"{extra[0]}: the scene has {count} anchors only; are these anchors of another scene?")
     return paths
+
+
+def find_scene(run: Path) -> Path:
+    """The scene folder that a run of anchors, a video's folder in it, or a file in either was made for.
+
+    It is the one that the run lies in, else the one that a manifest notes. Raises InputError when there is neither.
+    """
+    folders = [run.absolute(), *run.absolute().parents[:2]]
+    for folder in folders:
+        if folder.parent.name == MULTIVIEWS and (folder.parent.parent / "arc0").is_dir():
+            return folder.parent.parent
+    for folder in folders:
+        if (folder / MANIFEST).is_file() and (noted := read_json(folder / MANIFEST).get("scene")):
+            return Path(noted)
+    raise InputError(f"{run} does not lie in a scene folder: pass --scene")
 
 
 def video_run_name(degradation: float, epoch: int, steps: int) -> str:
