@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from models.keymaps import lora_from_peft
 from models.lora import lora_targets
-from models.weights import WEIGHTS, load_preset
+from models.weights import WEIGHTS
 from tests.helpers import ALIGN, ANCHORS, GGI, ROOT, call, forbid_models, words, write_picture
 from tests.scenes import make_scene
 from utils.arcs import anchor_path
@@ -31,7 +31,6 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Ref
     """Call a script and make sure that it refuses in one line, holding all `telling` words."""
     forbid_models(monkeypatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    load_preset("tiny")  # makes the weights if nobody has so far
     capfd.readouterr()
 
     def check(script: str, *arguments: object, telling: tuple = ()) -> None:
@@ -45,11 +44,11 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Ref
     return check
 
 
-def write_lora(folder: Path, rank: int = 4, head_size: int = 32) -> None:
-    """Zeros in the shape of a LoRA for the tiny weights, or for models of another width."""
+def write_lora(folder: Path, rank: int = 4, **other: int) -> None:
+    """Zeros in the shape of a LoRA for the tiny weights, or for models of an `other` config."""
     folder.mkdir(parents=True)
     for name, part in (("lora", "flux/transformer"), ("controlnet.lora", "controlnet")):
-        config = read_json(WEIGHTS / "tiny" / part / "config.json") | {"attention_head_dim": head_size}
+        config = read_json(WEIGHTS / "tiny" / part / "config.json") | other
         state = {}
         for target, (features, out) in lora_targets(config).items():
             state[f"{target}.lora_A.weight"] = torch.zeros(rank, features)
@@ -59,11 +58,10 @@ def write_lora(folder: Path, rank: int = 4, head_size: int = 32) -> None:
 
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    load_preset("tiny")
     folder = tmp_path_factory.mktemp("loras")
     write_lora(folder / "town" / "checkpoint-100")
     write_lora(folder / "town" / "checkpoint-400")
-    write_lora(folder / "wide" / "checkpoint-400", head_size=48)
+    write_lora(folder / "wide" / "checkpoint-400", attention_head_dim=48)
     return folder
 
 
@@ -160,7 +158,7 @@ def test_lora_that_is_not_there(scene: Path, loras: Path, tmp_path: Path, refuse
 
 
 def test_lora_of_another_shape(scene: Path, loras: Path, tmp_path: Path, refuse: Refuse):
-    refuse(*anchors(scene, loras, "--pfix", "wide"), telling=("wide", "lora.safetensors", "64", "96"))
+    refuse(*anchors(scene, loras, "--pfix", "wide"), telling=("wide", "lora.safetensors", "192", "144"))
     folder = tmp_path / "swapped" / "town" / "checkpoint-400"
     folder.mkdir(parents=True)
     flux, controlnet = "lora.safetensors", "controlnet.lora.safetensors"
