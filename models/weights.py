@@ -7,9 +7,7 @@ repository (`org/name/file.safetensors`), by a local folder in diffusers format,
 
 import argparse
 import dataclasses
-import fcntl
 import os
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -66,10 +64,8 @@ class Preset:
 
 
 def load_preset(name: str) -> Preset:
-    """Read `checkpoints/<name>/preset.json`; the tiny weights are made on first use."""
+    """Read `checkpoints/<name>/preset.json`."""
     folder = WEIGHTS / name
-    if name == "tiny" and not (folder / "preset.json").exists():
-        _make_tiny(folder)
     entries = read_json(folder / "preset.json")
     for key in ("flux", "controlnet", "cogvideox", "ggi_transformer"):
         if entries[key] and (folder / entries[key]).exists():
@@ -77,18 +73,6 @@ def load_preset(name: str) -> Preset:
     for key in ("image_size", "video_size"):
         entries[key] = entries[key] and tuple(entries[key])
     return Preset(name=name, **entries)
-
-
-def _make_tiny(folder: Path) -> None:
-    """Make the tiny weights. Of several processes that come here at once, one does it and the others wait."""
-    with (WEIGHTS / ".tiny.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            print("making the tiny weights (once) …", file=sys.stderr, flush=True)
-            line = [sys.executable, "-m", "synthetic.tiny_models", "--output", str(folder)]
-            made = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-            if made.returncode:
-                raise InputError(f"the tiny weights cannot be made: {made.stderr.strip().splitlines()[-1:]}")
 
 
 def add_weight_flags(parser: argparse.ArgumentParser, components: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from utils.cli import InputError, Parser, require_writable, run_script
 from utils.runs import atomic_path, write_json
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, "python -m synthetic.assemble")
     parser.add_argument("--image", type=Path, metavar="CHECKPOINT", help="of `synthetic.train image`")
     parser.add_argument("--video_vae", type=Path, metavar="CHECKPOINT", help="of `synthetic.train video-vae`")

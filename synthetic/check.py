@@ -14,16 +14,15 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from models.weights import WEIGHTS, load_preset, locate
+from models.weights import WEIGHTS, Preset, load_preset, locate
+from synthetic.jobs import finish, worker_pool
 from synthetic.pictures import SPLITS
 from utils.cli import InputError, Parser, positive_float, positive_int, require_writable, run_script
 from utils.runs import write_json
@@ -124,45 +123,66 @@ def judge(means: Means, names: Iterable[str]) -> list[dict]:
 # --- the command line ---
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, "python -m synthetic.check")
+    add_unit_flags(parser)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=list(FIGURES), metavar="NAME", help="figures to measure (default: all)")
+    add("--resume", action="store_true", help="keep what was measured before with the same weights and settings")
+    add("--json", type=Path, metavar="FILE", help="also write figures, bars and every unit's figures there")
+    add("--output_dir", type=Path, default=Path("runs/check"), help="folder of results, pictures and cached scenes")
+    add_setting_flags(parser)
+    return parser.parse_args(argv)
+
+
+def add_unit_flags(parser: argparse.ArgumentParser) -> None:
+    """Which test scenes and styles, measured with which weights."""
     add = parser.add_argument
     add("--scenes", type=positive_int, default=8, help="test scenes")
     add("--seeds", type=positive_int, default=2, help="styles for each scene")
     add("--first_scene", type=positive_int, default=FIRST_SEED, help="seed of the first scene; the next ones follow")
     add("--first_style", type=positive_int, default=FIRST_SEED, help="seed of the first style; the next ones follow")
-    add("--only", nargs="+", choices=list(FIGURES), metavar="NAME", help="figures to measure (default: all)")
-    add("--resume", action="store_true", help="keep what was measured before with the same weights and settings")
-    add("--json", type=Path, metavar="FILE", help="also write figures, bars and every unit's figures there")
-    add("--output_dir", type=Path, default=Path("runs/check"), help="folder of results, pictures and cached scenes")
     add("--weights_dir", type=Path, default=WEIGHTS / "tiny", help="folder of a weight set, with its preset.json")
     add("--processes", type=positive_int, default=2, help="processes that work on units, one thread each")
+
+
+def add_setting_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of `Settings` that can be chosen."""
     settings = parser.add_argument_group("settings")
     add = settings.add_argument
-    add("--lora_steps", type=positive_int, default=400, help=f"steps of the alignment, {MOST_LORA_STEPS} at most")
+    add(
+        "--lora_steps",
+        type=positive_int,
+        default=400,
+        help=f"steps of the alignment; bars hold for {MOST_LORA_STEPS} at most",
+    )
     add("--learning_rate", type=positive_float, default=2e-3, help="of the alignment")
     add("--train_batch_size", type=positive_int, default=8, help="crops in each of its steps")
     add("--precision", choices=["bf16", "float32"], default="bf16", help="of the networks in the alignment")
     add("--prompt", choices=["empty", "caption"], default="empty", help="prompt of all stages: none, or the style's")
     add("--num_steps", type=positive_int, default=25, help="denoising steps of an anchor")
     add("--num_inference_steps", type=positive_int, default=30, help="denoising steps of a video")
-    return parser.parse_args(argv)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
+    """Raise InputError for what would not be a test against the bars."""
+    check_unit_flags(args)
+    if args.lora_steps > MOST_LORA_STEPS:
+        raise InputError(f"--lora_steps {args.lora_steps}: the bars hold for {MOST_LORA_STEPS} at most")
+    require_writable(args.output_dir)
+    if args.json:
+        require_writable(args.json.parent)
+
+
+def check_unit_flags(args: argparse.Namespace) -> None:
     """Raise InputError for what would not be a test of what was trained."""
     for name in ("first_scene", "first_style"):
         if getattr(args, name) < FIRST_SEED:
             raise InputError(
                 f"--{name} {getattr(args, name)}: tests start at {FIRST_SEED}; seeds below are trained on"
             )
-    if args.lora_steps > MOST_LORA_STEPS:
-        raise InputError(f"--lora_steps {args.lora_steps}: the bars hold for {MOST_LORA_STEPS} at most")
     if not (args.weights_dir / "preset.json").is_file() and args.weights_dir != WEIGHTS / "tiny":
         raise InputError(f"--weights_dir {args.weights_dir} holds no preset.json")
-    require_writable(args.output_dir)
-    if args.json:
-        require_writable(args.json.parent)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -192,21 +212,13 @@ def settings_of(args: argparse.Namespace) -> "Settings":
 
 def measure(args: argparse.Namespace, parts: list[str]) -> dict[str, dict[str, float]]:
     """{unit: figures} of all units, measured now where they are not there yet."""
-    from synthetic.check_units import PARTS, Unit, finished_parts, hash_weights
+    from synthetic.check_units import PARTS, choose_units, finished_parts, hash_weights
 
-    preset = load_preset("tiny" if args.weights_dir == WEIGHTS / "tiny" else str(args.weights_dir.resolve()))
-    if preset.image_size is None or preset.image_size != preset.video_size:
-        raise InputError(
-            f"{args.weights_dir}: the benchmark needs anchors and videos of one size, named in preset.json"
-        )
+    preset = load_unit_preset(args)
     components = dict.fromkeys(component for part in parts for component in PARTS[part].components)
     paths = locate(argparse.Namespace(), preset, components)
     settings, hashes = settings_of(args), hash_weights(parts, paths, preset)
-    units = [
-        Unit(i, args.first_scene + i, args.first_style + i * args.seeds + j)
-        for i in range(args.scenes)
-        for j in range(args.seeds)
-    ]
+    units = choose_units(args.scenes, args.seeds, args.first_scene, args.first_style)
 
     jobs, results = [], {}
     for unit in units:
@@ -219,33 +231,23 @@ def measure(args: argparse.Namespace, parts: list[str]) -> dict[str, dict[str, f
     return results
 
 
+def load_unit_preset(args: argparse.Namespace) -> Preset:
+    """The preset of --weights_dir. Raises InputError unless its anchors and videos have one size."""
+    preset = load_preset("tiny" if args.weights_dir == WEIGHTS / "tiny" else str(args.weights_dir.resolve()))
+    if preset.image_size is None or preset.image_size != preset.video_size:
+        raise InputError(f"{args.weights_dir}: anchors and videos must have one size, named in preset.json")
+    return preset
+
+
 def run_jobs(jobs: list[tuple], processes: int) -> dict[str, dict[str, float]]:
     """Draw the scenes of all jobs, then measure, each in parallel; returns {unit: figures}. Raises what a job raises,
     when those that have begun are done."""
     scenes = list({job[0].scene_seed: job for job in jobs}.values())  # units of one scene share its cache
-    # Spawned, because a fork would inherit the state of torch's threads.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker)
-    results = {}
-    try:
-        with tqdm(total=len(scenes) + len(jobs), desc="check", unit="unit", disable=not jobs) as bar:
-            for done in as_completed([pool.submit(_draw_scene, job) for job in scenes]):
-                done.result()
-                bar.update()
-            names = {pool.submit(_measure, job): job[0].name for job in jobs}
-            for done in as_completed(names):
-                results[names[done]] = done.result()
-                bar.update()
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return results
-
-
-def _start_worker() -> None:
-    import cv2
-    import torch
-
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
+    total = len(scenes) + len(jobs)
+    with worker_pool(processes) as pool, tqdm(total=total, desc="check", unit="unit", disable=not jobs) as bar:
+        finish([pool.submit(_draw_scene, job) for job in scenes], bar)
+        measured = finish([pool.submit(_measure, job) for job in jobs], bar)
+    return {job[0].name: figures for job, figures in zip(jobs, measured, strict=True)}
 
 
 def _draw_scene(job: tuple) -> None:

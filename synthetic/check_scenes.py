@@ -4,6 +4,7 @@ A scene is a town and a camera path of two arcs. Its edges and correspondences a
 preprocessing at preprocessing's sizes, and cached; its true pictures are rendered when they are needed.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -19,7 +20,9 @@ from utils.arcs import ARC_FRAMES, ARC_STEPS
 from utils.cameras import CameraPath
 from utils.cli import InputError
 from utils.correspondence import encode_map
+from utils.covisibility import Covisibility, make_covisibility
 from utils.edges import resize_edges
+from utils.metrics_image import line_size, thin
 from utils.tensor_cache import read_arrays, write_arrays
 from utils.views import View, correspondence, make_views
 
@@ -48,6 +51,18 @@ class ArcData:
 
     edges: np.ndarray
     noise: np.ndarray
+
+
+@dataclass(frozen=True)
+class PathData:
+    """What a video of the whole path needs, and what its structure is measured against.
+
+    edges: uint8 [91, H, W]. noise: float32 [2, 13, h, w, 16], for each arc. lines: bool [91, l, 720], one pixel wide.
+    """
+
+    edges: np.ndarray
+    noise: np.ndarray
+    lines: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,20 @@ class CheckScene:
     def arc(self) -> ArcData:
         return ArcData(**self._cached("arc", self._draw_arc))
 
+    @cached_property
+    def path(self) -> PathData:
+        stored = self._cached("path", self._draw_path)
+        lines = np.unpackbits(stored["lines"], axis=2, count=line_size(self.size)[0])
+        return PathData(stored["edges"], stored["noise"], lines.astype(bool))
+
+    @cached_property
+    def covisibility(self) -> Covisibility:
+        """All correspondences that the metrics of a video look at."""
+        stored = self._cached("covisibility", self._find_covisible)
+        width, height, step, frames = stored["numbers"].tolist()
+        arrays = (stored[name] for name in ("pairs", "position", "visible"))
+        return Covisibility((width, height), step, frames, *arrays)
+
     def _cached(self, name: str, draw) -> dict[str, np.ndarray]:
         path = self.cache / f"{self.seed}_{name}.safetensors"
         identity = {"seed": self.seed, "number": self.number, "size": list(self.size), "version": VERSION}
@@ -111,23 +140,53 @@ class CheckScene:
         }
 
     def _draw_arc(self) -> dict[str, np.ndarray]:
-        first_arc = self._town[1].subset(1, ARC_FRAMES)
-        width, height = self.size
-        noise = path_noise(self.world, first_arc, (width // 8, height // 8), 0)
-        return {"edges": self._edges(range(ARC_FRAMES)), "noise": noise}
+        return {"edges": self._edges(range(ARC_FRAMES)), "noise": self._noise(0)}
 
-    def _edges(self, frames) -> np.ndarray:
+    def _draw_path(self) -> dict[str, np.ndarray]:
+        edges, lines = [], []
+        for drawn in self._large_edges(range(ARCS * ARC_STEPS + 1)):
+            edges.append(resize_edges(drawn, *self.size)[..., 0])
+            lines.append(np.packbits(thin(resize_edges(drawn, *line_size(self.size))), axis=1))
+        noise = [self._noise(arc) for arc in range(ARCS)]
+        return {name: np.array(a) for name, a in (("edges", edges), ("noise", noise), ("lines", lines))}
+
+    def _find_covisible(self) -> dict[str, np.ndarray]:
+        found = make_covisibility(self.world.caster, self.views)
+        numbers = np.array([*found.size, found.step, found.num_frames])
+        return {"numbers": numbers, "pairs": found.pairs, "position": found.position, "visible": found.visible}
+
+    def _noise(self, arc: int) -> np.ndarray:
+        """Noise that follows an arc: float32 [13, h, w, 16]."""
+        first, (width, height) = ARC_STEPS * arc + 1, self.size
+        along = self._town[1].subset(first, first + ARC_STEPS)
+        return path_noise(self.world, along, (width // 8, height // 8), 0, arc)
+
+    def _edges(self, frames: Iterable[int]) -> np.ndarray:
         """Soft edges drawn at preprocessing's size and resized as for the models: uint8 [N, H, W]."""
+        return np.array([resize_edges(edges, *self.size)[..., 0] for edges in self._large_edges(frames)])
+
+    def _large_edges(self, frames: Iterable[int]) -> Iterator[np.ndarray]:
+        """Soft edges at preprocessing's size, uint8 [720, 1080, 3], one by one."""
         path = self._town[1]
         depth = typical_depth(self.world, make_views(path, MAP_SIZE))
         large = make_views(path, IMAGE_SIZE)
-        drawn = (draw_edges(self.world, large[frame], depth) for frame in frames)
-        return np.array([resize_edges(edges, *self.size)[..., 0] for edges in drawn])
+        return (draw_edges(self.world, large[frame], depth) for frame in frames)
 
     def anchor_pictures(self, style: Style) -> tuple[np.ndarray, np.ndarray]:
         """True anchors, uint8 [3, H, W, 3], and the class of each of their pixels, int8 [3, H, W]."""
-        buffers = [trace(self.world, self.views[frame]) for frame in ANCHORS]
-        return np.array([paint(b, style) for b in buffers]), np.array([class_map(b) for b in buffers])
+        return self._pictures(ANCHORS, style)
+
+    def path_pictures(self, style: Style) -> tuple[np.ndarray, np.ndarray]:
+        """True frames of both arcs, uint8 [91, H, W, 3], and the class of each of their pixels, int8 [91, H, W]."""
+        return self._pictures(range(len(self.views)), style)
+
+    def _pictures(self, frames: Iterable[int], style: Style) -> tuple[np.ndarray, np.ndarray]:
+        pairs = []
+        for frame in frames:
+            buffer = trace(self.world, self.views[frame])
+            pairs.append((paint(buffer, style), class_map(buffer)))
+        pictures, classes = map(np.array, zip(*pairs, strict=True))
+        return pictures, classes
 
     def arc_pictures(self, style: Style) -> np.ndarray:
         """True frames of the first arc: uint8 [46, H, W, 3]."""

@@ -4,7 +4,7 @@ Every stage takes the settings that its script has as flags, and draws what the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,7 +22,7 @@ from models.alignment import (
 )
 from models.anchors import AnchorSettings, decode_anchor, encode_warped, sample_anchor, warp_anchor
 from models.flux import FluxModels, decode_latents, encode_image, stack_texts, to_bytes
-from models.inbetween import ConditionEps
+from models.inbetween import CogVideoXInbetweenPipeline, ConditionEps
 from models.latents import draw_noise, to_signed
 from models.loading import (
     DTYPES,
@@ -124,18 +124,20 @@ class AnchorStage:
             load_lora(model, state)
 
     def draw(
-        self, edges: np.ndarray, previous: np.ndarray | None = None, code: np.ndarray | None = None
+        self,
+        edges: np.ndarray,
+        previous: np.ndarray | None = None,
+        code: np.ndarray | None = None,
+        num_replacement: int = AnchorSettings.num_replacement,
     ) -> np.ndarray:
         """One anchor, uint8 [H, W, 3]. edges: uint8 [H, W]. previous, code: the anchor before and the map to it, for
-        sparse appearance-guided sampling; None draws independently."""
-        replacement = None
+        sparse appearance-guided sampling in the first `num_replacement` steps; None draws independently."""
+        settings, replacement = replace(self.settings, num_replacement=num_replacement), None
         if previous is not None:
             warped, mask = warp_anchor(previous, code, self.dilations)
             replacement = encode_warped(self.models, warped, mask, self.noise)
         control = to_signed(as_rgb(edges))[None]
-        latents = sample_anchor(
-            self.models, self.noise, control, self.positive, self.negative, self.settings, replacement
-        )
+        latents = sample_anchor(self.models, self.noise, control, self.positive, self.negative, settings, replacement)
         return decode_anchor(self.models, latents)
 
 
@@ -153,24 +155,36 @@ def image_round_trip(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
 # --- stage 3: in-betweening ---
 
 
+@dataclass(frozen=True)
+class VideoModels:
+    """What all arcs share. positive, negative: prompt embeddings [1, T, D]. num_frames: the model's, with padding."""
+
+    pipe: CogVideoXInbetweenPipeline
+    positive: torch.Tensor
+    negative: torch.Tensor
+    num_frames: int
+
+
+def load_video_models(paths: Paths, preset: Preset, prompt: str) -> VideoModels:
+    dtype, transformer = DTYPES[preset.dtype], Path(preset.ggi_transformer)
+    length = read_json(transformer / "config.json")["max_text_seq_length"]
+    embeds = encode_video_prompts(paths["cogvideox_text"], [prompt, ""], "cpu", dtype, length)
+    pipe = load_inbetween(paths, transformer, "cpu", dtype, tiling=preset.vae_tiling, offload=False)
+    pipe.set_progress_bar_config(disable=True)
+    return VideoModels(pipe, embeds[prompt], embeds[""], preset.num_frames)
+
+
 class VideoStage:
     """Fills one arc of one scene between any two anchors, as ggi.py does.
 
-    edges: uint8 [46, H, W]. noise: warped noise, float32 [13, h, w, 16].
+    edges: uint8 [46, H, W]. noise: warped noise, float32 [13, h, w, 16]. arc: its number in the path.
     """
 
-    def __init__(
-        self, paths: Paths, preset: Preset, settings: Settings, prompt: str, edges: np.ndarray, noise: np.ndarray
-    ):
-        dtype, transformer = DTYPES[preset.dtype], Path(preset.ggi_transformer)
-        length = read_json(transformer / "config.json")["max_text_seq_length"]
-        embeds = encode_video_prompts(paths["cogvideox_text"], [prompt, ""], "cpu", dtype, length)
-        self.positive, self.negative = embeds[prompt], embeds[""]
-        self.pipe = load_inbetween(paths, transformer, "cpu", dtype, tiling=preset.vae_tiling, offload=False)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.settings, self.edges = settings, as_rgb(edges[edge_frame_indices(preset.num_frames)])
+    def __init__(self, models: VideoModels, settings: Settings, edges: np.ndarray, noise: np.ndarray, arc: int = 0):
+        self.models, self.pipe, self.settings, self.arc = models, models.pipe, settings, arc
+        self.edges = as_rgb(edges[edge_frame_indices(models.num_frames)])
         self.warped = torch.from_numpy(noise).movedim(-1, 1)[None]
-        self.eps = ConditionEps.draw(*noise.shape[:3], seed=VIDEO_SEED, arc=0)
+        self.eps = ConditionEps.draw(*noise.shape[:3], seed=VIDEO_SEED, arc=arc)
 
     def conditions(self, start: np.ndarray, end: np.ndarray, *, edges: bool = True) -> torch.Tensor:
         """Conditions [1, 13, 32, h, w] of two anchors, uint8 [H, W, 3]; without `edges` of a black edge video."""
@@ -178,19 +192,23 @@ class VideoStage:
         video = self.edges if edges else np.zeros_like(self.edges)
         return self.pipe.encode_conditions(*ends, to_signed(video)[None], self.eps)
 
-    def fill(self, conditions: torch.Tensor, *, warped: bool = True) -> np.ndarray:
-        """The arc's frames, uint8 [46, H, W, 3]; without `warped` from fresh noise alone."""
-        fresh = draw_noise(self.warped.shape, derive_seed(VIDEO_SEED, 0, 1))
-        noise = blend_noise(self.warped, fresh, self.settings.degradation) if warped else fresh
+    def fill(self, conditions: torch.Tensor, degradation: float | None = None) -> np.ndarray:
+        """The arc's frames, uint8 [46, H, W, 3]. degradation: share of fresh noise (default: the settings')."""
+        return self.fill_padded(conditions, degradation)[:ARC_FRAMES]
+
+    def fill_padded(self, conditions: torch.Tensor, degradation: float | None = None) -> np.ndarray:
+        """All frames of the model, uint8 [num_frames, H, W, 3]; the next arc of a chain starts from the last one."""
+        fresh = draw_noise(self.warped.shape, derive_seed(VIDEO_SEED, self.arc, 1))
+        noise = blend_noise(self.warped, fresh, self.settings.degradation if degradation is None else degradation)
         latents = self.pipe(
             conditions,
             noise.to(self.pipe.transformer.dtype),
-            self.positive,
-            self.negative,
+            self.models.positive,
+            self.models.negative,
             num_inference_steps=self.settings.num_inference_steps,
             guidance_scale=self.settings.guidance_scale,
         )
-        return self.pipe.decode_video(latents)[:ARC_FRAMES]
+        return self.pipe.decode_video(latents)
 
 
 def without_end(conditions: torch.Tensor) -> torch.Tensor:

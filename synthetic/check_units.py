@@ -26,6 +26,7 @@ from synthetic.check_stages import (
     as_rgb,
     image_round_trip,
     load_image_vae,
+    load_video_models,
     load_video_vae,
     video_round_trip,
     without_end,
@@ -60,6 +61,11 @@ class Unit:
     @property
     def name(self) -> str:
         return f"{self.scene_seed}_{self.style_seed}"
+
+
+def choose_units(scenes: int, seeds: int, first_scene: int, first_style: int) -> list[Unit]:
+    """`seeds` styles for each of `scenes` scenes; no two units share a style."""
+    return [Unit(i, first_scene + i, first_style + i * seeds + j) for i in range(scenes) for j in range(seeds)]
 
 
 class Workbench:
@@ -103,7 +109,8 @@ class Workbench:
     @cached_property
     def video_stage(self) -> VideoStage:
         arc = self.scene.arc
-        return VideoStage(self.paths, self.preset, self.settings, self.prompt, arc.edges, arc.noise)
+        models = load_video_models(self.paths, self.preset, self.prompt)
+        return VideoStage(models, self.settings, arc.edges, arc.noise)
 
 
 @dataclass(frozen=True)
@@ -199,7 +206,7 @@ def measure_inbetween(bench: Workbench) -> Figures:
         "inbetween_gain_db": stage.fill(conditions),
         "gain_no_edges": stage.fill(stage.conditions(start, end, edges=False)),
         "gain_no_end": stage.fill(without_end(conditions)),
-        "gain_no_warp": stage.fill(conditions, warped=False),
+        "gain_no_warp": stage.fill(conditions, degradation=1.0),
     }
     faded = figures.crossfade(start, end, ARC_FRAMES)
     rows = [("truth", truth), ("between true anchors", filled["inbetween_gain_db"]), ("cross-fade", faded)]

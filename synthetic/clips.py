@@ -65,12 +65,12 @@ def clip_styles(split: str, number: int) -> list:
     return [make_style(end - 1 - (STYLES * number + k)) for k in range(STYLES)]
 
 
-def path_noise(world: World, path: CameraPath, latent_size: tuple[int, int], seed: int) -> np.ndarray:
-    """Noise that follows one arc of a path, as preprocessing makes it: float32 [13, h, w, 16]."""
+def path_noise(world: World, path: CameraPath, latent_size: tuple[int, int], seed: int, arc: int = 0) -> np.ndarray:
+    """Noise that follows one arc of a path, as preprocessing makes it: float32 [13, h, w, 16]. arc: its number."""
     views = make_views(path, MAP_SIZE)
     numbers = latent_frame_numbers(1, ARC_FRAMES)
     found = [correspondence(world.caster, views[a - 1], views[b - 1]) for a, b in pairwise(numbers)]
-    return warp_noise([(one.position, one.visible) for one in found], latent_size, [seed, 0])
+    return warp_noise([(one.position, one.visible) for one in found], latent_size, [seed, arc])
 
 
 def cached_clip(split: str, number: int, folder: Path = CACHE) -> dict[str, np.ndarray] | None:
@@ -141,7 +141,7 @@ class SyntheticClips:
         return Clip(*map(np.ascontiguousarray, (frames, np.repeat(edges[..., None], 3, axis=-1), noise)), caption)
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, "python -m synthetic.clips")
     parser.add_argument("--split", choices=list(SPLITS), default="train", help="which seeds")
     parser.add_argument("--clips", type=positive_int, default=400, help="drawn clips")

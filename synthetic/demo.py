@@ -42,7 +42,7 @@ SHEET_WIDTH, MOMENTS = 1600, 9  # pixels, and columns: fewer or more where momen
 PANEL_WIDTH = 432  # pixels, at least, of each of the three panels of the mp4
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, "python -m synthetic.demo")
     add = parser.add_argument
     add("--run", type=Path, required=True, help="run folder with the anchors image_00.png … and one video folder")

@@ -111,7 +111,7 @@ def _draw_into(job: tuple[str, int, Path]) -> None:
     cached_town(*job)
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, "python -m synthetic.pictures")
     parser.add_argument("--split", choices=list(SPLITS), default="train", help="which seeds")
     parser.add_argument("--towns", type=positive_int, default=1000, help=f"how many, each {VIEWS}x{STYLES} pictures")

@@ -68,7 +68,7 @@ def style_of(picture: Path) -> Style | None:
     return style
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, "python -m synthetic.reference")
     parser.add_argument("--output_dir", type=Path, default=FOLDER, help="folder of the pictures")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")

@@ -35,7 +35,7 @@ EDGE_SHARE = 0.3  # of its segments: GGI encodes edges with it
 HELD_OUT = ("validation", 8)  # towns on a sample sheet
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, "python -m synthetic.train")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="vae|image|video-vae")
     for stage in STAGES:

@@ -23,8 +23,8 @@ from utils.runs import MANIFEST, read_json, write_json
 from utils.tensor_cache import write_arrays
 
 slow = pytest.mark.slow
-QUICK = ("--max_train_steps", 2, "--checkpointing_steps", 1, "--warmup_steps", 0, "--train_batch_size", 2,
-         "--report_to", "none", "--ema_decay", 0.5)  # fmt: skip
+QUICK = ("--max_train_steps", 2, "--checkpointing_steps", 1, "--warmup_steps", 0, "--decay_steps", 0,
+         "--train_batch_size", 2, "--report_to", "none", "--ema_decay", 0.5)  # fmt: skip
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -261,9 +261,9 @@ def test_text_encoders_draw_nothing():
 
 @pytest.fixture
 def towns() -> list[TownPictures]:
-    """Two towns of noise, 32x16."""
+    """Two towns of noise, 112x80."""
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (2, 3, STYLES, 16, 32, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (2, 3, STYLES, 80, 112, 3), dtype=np.uint8)
     captions = tuple(f"caption {k}" for k in range(STYLES))
     return [TownPictures(town, town[:, 0, :, :, 1], captions) for town in images]
 
@@ -316,14 +316,14 @@ def test_captions_and_edges_belong_to_their_picture(towns: list[TownPictures]):
 
 
 def test_segments_are_consecutive_frames_or_their_edges():
-    from synthetic.vae_training import draw_segments
+    from synthetic.vae_training import CROP, draw_segments
 
     rows = np.arange(20, dtype=np.uint8)[:, None, None, None] * 10
-    video = np.broadcast_to(rows, (20, 16, 32, 3))
-    edges = np.broadcast_to(255 - rows[..., 0], (20, 16, 32))
+    video = np.broadcast_to(rows, (20, 80, 112, 3))
+    edges = np.broadcast_to(255 - rows[..., 0], (20, 80, 112))
     for share, inverse in ((0.0, False), (1.0, True)):
         batch = draw_segments([(video, edges)], 9, share)((0, 0, 0), range(8))
-        assert batch["pixels"].shape == (8, 3, 9, 16, 32) and batch["eps"].shape == (8, 16, 3, 2, 4)
+        assert batch["pixels"].shape == (8, 3, 9, *CROP) and batch["eps"].shape == (8, 16, 3, 9, 12)
         levels = ((batch["pixels"][:, 0, :, 0, 0] + 1) * 127.5).round().int()
         step = levels.diff(dim=1)
         assert ((step == 10).all(1) | (step == -10).all(1)).all() and {10, -10} == set(step.flatten().tolist())

@@ -1,0 +1,150 @@
+"""The benchmark: the method, the method without each of its parts, and simple baselines, against ground truth.
+
+    python -m synthetic.benchmark --scenes 8 --seeds 1
+    python -m synthetic.benchmark --methods full no_warp degr_0 degr_0.25 degr_0.75 --output runs/noise
+
+A unit is a test scene (a path of two arcs) in a test style; no two units share a style. Every method makes a video of
+91 frames of every unit, which is measured as evaluate.py does, and against the true frames. OUTPUT holds results.md,
+results.csv, results.json, pictures/ and everything that was made. The same command continues an interrupted run; other
+methods, scenes and styles add to the same folder. docs/results.md explains rows and columns.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from models.weights import FLUX_STAGE, GGI_STAGE, Preset, locate, weight_hashes
+from synthetic.bench_methods import GROUPS, METHODS, TRUTH, choose_methods, made_as
+from synthetic.check import add_setting_flags, add_unit_flags, check_unit_flags, load_unit_preset, settings_of
+from synthetic.jobs import finish, worker_pool
+from utils.cli import InputError, Parser, require_writable, run_script
+
+if TYPE_CHECKING:  # they bring torch along
+    from synthetic.bench_units import Bench
+    from synthetic.check_units import Unit
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__, "python -m synthetic.benchmark")
+    add_unit_flags(parser)
+    known = ", ".join((*GROUPS, *METHODS))
+    add = parser.add_argument
+    add("--methods", nargs="+", default=["main"], metavar="NAME", help=f"rows of the table: {known}")
+    add("--output", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="folder of results and caches")
+    add_setting_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    names = choose_methods(args.methods)
+    check_unit_flags(args)
+    require_writable(args.output)
+    preset = load_unit_preset(args)
+    paths = locate(argparse.Namespace(), preset, (*FLUX_STAGE, *GGI_STAGE))
+    hashes = hash_all(paths, preset)
+
+    from synthetic.check_units import choose_units
+
+    units = choose_units(args.scenes, args.seeds, args.first_scene, args.first_style)
+    settings = settings_of(args)
+    setups = [((unit, preset, paths, settings, args.output), hashes) for unit in units]
+    make_all(setups, names, args.processes)
+    if hash_all(paths, preset) != hashes:
+        raise InputError(f"{args.weights_dir} was changed while the benchmark ran: run the same command again")
+    report(setups, names, args)
+    print(args.output / "results.md")
+
+
+def hash_all(paths: dict[str, Path], preset: Preset) -> dict[str, dict]:
+    """Hashes of all weights. Raises InputError when some of them are not there."""
+    used = paths | {"transformer": Path(preset.ggi_transformer)}
+    hashes = weight_hashes(used)
+    for name, path in used.items():
+        if not hashes[name]:
+            raise InputError(f"{name}: {path} holds no weights")
+    return hashes
+
+
+# --- what the workers do ---
+
+Setup = tuple[tuple, dict]  # arguments of Bench: (unit, preset, paths, settings, folder), hashes
+
+
+def open_bench(setup: Setup) -> "Bench":
+    from synthetic.bench_units import Bench
+
+    arguments, hashes = setup
+    return Bench(*arguments, hashes=hashes)
+
+
+def draw_scene(setup: Setup) -> None:
+    """Edges, noise and correspondences of a unit's scene, into the cache."""
+    scene = open_bench(setup).scene
+    for kind in ("anchors", "path", "covisibility"):
+        getattr(scene, kind)
+
+
+def make_shared(setup: Setup, names: Sequence[str]) -> None:
+    """What rows of one unit share: true frames, reference, LoRAs and anchors."""
+    bench = open_bench(setup)
+    _ = bench.truth, bench.reference_picture
+    if any(METHODS[name].has_loras for name in names):
+        _ = bench.loras
+    for method in dict.fromkeys(METHODS[name] for name in names if METHODS[name].has_anchors):
+        bench.anchors(method)
+
+
+def measure_row(setup: Setup, name: str) -> None:
+    open_bench(setup).measure(name)
+
+
+def make_all(setups: Sequence[Setup], names: Sequence[str], processes: int) -> None:
+    """Make and measure what is missing, in parallel: scenes, then what rows share, then rows."""
+    recipes = list(dict.fromkeys(made_as(name) for name in names))
+    missing = [[name for name in recipes if open_bench(setup).measured(name) is None] for setup in setups]
+    open_setups = [(setup, rows) for setup, rows in zip(setups, missing, strict=True) if rows]
+    scenes = list({setup[0][0].scene_seed: setup for setup, _ in open_setups}.values())
+    rows = [(setup, name) for setup, wanted in open_setups for name in wanted]
+    if not rows:
+        return
+    total = len(scenes) + len(open_setups) + len(rows)
+    with worker_pool(processes) as pool, tqdm(total=total, desc="benchmark", unit="job") as bar:
+        finish([pool.submit(draw_scene, setup) for setup in scenes], bar)
+        finish([pool.submit(make_shared, *job) for job in open_setups], bar)
+        finish([pool.submit(measure_row, *job) for job in rows], bar)
+
+
+# --- what is written ---
+
+
+def report(setups: Sequence[Setup], names: Sequence[str], args: argparse.Namespace) -> None:
+    """Tables over all units, and pictures of the first one."""
+    from synthetic.bench_report import write_report, write_sheets
+    from synthetic.bench_units import BENCH_METRICS
+
+    benches = [open_bench(setup) for setup in setups]
+    results = {name: {bench.unit.name: bench.measure(name) for bench in benches} for name in names}
+    write_report(args.output, results, BENCH_METRICS, about(args, [bench.unit for bench in benches]))
+    first = benches[0]
+    videos = {name: first.video(name)[0] for name in names if METHODS[name].kind != TRUTH}
+    write_sheets(args.output / "pictures", videos, first.truth.frames)
+
+
+def about(args: argparse.Namespace, units: Sequence["Unit"]) -> dict:
+    settings = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings_of(args)).items())
+    return {
+        "units": f"{len(units)}: {args.scenes} scenes x {args.seeds} styles each",
+        "scene seeds": f"{args.first_scene} … {units[-1].scene_seed}",
+        "style seeds": f"{args.first_style} … {units[-1].style_seed}",
+        "weights": args.weights_dir.name,
+        "settings": settings,
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)
