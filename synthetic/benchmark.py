@@ -6,7 +6,7 @@
 A unit is a test scene (a path of two arcs) in a test style; no two units share a style. Every method makes a video of
 91 frames of every unit, which is measured as evaluate.py does, and against the true frames. OUTPUT holds results.md,
 results.csv, results.json, pictures/ and everything that was made. The same command continues an interrupted run; other
-methods, scenes and styles add to the same folder. docs/results.md explains rows and columns.
+methods, scenes and styles add to the same folder. docs/metrics.md explains the columns.
 """
 
 import argparse

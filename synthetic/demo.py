@@ -32,10 +32,11 @@ from utils.arcs import (
 )
 from utils.cameras import read_cameras
 from utils.cli import InputError, Parser, require_writable, run_script
+from utils.covisibility import resize_view
 from utils.geometry import load_geometry, turn
 from utils.images import contact_sheet, read_image, resize_image, write_image, write_video
 from utils.runs import MANIFEST, read_json
-from utils.views import View, make_views
+from utils.views import make_views
 
 SHEET_FILE, MP4_FILE = "demo.png", "demo.mp4"
 SHEET_WIDTH, MOMENTS = 1600, 9  # pixels, and columns: fewer or more where moments do not divide evenly over the arcs
@@ -100,13 +101,6 @@ def true_frames(scene: Scene, style: Style, size: tuple[int, int]) -> np.ndarray
         raise InputError(f"{scene.folder / SCENE_FILE}: {error}") from error
     views = [resize_view(view, size) for view in make_views(path, scene.edge_size)]
     return np.stack([paint(trace(world, view), style) for view in tqdm(views, desc="true frames", unit="frame")])
-
-
-def resize_view(view: View, size: tuple[int, int]) -> View:
-    """The same picture with other pixels: stretched, where the aspect differs, as the edges are."""
-    width, height = size
-    sx, sy = width / view.width, height / view.height
-    return View(view.c2w, view.fx * sx, view.fy * sy, view.cx * sx, view.cy * sy, width, height)
 
 
 def demo_sheet(

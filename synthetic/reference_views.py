@@ -10,6 +10,7 @@ from synthetic.scenes import PATHS, make_path, make_town, to_camera_path
 from synthetic.styles import CLASSES, MAJOR_CLASSES, Style
 from utils.arcs import ARC_FRAMES
 from utils.cli import InputError
+from utils.covisibility import resize_view
 from utils.views import View, make_views
 
 CANDIDATES = 48  # views that are looked at, over all kinds of paths
@@ -49,10 +50,7 @@ def town_world_and_views(scene_seed: int, size: tuple[int, int]) -> tuple[World,
 
 def look(world: World, view: View) -> dict[str, float]:
     """Share of the picture that each major class covers, from a thumbnail of the view."""
-    width, height = THUMBNAIL
-    sx, sy = width / view.width, height / view.height
-    small = View(view.c2w, view.fx * sx, view.fy * sy, view.cx * sx, view.cy * sy, width, height)
-    return class_shares(trace(world, small))
+    return class_shares(trace(world, resize_view(view, THUMBNAIL)))
 
 
 def class_shares(buffer: GBuffer) -> dict[str, float]:
