@@ -12,9 +12,9 @@ uninterrupted one.
 """
 
 import argparse
-import errno
 from pathlib import Path
 
+from models.training import open_accelerator, write_checkpoint
 from models.weights import (
     FLUX_STAGE,
     Preset,
@@ -29,9 +29,9 @@ from utils.arcs import STATE_FOLDER, checkpoint_lora_paths, find_checkpoints
 from utils.cli import InputError, Parser, folder_name, positive_float, positive_int, run_script, seed
 from utils.edges import edge_detector
 from utils.images import write_image
-from utils.losses import read_losses, write_losses
+from utils.losses import read_losses
 from utils.references import Reference, load_references
-from utils.runs import Run, atomic_path, files_sha256, open_run
+from utils.runs import Run, files_sha256, open_run
 
 PRECISION = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
 
@@ -125,22 +125,13 @@ def train(
     device: str,
     paths: dict[str, Path],
 ) -> None:
-    import accelerate
-    from tqdm import trange
+    from tqdm import tqdm
 
     from models.alignment import FlowObjective, load_trainable, lora_optimizer, optimizer_step
     from models.loading import DTYPES, encode_flux_prompts
-    from models.lora import save_loras_only
+    from models.lora import save_lora, save_loras_only
 
-    accelerator = accelerate.Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=run.folder,
-        cpu=device == "cpu",
-        # The text output of the ControlNet's last block is unused, so its LoRA never gets a gradient.
-        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    accelerator = open_accelerator(run, args, device)
     dtype, device = DTYPES[args.dtype], accelerator.device
     prompts = [reference.prompt for reference in references]
     texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, preset.max_sequence_length)
@@ -156,14 +147,19 @@ def train(
     accelerator.wait_for_everyone()
     accelerator.init_trackers("alignment")
 
-    losses = read_losses(run.folder, first_step)
-    for step in trange(first_step, args.max_train_steps, desc="align", disable=not accelerator.is_main_process):
+    def save(folder: Path) -> None:
+        for network, path in zip(networks, checkpoint_lora_paths(folder), strict=True):
+            save_lora(network, path)
+
+    losses, total = read_losses(run.folder, first_step), args.max_train_steps
+    is_first = accelerator.is_main_process
+    for step in tqdm(range(first_step, total), "align", total, initial=first_step, disable=not is_first):
         losses.append(backward(args, preset, references, step, accelerator, objective, models, texts))
         accelerator.unscale_gradients()  # float16 scales them
         norms = optimizer_step(optimizer, loras)
         accelerator.log({"loss": losses[-1], "grad_norm/flux": norms[0], "grad_norm/controlnet": norms[1]}, step + 1)
-        if (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.max_train_steps:
-            save_checkpoint(accelerator, run, step + 1, networks, losses)
+        if (step + 1) % args.checkpointing_steps == 0 or step + 1 == total:
+            write_checkpoint(accelerator, run, step + 1, losses, save)
     accelerator.end_training()
     if accelerator.is_main_process:
         run.finish(steps=args.max_train_steps)
@@ -195,26 +191,6 @@ def backward(args, preset: Preset, references, step: int, accelerator, objective
             accelerator.backward(loss)
         losses.append(accelerator.gather(loss.detach()).mean().item())
     return sum(losses) / len(losses)
-
-
-def save_checkpoint(accelerator, run: Run, step: int, networks, losses: list[float]) -> None:
-    """LoRAs for use, and the state to go on from; the folder gets its name when it is complete."""
-    from safetensors import SafetensorError
-
-    from models.lora import save_lora
-
-    if accelerator.is_main_process:
-        write_losses(run.folder, losses)  # before the checkpoint: a kill in between leaves rows too many, not too few
-        checkpoint = run.folder / f"checkpoint-{step}"
-        try:
-            with atomic_path(checkpoint) as temporary:
-                accelerator.save_state(temporary / STATE_FOLDER)
-                for model, path in zip(networks, checkpoint_lora_paths(temporary), strict=True):
-                    save_lora(model, path)
-        except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
-            raise OSError(errno.EIO, f"cannot write a checkpoint ({error})", str(checkpoint)) from error
-        run.save()
-    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

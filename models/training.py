@@ -88,6 +88,21 @@ def training_settings(args: argparse.Namespace) -> TrainSettings:
     return TrainSettings(**{field.name: getattr(args, field.name) for field in fields(TrainSettings)})
 
 
+def open_accelerator(run: Run, settings, device: str):
+    """accelerate's Accelerator of a run. settings: TrainSettings, or anything else with its fields."""
+    import accelerate
+
+    return accelerate.Accelerator(
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        log_with=None if settings.report_to == "none" else settings.report_to,
+        project_dir=run.folder,
+        cpu=device == "cpu",
+        # Some outputs go unused, such as the text output of the ControlNet's last block: they never get a gradient.
+        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
 def is_trained(run: Run, settings: TrainSettings) -> bool:
     """Whether the run has a checkpoint of the last step."""
     return not run.replaces and max(find_checkpoints(run.folder), default=0) >= settings.max_train_steps
@@ -108,19 +123,11 @@ def fit(
     objective(**batch) returns scalars with the key `loss`. draw(step_seed, items) gives the batch of one process.
     save(folder) writes the weights for use; sheet() paints samples, uint8 [H, W, 3]. Both see the averaged weights.
     """
-    import accelerate
     import torch
     from diffusers.training_utils import EMAModel
-    from tqdm import trange
+    from tqdm import tqdm
 
-    accelerator = accelerate.Accelerator(
-        mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        log_with=None if settings.report_to == "none" else settings.report_to,
-        project_dir=run.folder,
-        cpu=device == "cpu",
-        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    accelerator = open_accelerator(run, settings, device)
     objective.to(accelerator.device)
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -141,9 +148,13 @@ def fit(
     accelerator.wait_for_everyone()
     accelerator.init_trackers("training")
     losses = read_losses(run.folder, first)
-    began = time.monotonic()
+    began, total = time.monotonic(), settings.max_train_steps
 
-    steps = trange(first, settings.max_train_steps, desc="train", disable=not accelerator.is_main_process)
+    def save_average(folder: Path) -> None:
+        with averaged(average, parameters):
+            save(folder)
+
+    steps = tqdm(range(first, total), "train", total, initial=first, disable=not accelerator.is_main_process)
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step)
@@ -157,9 +168,11 @@ def fit(
         rate = (step + 1 - first) / (time.monotonic() - began)
         accelerator.log(values | {"grad_norm": float(norm), "steps_per_second": rate}, step + 1)
         steps.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
-        last = step + 1 == settings.max_train_steps
+        last = step + 1 == total
         if (step + 1) % settings.checkpointing_steps == 0 or last:
-            _checkpoint(accelerator, run, step + 1, losses, save, averaged(average, parameters))
+            write_checkpoint(accelerator, run, step + 1, losses, save_average)
+            if accelerator.is_main_process:
+                _forget_states(run)
         if sheet and accelerator.is_main_process and ((step + 1) % settings.sheet_steps == 0 or last):
             with averaged(average, parameters):
                 write_image(run.folder / SAMPLES_FOLDER / f"{step + 1:06d}.png", sheet())
@@ -202,8 +215,11 @@ def averaged(average, parameters: list) -> Iterator[None]:
         average.restore(parameters)
 
 
-def _checkpoint(accelerator, run: Run, step: int, losses: list[float], save: Callable, with_average) -> None:
-    """Weights for use, and the state to go on from; the folder gets its name when it is complete."""
+def write_checkpoint(accelerator, run: Run, step: int, losses: list[float], save: Callable[[Path], None]) -> None:
+    """checkpoint-<step>/ with what save(folder) writes and the state to go on from; it gets its name when complete.
+
+    losses: of all steps so far, written beside it. Call it in every process; the first one writes.
+    """
     from safetensors import SafetensorError
 
     if accelerator.is_main_process:
@@ -212,11 +228,14 @@ def _checkpoint(accelerator, run: Run, step: int, losses: list[float], save: Cal
         try:
             with atomic_path(checkpoint) as temporary:
                 accelerator.save_state(temporary / STATE_FOLDER)
-                with with_average:
-                    save(temporary)
+                save(temporary)
         except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
             raise OSError(errno.EIO, f"cannot write a checkpoint ({error})", str(checkpoint)) from error
-        for path in list(find_checkpoints(run.folder).values())[:-KEPT_STATES]:
-            shutil.rmtree(path / STATE_FOLDER, ignore_errors=True)
         run.save()
     accelerator.wait_for_everyone()
+
+
+def _forget_states(run: Run) -> None:
+    """Remove what is needed to go on from old checkpoints; their weights stay."""
+    for path in list(find_checkpoints(run.folder).values())[:-KEPT_STATES]:
+        shutil.rmtree(path / STATE_FOLDER, ignore_errors=True)

@@ -20,14 +20,12 @@ from synthetic.reference import style_of
 from synthetic.render import make_world, paint, trace
 from synthetic.styles import Style
 from utils.arcs import (
-    ARC_FRAMES,
     ARC_STEPS,
     CAMERAS_FILE,
     SCENE_FILE,
     VIDEO_FILE,
     Scene,
     find_anchors,
-    frame_path,
     load_scene,
 )
 from utils.cameras import read_cameras
@@ -36,6 +34,7 @@ from utils.covisibility import resize_view
 from utils.geometry import load_geometry, turn
 from utils.images import contact_sheet, read_image, resize_image, write_image, write_video
 from utils.runs import MANIFEST, read_json
+from utils.videos import read_frames
 from utils.views import make_views
 
 SHEET_FILE, MP4_FILE = "demo.png", "demo.mp4"
@@ -68,15 +67,6 @@ def find_video(run: Path, name: str | None) -> tuple[Path, float]:
     if not manifest.get("finished") or not isinstance(fps, int | float) or fps <= 0:
         raise InputError(f"{folder} is not finished: run ggi.py again")
     return folder, float(fps)
-
-
-def read_frames(folder: Path, num_arcs: int) -> np.ndarray:
-    """Frames along the whole path, those that two arcs share once: uint8 [45 N + 1, H, W, 3]."""
-    numbers = [arc * ARC_FRAMES + k for arc in range(num_arcs) for k in range(bool(arc), ARC_FRAMES)]
-    frames = [read_image(frame_path(folder, number)) for number in numbers]
-    if wrong := [n for n, frame in zip(numbers, frames, strict=True) if frame.shape != frames[0].shape]:
-        raise InputError(f"{frame_path(folder, wrong[0])} has another size than the first frame: run ggi.py again")
-    return np.stack(frames)
 
 
 def edge_paths(scene: Scene) -> list[Path]:

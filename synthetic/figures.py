@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from utils.metrics import sample
+
 LUMA = np.array([0.299, 0.587, 0.114])
 BLUR = 0.7  # pixels; standard deviation of the blur before gradients are taken
 LEAST_PIXELS = 60  # of a class, for its mean colour to count
@@ -74,20 +76,8 @@ def covisible_error(source: np.ndarray, target: np.ndarray, position: np.ndarray
     """
     if not visible.any():
         return float("nan")
-    carried = bilinear(source, position[visible])
+    carried = sample(source, position[visible])
     return float(np.abs(carried - target[visible]).mean())
-
-
-def bilinear(image: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Colours at points [N, 2] (x, y from the outer corner of the top-left pixel): float64 [N, 3]."""
-    height, width = image.shape[:2]
-    x = np.clip(position[:, 0].astype(np.float64) - 0.5, 0, width - 1)
-    y = np.clip(position[:, 1].astype(np.float64) - 0.5, 0, height - 1)
-    left, top = np.minimum(x.astype(int), width - 2), np.minimum(y.astype(int), height - 2)
-    dx, dy = (x - left)[:, None], (y - top)[:, None]
-    upper = (1 - dx) * image[top, left] + dx * image[top, left + 1]
-    lower = (1 - dx) * image[top + 1, left] + dx * image[top + 1, left + 1]
-    return (1 - dy) * upper + dy * lower
 
 
 def _filter(values: np.ndarray, kernel: np.ndarray, axis: int) -> np.ndarray:

@@ -125,8 +125,12 @@ def test_covisible_error_of_a_known_shift() -> None:
     position, visible = np.stack([x + 3, y], axis=-1), x + 3 < 20
     assert figures.covisible_error(source, target, position, visible) == 0
     assert figures.covisible_error(source, source, position, visible) > 50
-    halfway = figures.bilinear(source, np.array([[4.0, 2.5]]))
-    np.testing.assert_allclose(halfway[0], (source[2, 3].astype(float) + source[2, 4]) / 2)
+    position[3, 4] = 4.0, 2.5  # between two pixels
+    seen = np.zeros_like(visible)
+    seen[3, 4] = True
+    halfway = (source[2, 3].astype(float) + source[2, 4]) / 2
+    error = figures.covisible_error(source, target, position, seen)
+    assert error == pytest.approx(np.abs(halfway - target[3, 4]).mean(), rel=1e-6)
     assert math.isnan(figures.covisible_error(source, target, position, np.zeros_like(visible)))
 
 

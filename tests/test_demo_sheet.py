@@ -120,14 +120,14 @@ BROKEN = {
         "is not finished",
     ),
     "no manifest": (lambda run: (run / "d0.5_e1350_n30" / MANIFEST).unlink(), "run.json is missing"),
-    "a frame is missing": (lambda run: frame_path(run / "d0.5_e1350_n30", 60).unlink(), "0060.png does not exist"),
+    "a frame is missing": (lambda run: frame_path(run / "d0.5_e1350_n30", 60).unlink(), "0060.png is missing"),
     "a frame is damaged": (
         lambda run: frame_path(run / "d0.5_e1350_n30", 60).write_bytes(b"no"),
         "cannot be read as an image",
     ),
     "a frame of another size": (
         lambda run: write_image(frame_path(run / "d0.5_e1350_n30", 60), np.zeros((16, 16, 3), np.uint8)),
-        "another size",
+        "frames have one size",
     ),
     "two videos": (lambda run: make_run(run, 2, "d1.0_e1350_n30"), "choose one with --video"),
 }
