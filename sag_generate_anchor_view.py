@@ -74,7 +74,7 @@ def parse_args() -> argparse.Namespace:
     add("--num_steps", type=positive_int, default=25, help="denoising steps; the ControlNet acts on the first 25")
     add("--num_replacement", type=non_negative_int, default=12, help="steps guided by the warped previous anchor")
     add("--guidance", type=finite_float, default=4.0, help="distilled guidance scale of FLUX.1-dev")
-    add("--true_gs", type=finite_float, default=3.5, help="scale of true classifier-free guidance")
+    add("--true_gs", type=finite_float, default=3.5, help="scale of true classifier-free guidance; 1 switches it off")
     add("--timestep_to_start_cfg", type=non_negative_int, default=1, help="first step with true CFG")
     add("--control_weight", type=finite_float, default=0.8, help="strength of the edge ControlNet")
     add(

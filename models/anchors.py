@@ -89,11 +89,11 @@ def sample_anchor(
     """Denoise one anchor; returns float32 latents [1, 16, h, w].
 
     noise: x_0 ~ N(0, 1), float32 [1, 16, h, w], h and w even. control: edges [1, 3, 8 h, 8 w] in [-1, 1]. When both
-    prompts are equal true CFG changes nothing, and its second pass is left out.
+    prompts are equal, or its scale is 1, true CFG changes nothing, and its second pass is left out.
     """
     height, width = noise.shape[-2:]
     schedule = anchor_schedule(settings.num_steps, 8 * width, 8 * height)
-    use_cfg = not positive.same_as(negative)
+    use_cfg = settings.true_gs != 1 and not positive.same_as(negative)
     x0 = tokens = pack(noise).to(models.device)
     if replacement is not None:
         x1, keep = pack(replacement.latents), pack(replacement.mask)

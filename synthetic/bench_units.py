@@ -33,7 +33,7 @@ from utils.metrics_image import psnr
 from utils.runs import read_json, write_json
 from utils.tensor_cache import read_arrays, write_arrays
 
-VERSION = 1  # of what is made
+VERSION = 2  # of what is made
 METRICS_VERSION = 1  # of what is measured; videos stay when it changes
 END_FRAMES = 10  # at the end of every arc, the anchor's own frame included
 LEARNED = ("structure_psnr_d", "style_clip", "fidelity_lpips")  # they need downloaded weights
@@ -45,7 +45,7 @@ BENCH_METRICS = (
 )
 
 ALIGN_SETTINGS = ("lora_steps", "learning_rate", "train_batch_size", "rank", "precision", "prompt")
-ANCHOR_SETTINGS = ("prompt", "num_steps")
+ANCHOR_SETTINGS = ("prompt", "num_steps", "true_gs")
 VIDEO_SETTINGS = ("prompt", "num_inference_steps", "guidance_scale")
 WEIGHT_PATHS = ("name", "flux", "controlnet", "cogvideox", "ggi_transformer")  # of a preset; hashes stand for them
 

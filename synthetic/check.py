@@ -24,7 +24,7 @@ from tqdm import tqdm
 from models.weights import WEIGHTS, Preset, load_preset, locate
 from synthetic.jobs import finish, worker_pool
 from synthetic.pictures import SPLITS
-from utils.cli import InputError, Parser, positive_float, positive_int, require_writable, run_script
+from utils.cli import InputError, Parser, guidance_float, positive_float, positive_int, require_writable, run_script
 from utils.runs import write_json
 
 if TYPE_CHECKING:  # it brings torch along
@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # it brings torch along
 
 FIRST_SEED = SPLITS["test"][0]
 MOST_LORA_STEPS = 400
+SETTING_FLAGS = ("lora_steps", "learning_rate", "train_batch_size", "precision", "prompt", "num_steps", "true_gs",
+                 "num_inference_steps", "guidance_scale")  # fmt: skip
 Means = Mapping[str, float]
 
 
@@ -161,7 +163,9 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=["bf16", "float32"], default="bf16", help="of the networks in the alignment")
     add("--prompt", choices=["empty", "caption"], default="empty", help="prompt of all stages: none, or the style's")
     add("--num_steps", type=positive_int, default=25, help="denoising steps of an anchor")
+    add("--true_gs", type=positive_float, default=3.5, help="classifier-free guidance of an anchor")
     add("--num_inference_steps", type=positive_int, default=30, help="denoising steps of a video")
+    add("--guidance_scale", type=guidance_float, default=6.0, help="classifier-free guidance of a video")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -206,8 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def settings_of(args: argparse.Namespace) -> "Settings":
     from synthetic.check_stages import Settings
 
-    flags = ("lora_steps", "learning_rate", "train_batch_size", "precision", "prompt", "num_steps")
-    return Settings(**{name: getattr(args, name) for name in (*flags, "num_inference_steps")})
+    return Settings(**{name: getattr(args, name) for name in SETTING_FLAGS})
 
 
 def measure(args: argparse.Namespace, parts: list[str]) -> dict[str, dict[str, float]]:

@@ -56,6 +56,7 @@ class Settings:
     precision: str = "bf16"  # of the networks while the LoRAs are trained: bf16 or float32
     prompt: str = "empty"  # of all stages: empty, or the style's caption
     num_steps: int = 25  # denoising steps of an anchor
+    true_gs: float = 3.5  # classifier-free guidance of an anchor
     num_inference_steps: int = 30  # denoising steps of a video
     guidance_scale: float = 6.0  # of a video
     degradation: float = 0.5  # share of fresh noise in a video's noise
@@ -115,7 +116,8 @@ class AnchorStage:
         texts = encode_flux_prompts(paths["flux_text"], prompts, "cpu", dtype, preset.max_sequence_length)
         self.positive, self.negative = (texts[prompt] for prompt in prompts)
         self.models = load_flux(paths, "cpu", dtype)
-        self.settings, self.dilations = AnchorSettings(num_steps=settings.num_steps), preset.mask_dilations
+        self.settings = AnchorSettings(num_steps=settings.num_steps, true_gs=settings.true_gs)
+        self.dilations = preset.mask_dilations
         width, height = preset.image_size
         self.noise = draw_noise((1, 16, height // 8, width // 8), seed)
 

@@ -45,7 +45,7 @@ REFERENCE_SIZE = (1080, 720)  # width, height in pixels
 REFERENCE_SEEDS = 500_000  # from a scene's seed to that of the town its reference shows
 SHEET_COLUMNS = 8
 FPS = 12
-VERSION = 1  # of what is measured; figures of another version are measured again
+VERSION = 2  # of what is measured; figures of another version are measured again
 
 Figures = dict[str, float]
 

@@ -35,7 +35,7 @@ VARIANTS = 2 * STYLES  # with flips
 MAP_SIZE = (360, 240)  # of the correspondences that carry the noise, as in preprocessing
 CACHE = Path("cache/clips")
 MOST_TRIES = 50  # towns after the one asked for
-VERSION = 1  # of what is drawn; a cache of another version is made again
+VERSION = 2  # of what is drawn; a cache of another version is made again
 
 
 def draw_clip(split: str, number: int, size: tuple[int, int] = SIZE) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ and then, and with edges that are left out now and then, so that both can be wea
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from models.anchors import AnchorSettings
 from models.flux import FluxModels, Text, anchor_schedule, decode_latents, encode_image, to_bytes, velocity
 from models.latents import draw_noise, pack, to_signed, unpack
 from synthetic.pictures import TownPictures
-from synthetic.tiny_models import HEIGHT, MAX_TOKENS, WIDTH
+from synthetic.tiny_models import HEIGHT, MAX_TOKENS, PRESET, WIDTH
+from utils.references import ASPECTS, Reference, crop_size, draw_crop
 from utils.runs import derive_seed
 
 GUIDANCE = (1.0, 5.0)  # distilled guidance has no meaning here: the network learns that it changes nothing
@@ -68,11 +70,16 @@ def timesteps(width: int, height: int) -> torch.Tensor:
 def draw_captioned(
     towns: Sequence[TownPictures], caption_dropout: float
 ) -> Callable[[tuple[int, ...], Iterable[int]], dict]:
-    """The draw function of `models.training.fit`: pictures with edges, captions, noise and timesteps."""
+    """The draw function of `models.training.fit`: pictures with edges, captions, noise and timesteps.
+
+    All pictures of a step are cropped to one of the shapes that alignment crops its references to.
+    """
     schedule = timesteps(WIDTH, HEIGHT)
 
     def draw(step_seed: tuple[int, ...], items: Iterable[int]) -> dict:
-        rows = []
+        step_rng, rows = np.random.default_rng(step_seed), []
+        aspect = ASPECTS[step_rng.integers(len(ASPECTS))] or WIDTH / HEIGHT
+        size = crop_size(aspect, PRESET["resolution"], PRESET["training_multiple"])
         for item in items:
             rng = np.random.default_rng([*step_seed, item])
             town = towns[rng.integers(len(towns))]
@@ -82,16 +89,18 @@ def draw_captioned(
             if rng.random() < EDGE_DROPOUT:
                 edges = np.zeros_like(edges)
             caption = "" if rng.random() < caption_dropout else town.captions[style]
-            noise = draw_noise((16, image.shape[0] // 8, image.shape[1] // 8), derive_seed(*step_seed, item, 1))
+            whole = Reference(Path(), image, np.repeat(edges[..., None], 3, axis=-1), caption)
+            image, edges = draw_crop(whole, size, rng)
+            noise = draw_noise((16, size[1] // 8, size[0] // 8), derive_seed(*step_seed, item, 1))
             rows.append((image, edges, caption, noise, schedule[rng.integers(len(schedule))], rng.uniform(*GUIDANCE)))
         images, edges, captions, noise, t, guidance = zip(*rows, strict=True)
         return {
             "images": to_signed(np.array(images)),
-            "control": to_signed(np.repeat(np.array(edges)[..., None], 3, axis=-1)),
+            "control": to_signed(np.array(edges)),
             "captions": captions,
             "noise": torch.stack(noise),
             "t": torch.stack(t),
-            "control_weight": np.random.default_rng(step_seed).uniform(*CONTROL_WEIGHT),
+            "control_weight": step_rng.uniform(*CONTROL_WEIGHT),
             "guidance": torch.tensor(guidance, dtype=torch.float32),
         }
 

@@ -30,7 +30,7 @@ EDGE_SIZE = (540, 360)  # lines are drawn at half the width that preprocessing d
 VIEWS, STYLES = 8, 4  # of each town
 SPLITS = {"train": (0, 100_000), "validation": (100_000, 110_000), "test": (200_000, 10**9)}  # seeds: first, end
 CACHE = Path("cache/pictures")
-VERSION = 1  # of what is drawn; a cache of another version is made again
+VERSION = 2  # of what is drawn; a cache of another version is made again
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,13 @@ TEXTURES = {
 PLURALS = {"wall": "walls", "roof": "roofs", "ground": "ground", "road": "road", "tree": "trees", "window": "windows",
            "door": "doors"}  # fmt: skip
 SKIES = {  # low, high, sunlight, ambient light
-    "blue day": ((216, 230, 240), (98, 154, 214), (0.52, 0.50, 0.46), (0.62, 0.64, 0.68)),
-    "orange evening": ((252, 206, 148), (158, 126, 150), (0.58, 0.46, 0.32), (0.62, 0.56, 0.58)),
-    "pink dawn": ((246, 200, 204), (142, 156, 206), (0.50, 0.42, 0.42), (0.66, 0.60, 0.66)),
-    "grey cloudy": ((206, 208, 210), (150, 156, 164), (0.30, 0.30, 0.30), (0.76, 0.76, 0.78)),
+    "blue day": ((216, 230, 240), (98, 154, 214), (0.42, 0.40, 0.37), (0.65, 0.67, 0.71)),
+    "orange evening": ((252, 206, 148), (158, 126, 150), (0.46, 0.37, 0.26), (0.65, 0.59, 0.61)),
+    "pink dawn": ((246, 200, 204), (142, 156, 206), (0.40, 0.34, 0.34), (0.69, 0.63, 0.69)),
+    "grey cloudy": ((206, 208, 210), (150, 156, 164), (0.24, 0.24, 0.24), (0.80, 0.80, 0.82)),
 }
 JITTER = 7.0  # of each channel of each colour: half the width of a uniform distribution, of 255
+SUN_ELEVATION = (60, 75)  # degrees. High: which side of a wall is lit shows in no picture of another town
 HAZE_START = 60.0  # metres from the town's middle
 CLASSES = ("wall", "roof", "window", "door", "balcony", "chimney", "trunk", "tree", "rock", "fence", "road", "ground",
            "hill", "sky")  # fmt: skip
@@ -86,7 +87,7 @@ def make_style(seed: int) -> Style:
         "rock": vary(np.array((150.0, 144, 140))),
         "hill": vary(0.8 * colours["ground"] + 0.2 * np.array((90.0, 110, 100))),
     }
-    azimuth, elevation = rng.uniform(0, 2 * np.pi), np.radians(rng.uniform(35, 55))
+    azimuth, elevation = rng.uniform(0, 2 * np.pi), np.radians(rng.uniform(*SUN_ELEVATION))
     sun = np.array([np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)])
     haze = rng.uniform(120, 400)
     return Style(seed, _caption(chosen, textures, sky), colours, textures, sun, sunlight, ambient, vary(low),
