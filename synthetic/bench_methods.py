@@ -22,6 +22,8 @@ class Method:
     edges: bool = True  # edge frames for the in-between model; without: black ones
     end: bool = True  # the end anchor for the in-between model
     chain: bool = True  # an arc starts from the last generated frame of the one before; without: from its anchor
+    lora_steps: int | None = None  # optimizer steps of the alignment; None: those of the settings
+    num_inference_steps: int | None = None  # denoising steps of a video; None: those of the settings
 
     @property
     def has_anchors(self) -> bool:
@@ -34,6 +36,7 @@ class Method:
 
 FULL = Method()
 REPLACEMENTS, DEGRADATIONS = (4, 8, 12, 16, 20), (0, 0.25, 0.5, 0.75)
+LORA_STEPS, STEPS = (25, 50, 200, 400), (5, 10, 20, 50)
 REMOVALS = {
     "no_align": Method(aligned=False),
     "no_replace": Method(num_replacement=0),
@@ -50,14 +53,18 @@ METHODS = {
     "no_chain": Method(chain=False),
     **{f"replace_{n}": Method(num_replacement=n) for n in REPLACEMENTS},
     **{f"degr_{share}": Method(degradation=share) for share in DEGRADATIONS},
+    **{f"lora_{n}": Method(lora_steps=n) for n in LORA_STEPS},
+    **{f"steps_{n}": Method(num_inference_steps=n) for n in STEPS},
 }
 MAIN = ("full", *REMOVALS, *BASELINES, "truth")
 GROUPS = {"main": MAIN, "all": tuple(METHODS)}
 
-# Curves: name -> (label of its axis, the rows on it with their places)
-SWEEPS: dict[str, tuple[str, dict[str, float]]] = {
+# Curves: name -> (label of its axis, the rows on it with their places). None: where the settings put `full`.
+SWEEPS: dict[str, tuple[str, dict[str, float | None]]] = {
     "num_replacement": ("--num_replacement", {"no_replace": 0, **{f"replace_{n}": n for n in REPLACEMENTS}}),
     "degradation": ("--degradation", {**{f"degr_{share}": share for share in DEGRADATIONS}, "no_warp": 1}),
+    "lora_steps": ("--max_train_steps", {"no_align": 0, **{f"lora_{n}": n for n in LORA_STEPS}, "full": None}),
+    "num_inference_steps": ("--num_inference_steps", {**{f"steps_{n}": n for n in STEPS}, "full": None}),
 }
 
 

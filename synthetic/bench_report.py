@@ -31,6 +31,8 @@ SHEET_COLUMNS, SHEET_CELL = 9, 180  # moments of a video, and pixels of each
 CURVES = {  # of a sweep: the metrics that it is about
     "num_replacement": ("anchors_error", "style_colour", "structure_f1", "fidelity_psnr"),
     "degradation": ("temporal_1", "temporal_24", "flicker", "fidelity_psnr"),
+    "lora_steps": ("style_colour", "class_colour", "structure_f1", "fidelity_psnr"),
+    "num_inference_steps": ("structure_f1", "temporal_1", "flicker", "fidelity_psnr"),
 }
 
 Results = Mapping[str, Mapping[str, Mapping[str, float | None]]]
@@ -79,10 +81,12 @@ def _difference(results: Results, name: str, metric: Metric) -> Difference:
 # --- files ---
 
 
-def write_report(folder: Path, results: Results, metrics: Sequence[Metric], about: Mapping) -> None:
-    """All tables and curves. about: what was run, JSON values."""
+def write_report(
+    folder: Path, results: Results, metrics: Sequence[Metric], about: Mapping, settings: Mapping[str, float]
+) -> None:
+    """All tables and curves. about: what was run, JSON values. settings: of `full`, for its place on a curve."""
     summary, differences = summarise(results, metrics), compare(results, metrics)
-    curves = write_curves(folder / "pictures", summary, metrics)
+    curves = write_curves(folder / "pictures", summary, metrics, settings)
     tables = {
         "about": about,
         "metrics": [asdict(metric) for metric in metrics],
@@ -112,11 +116,16 @@ def write_csv(path: Path, summary: Mapping[str, Mapping[str, Estimate]], metrics
                 writer.writerow([name, metric.name, metric.unit, metric.better, *numbers, e.count])
 
 
-def write_curves(folder: Path, summary: Mapping[str, Mapping[str, Estimate]], metrics: Sequence[Metric]) -> list[str]:
+def write_curves(
+    folder: Path,
+    summary: Mapping[str, Mapping[str, Estimate]],
+    metrics: Sequence[Metric],
+    settings: Mapping[str, float],
+) -> list[str]:
     """A picture for every sweep of which three rows or more are there; returns the names of the sweeps."""
     written = []
     for sweep, (label, places) in SWEEPS.items():
-        there = {name: place for name, place in places.items() if name in summary}
+        there = {name: settings[sweep] if p is None else p for name, p in places.items() if name in summary}
         if len(there) < 3:
             continue
         chosen = [metric for metric in metrics if metric.name in CURVES[sweep]]

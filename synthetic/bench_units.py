@@ -20,10 +20,10 @@ import torch
 
 from models.weights import FLUX_STAGE, GGI_STAGE
 from synthetic import baselines, figures
-from synthetic.bench_methods import COPY, CROSSFADE, METHODS, PER_FRAME, REPROJECT, TRUTH, Method, made_as
+from synthetic.bench_methods import COPY, CROSSFADE, FULL, GGI, METHODS, PER_FRAME, REPROJECT, TRUTH, Method, made_as
 from synthetic.check_scenes import ARCS
 from synthetic.check_scenes import VERSION as SCENE_VERSION
-from synthetic.check_stages import AnchorStage, VideoStage, align, load_video_models, without_end
+from synthetic.check_stages import AnchorStage, Settings, VideoStage, align, load_video_models, without_end
 from synthetic.check_units import Workbench
 from utils.arcs import ARC_FRAMES, ARC_STEPS
 from utils.cli import InputError
@@ -46,6 +46,7 @@ BENCH_METRICS = (
 
 ALIGN_SETTINGS = ("lora_steps", "learning_rate", "train_batch_size", "rank", "precision", "prompt")
 ANCHOR_SETTINGS = ("prompt", "num_steps", "true_gs")
+METHOD_SETTINGS = ("lora_steps", "num_inference_steps")  # those that a row may set otherwise
 VIDEO_SETTINGS = ("prompt", "num_inference_steps", "guidance_scale")
 WEIGHT_PATHS = ("name", "flux", "controlnet", "cogvideox", "ggi_transformer")  # of a preset; hashes stand for them
 
@@ -73,35 +74,41 @@ class Bench(Workbench):
 
     # --- what decides what ---
 
-    def _identity(self, settings: Sequence[str] = (), weights: Sequence[str] = (), **others: object) -> dict:
+    def settings_of(self, method: Method) -> Settings:
+        """The settings, with what the row sets otherwise."""
+        own = {name: getattr(method, name) for name in METHOD_SETTINGS}
+        return dataclasses.replace(self.settings, **{name: value for name, value in own.items() if value is not None})
+
+    def _identity(
+        self, settings: Sequence[str] = (), weights: Sequence[str] = (), method: Method = FULL, **others: object
+    ) -> dict:
         preset = {k: v for k, v in dataclasses.asdict(self.preset).items() if k not in WEIGHT_PATHS}
+        chosen = self.settings_of(method)
         entries = {
             "version": [VERSION, SCENE_VERSION],
             "unit": vars(self.unit),
             "preset": preset,
-            "settings": {name: getattr(self.settings, name) for name in settings},
+            "settings": {name: getattr(chosen, name) for name in settings},
             "weights": {name: self.hashes[name] for name in weights},
         }
         return json.loads(json.dumps(entries | others))
 
-    def _lora_identity(self) -> dict:
-        return self._identity(ALIGN_SETTINGS, FLUX_STAGE)
+    def _lora_identity(self, method: Method) -> dict:
+        return self._identity(ALIGN_SETTINGS, FLUX_STAGE, method)
 
-    def _anchor_identity(self, aligned: bool, num_replacement: int) -> dict:
-        loras = self._lora_identity() if aligned else None
-        return self._identity(ANCHOR_SETTINGS, FLUX_STAGE, loras=loras, num_replacement=num_replacement)
+    def _anchor_identity(self, method: Method) -> dict:
+        loras = self._lora_identity(method) if method.aligned else None
+        return self._identity(ANCHOR_SETTINGS, FLUX_STAGE, method, loras=loras, num_replacement=method.num_replacement)
 
     def video_identity(self, method: Method) -> dict:
         """Everything that the frames of a row depend on."""
-        recipe = dataclasses.asdict(method)
+        recipe = {name: value for name, value in vars(method).items() if name not in METHOD_SETTINGS}
         if method.kind == TRUTH:
             return self._identity(recipe=recipe)
-        if method.kind == PER_FRAME:
-            return self._identity(recipe=recipe, loras=self._anchor_identity(method.aligned, 0))
-        anchors = self._anchor_identity(method.aligned, method.num_replacement)
-        if method.kind in (CROSSFADE, REPROJECT, COPY):
+        anchors = self._anchor_identity(method)
+        if method.kind != GGI:
             return self._identity(recipe=recipe, anchors=anchors)
-        return self._identity(VIDEO_SETTINGS, (*GGI_STAGE, "transformer"), recipe=recipe, anchors=anchors)
+        return self._identity(VIDEO_SETTINGS, (*GGI_STAGE, "transformer"), method, recipe=recipe, anchors=anchors)
 
     def _kept(self, name: str, identity: dict, make: Callable[[], Arrays]) -> tuple[Arrays, float]:
         """Arrays from disk, made first where they are missing or others; and what making them cost, in CPU seconds."""
@@ -132,44 +139,42 @@ class Bench(Workbench):
             _ = self.reference  # drawn and written
         return read_image(path)
 
-    @cached_property
-    def loras(self) -> tuple[list[dict[str, torch.Tensor]], float]:
+    def loras(self, method: Method) -> tuple[list[dict[str, torch.Tensor]], float]:
         """Of transformer and ControlNet, in bfloat16."""
-        reference = self.reference
+        reference, settings = self.reference, self.settings_of(method)
 
         def train() -> Arrays:
-            states = align(self.paths, self.preset, reference, self.settings, self.unit.style_seed)
+            states = align(self.paths, self.preset, reference, settings, self.unit.style_seed)
             return {f"{k} {name}": t.float().numpy() for k, state in enumerate(states) for name, t in state.items()}
 
-        arrays, cost = self._kept("loras", self._lora_identity(), train)
+        arrays, cost = self._kept(f"loras_{settings.lora_steps}", self._lora_identity(method), train)
         states: list[dict[str, torch.Tensor]] = [{}, {}]
         for key, array in arrays.items():
             number, name = key.split(" ", 1)
             states[int(number)][name] = torch.from_numpy(array).bfloat16()  # exact: that is how they were saved
         return states, cost
 
-    def anchor_stage(self, aligned: bool) -> AnchorStage:
-        stage = AnchorStage(self.paths, self.preset, self.settings, self.prompt, self.unit.style_seed)
-        if aligned:
-            stage.put_in(self.loras[0])
+    def anchor_stage(self, method: Method) -> AnchorStage:
+        stage = AnchorStage(self.paths, self.preset, self.settings_of(method), self.prompt, self.unit.style_seed)
+        if method.aligned:
+            stage.put_in(self.loras(method)[0])
         return stage
 
     def anchors(self, method: Method) -> tuple[np.ndarray, float]:
         """uint8 [3, H, W, 3]. Each follows the one before, unless the method has no replacement."""
-        aligned, steps = method.aligned, method.num_replacement
-        data, identity = self.scene.anchors, self._anchor_identity(aligned, steps)
-        if aligned:
-            _ = self.loras  # not part of this cost
+        steps, data = method.num_replacement, self.scene.anchors
+        if method.aligned:
+            self.loras(method)  # not part of this cost
 
         def draw() -> Arrays:
-            stage = self.anchor_stage(aligned)
+            stage = self.anchor_stage(method)
             drawn = [stage.draw(data.edges[0])]
             for edges, code in zip(data.edges[1:], data.codes, strict=True):
                 drawn.append(stage.draw(edges, drawn[-1], code, steps) if steps else stage.draw(edges))
             return {"anchors": np.array(drawn)}
 
-        name = f"anchors_{'aligned' if aligned else 'base'}_{steps}"
-        arrays, cost = self._kept(name, identity, draw)
+        of = f"aligned_{self.settings_of(method).lora_steps}" if method.aligned else "base"
+        arrays, cost = self._kept(f"anchors_{of}_{steps}", self._anchor_identity(method), draw)
         return arrays["anchors"], cost
 
     def video(self, name: str) -> tuple[np.ndarray, float | None]:
@@ -178,9 +183,9 @@ class Bench(Workbench):
         if method.kind == TRUTH:
             return self.truth.frames, None
         anchors, anchor_cost = self.anchors(method) if method.has_anchors else (None, 0.0)
-        lora_cost = self.loras[1] if method.has_loras else 0.0
+        lora_cost = self.loras(method)[1] if method.has_loras else 0.0
         make = {
-            PER_FRAME: lambda: baselines.per_frame(self.anchor_stage(method.aligned).draw, self.scene.path.edges),
+            PER_FRAME: lambda: baselines.per_frame(self.anchor_stage(method).draw, self.scene.path.edges),
             CROSSFADE: lambda: baselines.crossfade(anchors),
             COPY: lambda: baselines.copy(anchors),
             REPROJECT: lambda: baselines.reproject(anchors, self.scene.world.caster, self.scene.views),
@@ -192,10 +197,10 @@ class Bench(Workbench):
     def _fill(self, method: Method, anchors: np.ndarray) -> np.ndarray:
         """All arcs by the in-between model, as ggi.py does it."""
         models, path = load_video_models(self.paths, self.preset, self.prompt), self.scene.path
-        video, start = [], anchors[0]
+        video, start, settings = [], anchors[0], self.settings_of(method)
         for arc in range(ARCS):
             edges = path.edges[ARC_STEPS * arc :][:ARC_FRAMES]
-            stage = VideoStage(models, self.settings, edges, path.noise[arc], arc)
+            stage = VideoStage(models, settings, edges, path.noise[arc], arc)
             conditions = stage.conditions(start, anchors[arc + 1], edges=method.edges)
             frames = stage.fill_padded(conditions if method.end else without_end(conditions), method.degradation)
             start = frames[-1] if method.chain else anchors[arc + 1]

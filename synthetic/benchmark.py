@@ -93,10 +93,11 @@ def make_shared(setup: Setup, names: Sequence[str]) -> None:
     """What rows of one unit share: true frames, reference, LoRAs and anchors."""
     bench = open_bench(setup)
     _ = bench.truth, bench.reference_picture
-    if any(METHODS[name].has_loras for name in names):
-        _ = bench.loras
-    for method in dict.fromkeys(METHODS[name] for name in names if METHODS[name].has_anchors):
-        bench.anchors(method)
+    for method in dict.fromkeys(METHODS[name] for name in names):
+        if method.has_loras:
+            bench.loras(method)
+        if method.has_anchors:
+            bench.anchors(method)
 
 
 def measure_row(setup: Setup, name: str) -> None:
@@ -129,7 +130,8 @@ def report(setups: Sequence[Setup], names: Sequence[str], args: argparse.Namespa
 
     benches = [open_bench(setup) for setup in setups]
     results = {name: {bench.unit.name: bench.measure(name) for bench in benches} for name in names}
-    write_report(args.output, results, BENCH_METRICS, about(args, [bench.unit for bench in benches]))
+    units, settings = [bench.unit for bench in benches], dataclasses.asdict(settings_of(args))
+    write_report(args.output, results, BENCH_METRICS, about(args, units), settings)
     first = benches[0]
     videos = {name: first.video(name)[0] for name in names if METHODS[name].kind != TRUTH}
     write_sheets(args.output / "pictures", videos, first.truth.frames)
