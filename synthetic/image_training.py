@@ -18,7 +18,7 @@ from models.alignment import flow_sample
 from models.anchors import AnchorSettings
 from models.flux import FluxModels, Text, anchor_schedule, decode_latents, encode_image, to_bytes, velocity
 from models.latents import draw_noise, pack, to_signed, unpack
-from synthetic.pictures import TownPictures
+from synthetic.pictures import DETECTED, TownPictures
 from synthetic.tiny_models import HEIGHT, MAX_TOKENS, PRESET, WIDTH
 from utils.references import ASPECTS, Reference, crop_size, draw_crop
 from utils.runs import derive_seed
@@ -26,6 +26,7 @@ from utils.runs import derive_seed
 GUIDANCE = (1.0, 5.0)  # distilled guidance has no meaning here: the network learns that it changes nothing
 CONTROL_WEIGHT = (0.75, 1.0)  # alignment takes 1, anchors are drawn with 0.8
 EDGE_DROPOUT = 0.05
+DETECTED_SHARE = 0.3  # of the pictures come with edges that were detected in them, as references do
 FINE_STEPS = 1000  # of the schedule that timesteps are drawn from
 SHEET_STEPS = 25
 
@@ -84,8 +85,11 @@ def draw_captioned(
             rng = np.random.default_rng([*step_seed, item])
             town = towns[rng.integers(len(towns))]
             view, style = rng.integers(len(town.images)), rng.integers(town.images.shape[1])
-            way = rng.choice((1, -1))
-            image, edges = town.images[view, style][:, ::way], town.edges[view][:, ::way]
+            edges, way = town.edges[view], rng.choice((1, -1))
+            if rng.random() < DETECTED_SHARE:
+                k = rng.integers(len(DETECTED))
+                (view, style), edges = DETECTED[k], town.detected[k]
+            image, edges = town.images[view, style][:, ::way], edges[:, ::way]
             if rng.random() < EDGE_DROPOUT:
                 edges = np.zeros_like(edges)
             caption = "" if rng.random() < caption_dropout else town.captions[style]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import synthetic.clips
 import synthetic.pictures
 import synthetic.train
-from synthetic.pictures import SIZE, STYLES, TownPictures, draw_town
+from synthetic.pictures import DETECTED, SIZE, STYLES, VIEWS, TownPictures, draw_town
 from tests.helpers import ROOT, SECONDS, assert_same, contents, forget_accelerator
 from utils.arcs import LOSS_FILE, SAMPLES_FOLDER, STATE_FOLDER
 from utils.cli import run_script
@@ -263,9 +263,9 @@ def test_text_encoders_draw_nothing():
 def towns() -> list[TownPictures]:
     """Two towns of noise, 112x80."""
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (2, 3, STYLES, 80, 112, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (2, VIEWS, STYLES, 80, 112, 3), dtype=np.uint8)
     captions = tuple(f"caption {k}" for k in range(STYLES))
-    return [TownPictures(town, town[:, 0, :, :, 1], captions) for town in images]
+    return [TownPictures(town, town[:, 0, :, :, 1], town[:2, 0, :, :, 2], captions) for town in images]
 
 
 def draws_of(towns: list[TownPictures]) -> list:
@@ -291,26 +291,29 @@ def test_a_batch_does_not_depend_on_how_it_is_shared_out(towns: list[TownPicture
 
 
 def test_captions_and_edges_belong_to_their_picture():
-    """Pictures of one colour each keep it in every crop; each has its own."""
+    """Pictures of one colour each keep it in every crop; each has its own. So do edges."""
     from synthetic.image_training import draw_captioned
 
-    shades = np.arange(2 * 3 * STYLES, dtype=np.uint8).reshape(2, 3, STYLES, 1, 1, 1)
+    shades = np.arange(2 * VIEWS * STYLES, dtype=np.uint8).reshape(2, VIEWS, STYLES)
     captions = tuple(f"caption {k}" for k in range(STYLES))
-    towns = [
-        TownPictures(
-            np.broadcast_to(one, (3, STYLES, 80, 112, 3)), np.broadcast_to(one[:, 0, 0], (3, 80, 112)), captions
-        )
-        for one in shades
-    ]
-    batch = draw_captioned(towns, 0.0)((0, 0, 0), range(12))
-    blank = 0
+    towns = []
+    for one in shades:
+        colours = (one, one[:, 0], np.array([one[place] + 100 for place in DETECTED]))
+        images, edges, detected = (np.broadcast_to(c[..., None, None], (*c.shape, 80, 112)) for c in colours)
+        towns.append(TownPictures(np.repeat(images[..., None], 3, axis=-1), edges, detected, captions))
+    batch = draw_captioned(towns, 0.0)((0, 0, 0), range(60))
+    kinds = {"lines": 0, "detected": 0, "blank": 0}
     for image, control, caption in zip(batch["images"], batch["control"], batch["captions"], strict=True):
-        image, control = (((one + 1) * 127.5).round().int().unique().tolist() for one in (image, control))
-        assert len(image) == len(control) == 1
-        assert caption == captions[image[0] % STYLES]
-        blank += control[0] == 0
-        assert control[0] in (0, image[0] - image[0] % STYLES)
-    assert blank < 8
+        (shade,), (edge,) = (((one + 1) * 127.5).round().int().unique().tolist() for one in (image, control))
+        assert caption == captions[shade % STYLES]
+        place = divmod(shade % (VIEWS * STYLES), STYLES)
+        if edge == shade + 100:
+            assert place in DETECTED
+            kinds["detected"] += 1
+        else:
+            assert edge in (0, shade - shade % STYLES)
+            kinds["blank" if edge == 0 else "lines"] += 1
+    assert kinds["lines"] > kinds["detected"] > 5 > kinds["blank"] - 4
     assert set(draw_captioned(towns, 1.0)((0, 0, 0), range(12))["captions"]) == {""}
 
 

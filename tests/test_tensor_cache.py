@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 import synthetic.clips
 import synthetic.pictures
 from synthetic.clips import VARIANTS, SyntheticClips, cached_clip, clip_styles, draw_clips
-from synthetic.pictures import SIZE, STYLES, VIEWS, cached_town, load_towns, style_seeds
+from synthetic.pictures import DETECTED, SIZE, STYLES, VIEWS, cached_town, load_towns, style_seeds
 from synthetic.styles import make_style
 from utils.tensor_cache import read_arrays, write_arrays
 
@@ -123,6 +123,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, arrays: dict[str, np
 def test_a_town_is_drawn_once_and_again_when_damaged(tmp_path: Path):
     town = cached_town("test", 0, tmp_path, SMALL)
     assert town.images.shape == (VIEWS, STYLES, 24, 36, 3) and town.edges.shape == (VIEWS, 24, 36)
+    assert town.detected.shape == (len(DETECTED), 24, 36) and town.detected.max() > 60
     assert town.captions == tuple(make_style(seed).caption for seed in style_seeds("test", 0))
     assert town.images.std() > 20 and town.edges.max() > 60
     (path,) = tmp_path.iterdir()
@@ -139,7 +140,7 @@ def store_town(folder: Path, number: int, views: int) -> np.ndarray:
     """Put a town of so many views into the cache; its pictures are noise."""
     images = np.random.default_rng(number).integers(0, 256, (views, STYLES, *SIZE[::-1], 3), dtype=np.uint8)
     identity = {"split": "train", "number": number, "size": list(SIZE), "version": synthetic.pictures.VERSION}
-    arrays = {"images": images, "edges": images[:, 0, :, :, 0]}
+    arrays = {"images": images, "edges": images[:, 0, :, :, 0], "detected": images[:2, 1, :, :, 0]}
     write_arrays(folder / f"train_{number:05d}.safetensors", arrays, identity)
     return images
 
