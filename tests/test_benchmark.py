@@ -36,11 +36,6 @@ METRICS = (Metric("anchors_error", "levels", "0 …", "lower"), Metric("seams", 
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> CheckScene:
-    return CheckScene(200_000, 0, SIZE, tmp_path_factory.mktemp("scenes"))
-
-
-@pytest.fixture(scope="module")
 def anchors(scene: CheckScene) -> np.ndarray:
     return scene.anchor_pictures(make_style(200_000))[0]
 
@@ -373,9 +368,11 @@ def run_benchmark(*arguments: object) -> subprocess.CompletedProcess:
 
 
 @slow
-def test_one_unit_from_end_to_end(tmp_path: Path):
+def test_one_unit_from_end_to_end(scene: CheckScene, tmp_path: Path):
     """A few rows; then more rows make only what is new, and a finished run makes nothing."""
     weights, out = tmp_path / "weights", tmp_path / "out"
+    assert len(scene.anchors.edges) == 3 and len(scene.path.edges) == 91
+    shutil.copytree(scene.cache, out / "scenes")  # drawing takes a minute
     shutil.copytree(Path(load_preset("tiny").flux).parent, weights)
     common = ("--weights_dir", weights, "--output", out)
     done = run_benchmark(*common, "--methods", "full", "no_warp", "copy", "truth")

@@ -28,11 +28,6 @@ slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> CheckScene:
-    return CheckScene(200_000, 0, SIZE, tmp_path_factory.mktemp("scenes"))
-
-
-@pytest.fixture(scope="module")
 def anchors(scene: CheckScene) -> tuple[np.ndarray, np.ndarray]:
     return scene.anchor_pictures(make_style(200_000))
 
@@ -284,9 +279,11 @@ def run_check(*arguments: object) -> subprocess.CompletedProcess:
 
 
 @slow
-def test_one_unit_from_end_to_end(tmp_path: Path) -> None:
+def test_one_unit_from_end_to_end(scene: CheckScene, tmp_path: Path) -> None:
     """All parts on weights of the right shape; then --resume measures only what other weights or settings change."""
     weights, out = tmp_path / "weights", tmp_path / "out"
+    assert len(scene.anchors.edges) == 3 and len(scene.arc.edges) == 46
+    shutil.copytree(scene.cache, out / "scenes")  # drawing takes half a minute
     shutil.copytree(Path(load_preset("tiny").flux).parent, weights)
     common = ("--weights_dir", weights, "--output_dir", out)
     done = run_check(*common, "--json", tmp_path / "check.json")
