@@ -7,12 +7,15 @@ BIN ?= .venv/bin
 SETUP ?= .venv/installed
 OUT ?= demo
 
-# The demo. STYLE: a reference picture; STEPS, RATE and BATCH: training of its LoRA; THREADS: of that training.
+# The demo. STYLE: a reference picture; PROMPT: in words what it shows; STEPS, RATE and BATCH: training of its LoRA;
+# TRUE_GS and GUIDANCE: of anchors and of the video; THREADS: of the training.
 STYLE := assets/references/boxtown.png
 STEPS := 300
 RATE := 2e-3
 BATCH := 8
-PROMPT :=
+PROMPT = $(eval PROMPT := $(shell $(BIN)/python -m synthetic.reference --caption '$(STYLE)'))$(PROMPT)
+TRUE_GS := 1
+GUIDANCE := 1
 SEED := 42
 THREADS := 2
 TINY := --weights tiny --device cpu
@@ -32,8 +35,9 @@ demo: $(SETUP)
 		--max_train_steps $(STEPS) --learning_rate $(RATE) --train_batch_size $(BATCH) \
 		--output_dir $(OUT)/loras $(TINY)
 	$(BIN)/python sag_generate_anchor_view.py --epoch $(STEPS) --target assets/sampleA --prompt '$(PROMPT)' \
-		--pfix $(NAME) --num_replacement 12 --seed $(SEED) --loras $(OUT)/loras --output_dir $(OUT) $(TINY)
-	$(BIN)/python ggi.py --target $(RUN) --scene assets/sampleA --prompt '$(PROMPT)' $(TINY)
+		--pfix $(NAME) --num_replacement 12 --true_gs $(TRUE_GS) --seed $(SEED) --loras $(OUT)/loras --output_dir $(OUT) $(TINY)
+	$(BIN)/python ggi.py --target $(RUN) --scene assets/sampleA --prompt '$(PROMPT)' \
+		--guidance_scale $(GUIDANCE) $(TINY)
 	$(BIN)/python -m synthetic.demo --run $(RUN) --scene assets/sampleA --reference $(STYLE)
 
 test: $(SETUP)
