@@ -57,16 +57,16 @@ sample: $(SETUP)
 TRAIN = $(BIN)/python -m synthetic.train
 tiny-weights: $(SETUP)
 	$(TRAIN) vae --towns 400 --max_train_steps 6000 --output_dir runs/vae
-	$(TRAIN) image --vae runs/vae/checkpoint-6000/vae --towns 1110 --max_train_steps 10500 --output_dir runs/image
+	$(TRAIN) image --vae runs/vae/checkpoint-6000/vae --towns 1110 --max_train_steps 24000 --output_dir runs/image
 	$(TRAIN) video-vae --image_vae runs/vae/checkpoint-6000/vae --clips 48 --max_train_steps 1600 \
 		--output_dir runs/video_vae
 	$(TRAIN) video-vae --init_from runs/video_vae/checkpoint-1600 --clips 72 --max_train_steps 2600 --decay_steps 1200 \
 		--learning_rate 5e-4 --train_batch_size 2 --output_dir runs/video_vae2
 	$(BIN)/python -m synthetic.assemble --video_vae runs/video_vae2/checkpoint-2600 --output runs/start --overwrite
-	$(BIN)/python train_ggi.py --dataset synthetic --clips 288 --from_scratch --cogvideox runs/start/cogvideox $(TINY) \
-		--max_train_steps 1800 --warmup_steps 200 --decay_steps 550 --learning_rate 1e-3 --train_batch_size 4 \
+	$(BIN)/python train_ggi.py --dataset synthetic --clips 640 --from_scratch --cogvideox runs/start/cogvideox $(TINY) \
+		--max_train_steps 6600 --warmup_steps 200 --decay_steps 1500 --learning_rate 1e-3 --train_batch_size 4 \
 		--gradient_accumulation_steps 1 --ema_decay 0.998 --beta2 0.99 --output_dir runs/ggi
-	$(BIN)/python -m synthetic.assemble --image runs/image/checkpoint-10500 --inbetween runs/ggi/checkpoint-1800 \
+	$(BIN)/python -m synthetic.assemble --image runs/image/checkpoint-24000 --inbetween runs/ggi/checkpoint-6600 \
 		--video_vae runs/video_vae2/checkpoint-2600 --output checkpoints/tiny --overwrite
 
 .venv/installed: requirements.txt requirements-dev.txt

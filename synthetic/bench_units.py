@@ -23,7 +23,8 @@ from synthetic import baselines, figures
 from synthetic.bench_methods import COPY, CROSSFADE, FULL, GGI, METHODS, PER_FRAME, REPROJECT, TRUTH, Method, made_as
 from synthetic.check_scenes import ARCS
 from synthetic.check_scenes import VERSION as SCENE_VERSION
-from synthetic.check_stages import AnchorStage, Settings, VideoStage, align, load_video_models, without_end
+from synthetic.check_settings import Settings
+from synthetic.check_stages import AnchorStage, VideoStage, align, load_video_models, without_end
 from synthetic.check_units import Workbench
 from utils.arcs import ARC_FRAMES, ARC_STEPS
 from utils.cli import InputError

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from models.weights import FLUX_STAGE, GGI_STAGE, Preset, locate, weight_hashes
 from synthetic.bench_methods import GROUPS, METHODS, TRUTH, choose_methods, made_as
-from synthetic.check import add_setting_flags, add_unit_flags, check_unit_flags, load_unit_preset, settings_of
+from synthetic.check import add_unit_flags, check_unit_flags, load_unit_preset
+from synthetic.check_settings import add_setting_flags, settings_of
 from synthetic.jobs import finish, worker_pool
 from utils.cli import InputError, Parser, require_writable, run_script
 

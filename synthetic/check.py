@@ -16,24 +16,18 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from models.weights import WEIGHTS, Preset, load_preset, locate
+from synthetic.check_settings import MOST_LORA_STEPS, add_setting_flags, settings_of
 from synthetic.jobs import finish, worker_pool
 from synthetic.pictures import SPLITS
-from utils.cli import InputError, Parser, guidance_float, positive_float, positive_int, require_writable, run_script
+from utils.cli import InputError, Parser, positive_int, require_writable, run_script
 from utils.runs import write_json
 
-if TYPE_CHECKING:  # it brings torch along
-    from synthetic.check_stages import Settings
-
 FIRST_SEED = SPLITS["test"][0]
-MOST_LORA_STEPS = 400
-SETTING_FLAGS = ("lora_steps", "learning_rate", "train_batch_size", "precision", "prompt", "num_steps", "true_gs",
-                 "num_inference_steps", "guidance_scale")  # fmt: skip
 Means = Mapping[str, float]
 
 
@@ -148,26 +142,6 @@ def add_unit_flags(parser: argparse.ArgumentParser) -> None:
     add("--processes", type=positive_int, default=2, help="processes that work on units, one thread each")
 
 
-def add_setting_flags(parser: argparse.ArgumentParser) -> None:
-    """Those of `Settings` that can be chosen."""
-    settings = parser.add_argument_group("settings")
-    add = settings.add_argument
-    add(
-        "--lora_steps",
-        type=positive_int,
-        default=400,
-        help=f"steps of the alignment; bars hold for {MOST_LORA_STEPS} at most",
-    )
-    add("--learning_rate", type=positive_float, default=2e-3, help="of the alignment")
-    add("--train_batch_size", type=positive_int, default=8, help="crops in each of its steps")
-    add("--precision", choices=["bf16", "float32"], default="bf16", help="of the networks in the alignment")
-    add("--prompt", choices=["empty", "caption"], default="empty", help="prompt of all stages: none, or the style's")
-    add("--num_steps", type=positive_int, default=25, help="denoising steps of an anchor")
-    add("--true_gs", type=positive_float, default=3.5, help="classifier-free guidance of an anchor")
-    add("--num_inference_steps", type=positive_int, default=30, help="denoising steps of a video")
-    add("--guidance_scale", type=guidance_float, default=6.0, help="classifier-free guidance of a video")
-
-
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise InputError for what would not be a test against the bars."""
     check_unit_flags(args)
@@ -205,12 +179,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(args.json, {"figures": rows, "units": results, "settings": dataclasses.asdict(settings_of(args))})
     if any(row["verdict"] == "short" for row in rows):
         sys.exit(1)
-
-
-def settings_of(args: argparse.Namespace) -> "Settings":
-    from synthetic.check_stages import Settings
-
-    return Settings(**{name: getattr(args, name) for name in SETTING_FLAGS})
 
 
 def measure(args: argparse.Namespace, parts: list[str]) -> dict[str, dict[str, float]]:

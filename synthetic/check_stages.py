@@ -35,6 +35,7 @@ from models.loading import (
 )
 from models.lora import check_lora, load_lora, save_lora
 from models.weights import Preset
+from synthetic.check_settings import Settings
 from utils.arcs import ARC_FRAMES, checkpoint_lora_paths, edge_frame_indices
 from utils.noise import blend_noise
 from utils.references import Reference
@@ -42,27 +43,8 @@ from utils.runs import derive_seed, read_json
 
 NEGATIVE_PROMPT = ""
 VIDEO_SEED = 43  # of fresh noise and the VAE's draws, as in ggi.py
+DEGRADATION = 0.5  # share of fresh noise in a video's noise, as in ggi.py
 END = -1  # the latent frame that holds the end anchor
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the figures besides weights and seeds; names and defaults are the scripts' where they have one."""
-
-    lora_steps: int = 400  # optimizer steps of the alignment
-    learning_rate: float = 2e-3  # of the alignment
-    train_batch_size: int = 8  # crops in each of its steps
-    rank: int = 16  # of the LoRAs
-    precision: str = "bf16"  # of the networks while the LoRAs are trained: bf16 or float32
-    prompt: str = "empty"  # of all stages: empty, or the style's caption
-    num_steps: int = 25  # denoising steps of an anchor
-    true_gs: float = 3.5  # classifier-free guidance of an anchor
-    num_inference_steps: int = 30  # denoising steps of a video
-    guidance_scale: float = 6.0  # of a video
-    degradation: float = 0.5  # share of fresh noise in a video's noise
-
-    def prompt_of(self, caption: str) -> str:
-        return caption if self.prompt == "caption" else ""
 
 
 Paths = dict[str, Path]
@@ -194,14 +176,14 @@ class VideoStage:
         video = self.edges if edges else np.zeros_like(self.edges)
         return self.pipe.encode_conditions(*ends, to_signed(video)[None], self.eps)
 
-    def fill(self, conditions: torch.Tensor, degradation: float | None = None) -> np.ndarray:
-        """The arc's frames, uint8 [46, H, W, 3]. degradation: share of fresh noise (default: the settings')."""
+    def fill(self, conditions: torch.Tensor, degradation: float = DEGRADATION) -> np.ndarray:
+        """The arc's frames, uint8 [46, H, W, 3]. degradation: share of fresh noise."""
         return self.fill_padded(conditions, degradation)[:ARC_FRAMES]
 
-    def fill_padded(self, conditions: torch.Tensor, degradation: float | None = None) -> np.ndarray:
+    def fill_padded(self, conditions: torch.Tensor, degradation: float = DEGRADATION) -> np.ndarray:
         """All frames of the model, uint8 [num_frames, H, W, 3]; the next arc of a chain starts from the last one."""
         fresh = draw_noise(self.warped.shape, derive_seed(VIDEO_SEED, self.arc, 1))
-        noise = blend_noise(self.warped, fresh, self.settings.degradation if degradation is None else degradation)
+        noise = blend_noise(self.warped, fresh, degradation)
         latents = self.pipe(
             conditions,
             noise.to(self.pipe.transformer.dtype),

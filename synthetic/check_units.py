@@ -17,10 +17,10 @@ import numpy as np
 from models.weights import FLUX_STAGE, GGI_STAGE, Preset, weight_hashes
 from synthetic import figures
 from synthetic.check_scenes import ANCHORS, CheckScene
+from synthetic.check_settings import Settings
 from synthetic.check_stages import (
     AnchorStage,
     Paths,
-    Settings,
     VideoStage,
     align,
     as_rgb,

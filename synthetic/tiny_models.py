@@ -39,7 +39,7 @@ PRESET = {
     "image_multiple": 16,
     "training_multiple": 16,
     "resolution": WIDTH,
-    "mask_dilations": 1,  # 12 at 1072 pixels, in proportion, rounded down
+    "mask_dilations": 2,  # 12 at 1072 pixels, in proportion
     "video_size": [WIDTH, HEIGHT],
     "num_frames": FRAMES,
     "edges": "lines",

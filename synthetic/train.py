@@ -57,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             add("--image_vae", type=Path, metavar="FOLDER", help="trained image autoencoder to start from")
         if stage == "image":
             add("--vae", type=Path, required=True, metavar="FOLDER", help="trained image autoencoder")
-            add("--caption_dropout", type=unit_float, default=0.4, help="share of pictures with an empty prompt")
+            add("--caption_dropout", type=unit_float, default=0.2, help="share of pictures with an empty prompt")
         regularisation = {"beta2": 0.99, "weight_decay": 0.01 if stage == "image" else 0.0}
         add_training_flags(sub, **regularisation, **DEFAULTS[stage])
     return parser.parse_args(argv)

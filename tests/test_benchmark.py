@@ -18,7 +18,7 @@ from synthetic.bench_methods import BASELINES, CLAIMS, FULL, MAIN, METHODS, REMO
 from synthetic.bench_report import CURVES, compare, show, summarise, write_report, write_sheets
 from synthetic.bench_statistics import Estimate, estimate, paired_difference
 from synthetic.check_scenes import CheckScene
-from synthetic.check_stages import Settings
+from synthetic.check_settings import Settings
 from synthetic.check_units import Unit, choose_units
 from synthetic.render import paint, trace
 from synthetic.styles import make_style

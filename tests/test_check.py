@@ -14,7 +14,7 @@ from models.weights import load_preset
 from synthetic import check, check_units, figures
 from synthetic.check import FIGURES, judge, means_over_units
 from synthetic.check_scenes import ANCHORS, CheckScene
-from synthetic.check_stages import Settings
+from synthetic.check_settings import Settings, settings_of
 from synthetic.check_units import PARTS, Unit, finished_parts, part_identity, result_path
 from synthetic.reference_views import ENOUGH, completeness, find_reference
 from synthetic.styles import CLASSES, MAJOR_CLASSES, make_style
@@ -267,6 +267,11 @@ def test_results_of_other_conditions_are_not_kept(tmp_path: Path) -> None:
     assert kept(unit=Unit(1, 200_000, 200_000)) == {}
     path.write_text("{")
     assert kept() == {}
+
+
+def test_every_setting_is_a_flag() -> None:
+    assert settings_of(check.parse_args([])) == Settings()
+    assert settings_of(check.parse_args(["--true_gs", "1", "--lora_steps", "7"])) == Settings(true_gs=1, lora_steps=7)
 
 
 QUICK = ("--scenes", 1, "--seeds", 1, "--processes", 1, "--lora_steps", 2, "--train_batch_size", 2, "--num_steps", 2,
