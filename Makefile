@@ -10,15 +10,17 @@ OUT ?= demo
 # The demo. STYLE: a reference picture; PROMPT: in words what it shows; STEPS, RATE and BATCH: training of its LoRA;
 # TRUE_GS and GUIDANCE: of anchors and of the video; THREADS: of the training.
 STYLE := assets/references/boxtown.png
-STEPS := 300
-RATE := 2e-3
+STEPS := 100
+RATE := 5e-4
 BATCH := 8
 PROMPT = $(eval PROMPT := $(shell $(BIN)/python -m synthetic.reference --caption '$(STYLE)'))$(PROMPT)
-TRUE_GS := 1
+TRUE_GS := 2
 GUIDANCE := 1
 SEED := 42
 THREADS := 2
-TINY := --weights tiny --device cpu
+# make demo FLAGS=--overwrite after a change of RATE, BATCH, TRUE_GS or GUIDANCE, which no folder is named after
+FLAGS :=
+TINY = --weights tiny --device cpu $(FLAGS)
 NAME = $(basename $(notdir $(STYLE)))
 # The folder of the anchors; sampleA has three.
 RUN = $(OUT)/$(shell $(BIN)/python -c 'import sys; from utils.arcs import anchor_run_name as name; \
@@ -63,11 +65,12 @@ tiny-weights: $(SETUP)
 	$(TRAIN) video-vae --init_from runs/video_vae/checkpoint-1600 --clips 72 --max_train_steps 2600 --decay_steps 1200 \
 		--learning_rate 5e-4 --train_batch_size 2 --output_dir runs/video_vae2
 	$(BIN)/python -m synthetic.assemble --video_vae runs/video_vae2/checkpoint-2600 --output runs/start --overwrite
-	$(BIN)/python train_ggi.py --dataset synthetic --clips 640 --from_scratch --cogvideox runs/start/cogvideox $(TINY) \
+	$(BIN)/python train_ggi.py --dataset synthetic --clips 640 --from_scratch --cogvideox runs/start/cogvideox \
+		--weights tiny --device cpu \
 		--max_train_steps 6600 --warmup_steps 200 --decay_steps 1500 --learning_rate 1e-3 --train_batch_size 4 \
 		--gradient_accumulation_steps 1 --ema_decay 0.998 --beta2 0.99 --output_dir runs/ggi
-	$(BIN)/python -m synthetic.assemble --image runs/image/checkpoint-24000 --inbetween runs/ggi/checkpoint-6600 \
-		--video_vae runs/video_vae2/checkpoint-2600 --output checkpoints/tiny --overwrite
+	$(BIN)/python -m synthetic.assemble --base runs/start --image runs/image/checkpoint-24000 \
+		--inbetween runs/ggi/checkpoint-6600 --output checkpoints/tiny --overwrite
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -75,4 +78,4 @@ tiny-weights: $(SETUP)
 	touch $@
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv $(OUT)

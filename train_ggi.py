@@ -79,8 +79,12 @@ def open_dataset(args: argparse.Namespace, preset: Preset) -> ClipSource:
     if given := [name for name in wrong if getattr(args, name) is not None]:
         raise InputError(f"--{given[0]} does not go with --dataset {args.dataset}")
     if args.dataset == SYNTHETIC:
-        from synthetic.clips import SyntheticClips
+        from synthetic.clips import SIZE, SyntheticClips
 
+        if preset.video_size != SIZE:
+            raise InputError(
+                f"--dataset synthetic has clips of {SIZE}, --weights {args.weights} needs {preset.video_size}"
+            )
         return SyntheticClips(args.clips or 1000)
     return FolderClips(
         Path(args.dataset),
@@ -102,7 +106,10 @@ def find_start(args: argparse.Namespace, preset: Preset) -> Path:
 
 
 def result_arguments(args: argparse.Namespace, source: ClipSource) -> dict:
-    """What decides the weights. How far and where to train does not, nor where things lie."""
+    """What decides the weights. How far and where to train does not, nor where data and results lie.
+
+    Weights to start from count by their flags here and by their hashes in the manifest.
+    """
     elsewhere = {"output_dir", "cache_dir", "overwrite", "device", "dataset", "clips", "gradient_checkpointing"}
     elsewhere |= FREE_SETTINGS | set(FOLDER_FLAGS)
     chosen = {key: value for key, value in vars(args).items() if key not in elsewhere}
@@ -121,8 +128,12 @@ def main() -> None:
         raise InputError(f"--lora {args.lora} does not exist")
     require_writable(args.cache_dir)
     run = open_run(args.output_dir, result_arguments(args, source), overwrite=args.overwrite)
+    if args.cache_dir.resolve().is_relative_to(args.output_dir.resolve()):
+        raise InputError(f"--cache_dir {args.cache_dir} lies in --output_dir: a cache outlives runs")
     if is_trained(run, training_settings(args)):
         require_same_weights(run, args, preset, GGI_STAGE)
+        if not run.finished:  # it was stopped after its last checkpoint
+            run.finish(steps=args.max_train_steps)
         print(f"{run.folder} is finished; raise --max_train_steps to train on")
         return
     device = resolve_device(args.device)
@@ -146,8 +157,7 @@ def train(
     lora = training.read_frozen_lora(args.lora, config) if args.lora else None
     process = PartialState(cpu=device == "cpu", timeout=WAIT)
     weights = weight_hashes(paths | ({"lora": args.lora} if lora else {}))
-    if process.is_main_process:
-        run.begin(weights=weights)
+    run.require_same_weights(weights)
     cache = fill_cache(args, preset, source, paths, weights, config["max_text_seq_length"], process)
 
     if args.from_scratch:
@@ -179,6 +189,7 @@ def train(
         lambda folder: training.save_transformer(transformer, folder / "transformer", dtype),
         sheet,
         device=device,
+        weights=weights,
     )
     if process.is_main_process:
         print(find_checkpoints(run.folder)[args.max_train_steps])

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import set_seed
 from diffusers.training_utils import cast_training_params
 
 from models.flux import FluxModels, Text, encode_image, training_schedule, velocity
@@ -112,7 +111,7 @@ def load_trainable(
     """
     models = load_flux(paths, device, dtype)
     networks = [models.transformer, models.controlnet]
-    set_seed(seed)
+    torch.manual_seed(seed)
     loras = [add_lora(model, rank) for model in networks]
     cast_training_params(networks, torch.float32)
     for model in networks:

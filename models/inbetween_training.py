@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import set_seed
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from diffusers.pipelines.cogvideo.pipeline_cogvideox_image2video import (
     get_3d_rotary_pos_embed,
@@ -72,7 +71,7 @@ def load_start(folder: Path) -> CogVideoXTransformer3DModel:
 
 def new_transformer(config: Mapping, seed: int) -> CogVideoXTransformer3DModel:
     """Random start weights of this architecture with 48 input channels, float32."""
-    set_seed(seed)
+    torch.manual_seed(seed)
     return CogVideoXTransformer3DModel.from_config({**config, "in_channels": CHANNELS})
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.arcs import SAMPLES_FOLDER, STATE_FOLDER, find_checkpoints
-from utils.cli import non_negative_int, positive_float, positive_int, seed, unit_float
+from utils.cli import decay, non_negative_float, non_negative_int, positive_float, positive_int, seed
 from utils.images import write_image
 from utils.losses import read_losses, write_losses
 from utils.runs import Run, atomic_path
@@ -76,9 +76,9 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults: object) -> N
     add("train_batch_size", 1, type=positive_int, help="items per process and step")
     add("gradient_accumulation_steps", 1, type=positive_int, help="batches per optimizer step")
     add("max_grad_norm", 1.0, type=positive_float, help="gradients are clipped to this norm")
-    add("ema_decay", 0.999, type=unit_float, help="decay of the averaged weights that are saved; 0 saves the raw ones")
-    add("beta2", 0.999, type=unit_float, help="second beta of AdamW; the first is 0.9")
-    add("weight_decay", 0.01, type=float, help="weight decay of AdamW")
+    add("ema_decay", 0.999, type=decay, help="decay of the averaged weights that are saved; 0 saves the raw ones")
+    add("beta2", 0.999, type=decay, help="second beta of AdamW; the first is 0.9")
+    add("weight_decay", 0.01, type=non_negative_float, help="weight decay of AdamW")
     add("mixed_precision", "bf16", choices=["bf16", "no"], help="precision of the computation; weights are float32")
     add("seed", 0, type=seed, help="seed of start values, data order, noise and timesteps")
     add("report_to", "tensorboard", choices=["tensorboard", "none"], help="where curves are logged")
@@ -117,11 +117,13 @@ def fit(
     sheet: Callable[[], np.ndarray] | None = None,
     *,
     device: str = "cpu",
+    weights: dict | None = None,
 ) -> None:
     """Train the parameters of `objective` that require gradients, and leave checkpoint-<step>/ folders in the run.
 
     objective(**batch) returns scalars with the key `loss`. draw(step_seed, items) gives the batch of one process.
     save(folder) writes the weights for use; sheet() paints samples, uint8 [H, W, 3]. Both see the averaged weights.
+    weights: hashes of what the training starts from, for the manifest; a run is not continued with others.
     """
     import torch
     from diffusers.training_utils import EMAModel
@@ -144,7 +146,7 @@ def fit(
         if average:
             average.to(accelerator.device)
     if accelerator.is_main_process:
-        run.begin()
+        run.begin(weights=weights or {})
     accelerator.wait_for_everyone()
     accelerator.init_trackers("training")
     losses = read_losses(run.folder, first)
@@ -169,13 +171,13 @@ def fit(
         accelerator.log(values | {"grad_norm": float(norm), "steps_per_second": rate}, step + 1)
         steps.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
         last = step + 1 == total
-        if (step + 1) % settings.checkpointing_steps == 0 or last:
-            write_checkpoint(accelerator, run, step + 1, losses, save_average)
-            if accelerator.is_main_process:
-                _forget_states(run)
         if sheet and accelerator.is_main_process and ((step + 1) % settings.sheet_steps == 0 or last):
             with averaged(average, parameters):
                 write_image(run.folder / SAMPLES_FOLDER / f"{step + 1:06d}.png", sheet())
+        if (step + 1) % settings.checkpointing_steps == 0 or last:  # after its sheet: the last one ends the run
+            write_checkpoint(accelerator, run, step + 1, losses, save_average)
+            if accelerator.is_main_process:
+                _forget_states(run)
     accelerator.end_training()
     if accelerator.is_main_process:
         run.finish(steps=settings.max_train_steps)

@@ -1,10 +1,11 @@
 """Put trained tiny networks together as a weight set: what `--weights tiny` loads.
 
-    python -m synthetic.assemble --image runs/image/checkpoint-20000 --video_vae runs/video_vae/checkpoint-4000 \\
+    python -m synthetic.assemble --video_vae runs/video_vae/checkpoint-4000 --output runs/start
+    python -m synthetic.assemble --base runs/start --image runs/image/checkpoint-20000 \\
         --inbetween runs/ggi/checkpoint-8000 --output checkpoints/tiny --overwrite
 
-A part that is not given stays as it is in --output, or is random when there is none yet: so does the text encoder of
-the video model, which is never trained. Everything is stored in bfloat16.
+A part that is not given is that of --base, or random without one. The text encoder of the video model is never
+trained, so the base must be the weight set that the in-between transformer was trained on. All is stored in bfloat16.
 """
 
 import argparse
@@ -14,32 +15,43 @@ from pathlib import Path
 from utils.cli import InputError, Parser, require_writable, run_script
 from utils.runs import atomic_path, write_json
 
+PARTS = {
+    "image": ("flux", "controlnet"),
+    "video_vae": ("vae",),
+    "inbetween": ("transformer",),
+    "base": ("flux", "controlnet", "cogvideox"),
+}
+CHECKPOINT, GIVEN = "a checkpoint-<step> folder of its training", {"base": "a weight set"}
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, "python -m synthetic.assemble")
     parser.add_argument("--image", type=Path, metavar="CHECKPOINT", help="of `synthetic.train image`")
     parser.add_argument("--video_vae", type=Path, metavar="CHECKPOINT", help="of `synthetic.train video-vae`")
     parser.add_argument("--inbetween", type=Path, metavar="CHECKPOINT", help="of train_ggi.py")
+    parser.add_argument("--base", type=Path, metavar="FOLDER", help="weight set that has the other parts")
     parser.add_argument("--output", type=Path, default=Path("checkpoints/tiny"), help="weight set to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace parts of a weight set that exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace the weight set that is there, all of it")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    for name, part in (("image", "flux"), ("video_vae", "vae"), ("inbetween", "transformer")):
+    for name, parts in PARTS.items():
         folder = getattr(args, name)
-        if folder and not (folder / part).is_dir():
-            raise InputError(f"--{name} {folder} holds no {part}: give a checkpoint-<step> folder of its training")
+        if folder and (missing := [part for part in parts if not (folder / part).is_dir()]):
+            raise InputError(f"--{name} {folder} holds no {missing[0]}: give {GIVEN.get(name, CHECKPOINT)}")
     if args.output.exists() and not args.overwrite:
-        raise InputError(f"{args.output} exists already; pass --overwrite to replace parts of it")
+        raise InputError(f"{args.output} exists already; pass --overwrite to replace it")
     require_writable(args.output)
-    assemble(args.image, args.video_vae, args.inbetween, args.output)
+    assemble(args.image, args.video_vae, args.inbetween, args.base, args.output)
     print(args.output)
 
 
-def assemble(image: Path | None, video_vae: Path | None, inbetween: Path | None, output: Path) -> None:
-    """Write the weight set, whole or not at all; None takes what is in `output`, or random weights."""
+def assemble(
+    image: Path | None, video_vae: Path | None, inbetween: Path | None, base: Path | None, output: Path
+) -> None:
+    """Write the weight set, whole or not at all; None takes what is in `base`, or random weights."""
     import torch
     from diffusers import (
         AutoencoderKLCogVideoX,
@@ -52,8 +64,7 @@ def assemble(image: Path | None, video_vae: Path | None, inbetween: Path | None,
     from synthetic import tiny_models
 
     torch.manual_seed(0)
-    before = output if output.exists() else None
-    flux_from = image or before
+    flux_from = image or base
     local = {"torch_dtype": torch.bfloat16, "local_files_only": True}
     flux = FluxPipeline.from_pretrained(flux_from / "flux", **local) if flux_from else tiny_models.flux_pipeline()
     control = (
@@ -61,9 +72,10 @@ def assemble(image: Path | None, video_vae: Path | None, inbetween: Path | None,
         if flux_from
         else tiny_models.controlnet()
     )
+    torch.manual_seed(0)  # whatever was drawn before
     video = (
-        CogVideoXImageToVideoPipeline.from_pretrained(before / "cogvideox", **local)
-        if before
+        CogVideoXImageToVideoPipeline.from_pretrained(base / "cogvideox", **local)
+        if base
         else tiny_models.cogvideox_pipeline()
     )
     if video_vae:

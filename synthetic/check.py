@@ -149,6 +149,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--lora_steps {args.lora_steps}: the bars hold for {MOST_LORA_STEPS} at most")
     require_writable(args.output_dir)
     if args.json:
+        if args.json.is_dir():
+            raise InputError(f"--json {args.json} is a folder: name a file")
         require_writable(args.json.parent)
 
 

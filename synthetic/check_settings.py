@@ -10,7 +10,7 @@ MOST_LORA_STEPS = 400  # for which the check's bars hold
 
 @dataclass(frozen=True)
 class Settings:
-    """Names are the scripts'; defaults are what suits the tiny weights (docs/tiny_weights.md)."""
+    """Defaults are what suits the tiny weights (docs/tiny_weights.md), not the scripts'."""
 
     lora_steps: int = 100  # optimizer steps of the alignment
     learning_rate: float = 5e-4  # of the alignment

@@ -34,12 +34,12 @@ SHEET_STEPS = 25
 class ImageObjective(nn.Module):
     """All networks that are trained as one module, and the frozen autoencoder beside it."""
 
-    def __init__(self, pipeline: FluxPipeline, controlnet: FluxControlNetModel, vae: AutoencoderKL, device: str):
-        """vae: on `device`, where all of it will compute."""
+    def __init__(self, pipeline: FluxPipeline, controlnet: FluxControlNetModel, vae: AutoencoderKL):
+        """vae: on the device where all of it will compute."""
         super().__init__()
         self.transformer, self.controlnet = pipeline.transformer, controlnet
         self.t5, self.clip = pipeline.text_encoder_2, pipeline.text_encoder
-        self.models = FluxModels(self.transformer, self.controlnet, vae.requires_grad_(False), device)
+        self.models = FluxModels(self.transformer, self.controlnet, vae.requires_grad_(False), str(vae.device))
         self._tokenizers = (pipeline.tokenizer_2, pipeline.tokenizer)
 
     def texts(self, captions: Sequence[str]) -> Text:
@@ -122,7 +122,7 @@ def sample_pictures(objective: ImageObjective, edges: np.ndarray, captions: Sequ
     tokens = pack(noise).to(models.device)
     schedule = anchor_schedule(SHEET_STEPS, width, height)
     scales = {"guidance": settings.guidance, "control_weight": settings.control_weight}
-    with torch.autocast(models.device, torch.bfloat16):
+    with torch.autocast(torch.device(models.device).type, torch.bfloat16):
         for now, after in pairwise(schedule):
             prediction = velocity(models, tokens, now, text, control, **scales)
             tokens = tokens + (after - now) * prediction.float()

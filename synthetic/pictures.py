@@ -22,7 +22,7 @@ from synthetic.styles import make_style
 from utils.arcs import ARC_FRAMES
 from utils.cli import InputError, Parser, positive_int, run_script
 from utils.edges import resize_edges, soft_edges
-from utils.tensor_cache import read_arrays, write_arrays
+from utils.tensor_cache import holds, read_arrays, write_arrays
 from utils.views import make_views
 
 SIZE = (144, 96)  # width, height of the tiny networks' pictures
@@ -55,6 +55,13 @@ def scene_seed(split: str, number: int) -> int:
     return first + number
 
 
+def require_count(split: str, count: int) -> None:
+    """Raise InputError when a split has fewer towns."""
+    first, end = SPLITS[split]
+    if count > (most := (end - first) // STYLES):
+        raise InputError(f"{count} towns: the {split} split has seeds for {most}")
+
+
 def style_seeds(split: str, number: int) -> list[int]:
     """Seeds of the styles that town `number` is coloured in."""
     return [SPLITS[split][0] + STYLES * number + k for k in range(STYLES)]
@@ -82,10 +89,15 @@ def draw_town(split: str, number: int, size: tuple[int, int] = SIZE) -> dict[str
     return {"images": np.array(images), "edges": np.array(edges), "detected": np.array(detected)}
 
 
+def cache_entry(split: str, number: int, folder: Path, size: tuple[int, int] = SIZE) -> tuple[Path, dict]:
+    """File of a town, and what it must hold."""
+    identity = {"split": split, "number": number, "size": list(size), "version": VERSION}
+    return folder / f"{split}_{number:05d}.safetensors", identity
+
+
 def cached_town(split: str, number: int, folder: Path = CACHE, size: tuple[int, int] = SIZE) -> TownPictures:
     """Read a town's pictures from the cache; draw and cache them when they are missing or damaged."""
-    path = folder / f"{split}_{number:05d}.safetensors"
-    identity = {"split": split, "number": number, "size": list(size), "version": VERSION}
+    path, identity = cache_entry(split, number, folder, size)
     arrays = read_arrays(path, identity)
     if arrays is None:
         try:
@@ -102,8 +114,12 @@ def cached_town(split: str, number: int, folder: Path = CACHE, size: tuple[int, 
 
 
 def load_towns(split: str, count: int, folder: Path = CACHE, processes: int | None = None) -> list[TownPictures]:
-    """The first `count` towns of a split, those without pictures left out; missing ones are drawn in parallel."""
-    missing = [n for n in range(count) if not (folder / f"{split}_{n:05d}.safetensors").is_file()]
+    """The first `count` towns of a split, those without pictures left out; missing ones are drawn in parallel.
+
+    Raises InputError when the split has fewer, or none of them has pictures.
+    """
+    require_count(split, count)
+    missing = [n for n in range(count) if not holds(*cache_entry(split, n, folder))]
     if missing:
         with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
             jobs = pool.map(_draw_into, [(split, n, folder) for n in missing], chunksize=4)

@@ -2,7 +2,7 @@
 
     python -m synthetic.tiny_models --output runs/random [--seed 0] [--overwrite]
 
-The command writes them with random weights, which training starts from (`make tiny-weights`).
+The command writes them with random weights, to try code on; `synthetic.train` and `synthetic.assemble` draw their own.
 """
 
 import argparse

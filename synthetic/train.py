@@ -12,7 +12,8 @@ The in-between transformer has its own trainer, train_ggi.py. `make tiny-weights
 
 import argparse
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,16 @@ from models.training import FREE_SETTINGS, add_training_flags, fit, is_trained, 
 from models.weights import resolve_device
 from synthetic.pictures import load_towns
 from utils.cli import InputError, Parser, positive_int, run_script, unit_float
-from utils.runs import Run, open_run
+from utils.runs import file_sha256, open_run, read_json
 
 STAGES = ("vae", "image", "video-vae")
-PARTS = {"vae": ("vae",), "video-vae": ("vae",), "image": ("flux", "controlnet")}  # of a checkpoint of each stage
+START = {  # of a stage and a flag of it: the parts of the folder that it names, and their classes
+    ("vae", "init_from"): {"vae": "AutoencoderKL"},
+    ("video-vae", "init_from"): {"vae": "AutoencoderKLCogVideoX"},
+    ("video-vae", "image_vae"): {"": "AutoencoderKL"},
+    ("image", "init_from"): {"flux": "FluxPipeline", "controlnet": "FluxControlNetModel"},
+    ("image", "vae"): {"": "AutoencoderKL"},
+}
 DEFAULTS = {
     "vae": {"learning_rate": 1.5e-3, "train_batch_size": 8, "warmup_steps": 200, "decay_steps": 2000},
     "video-vae": {"learning_rate": 6e-4, "warmup_steps": 50, "decay_steps": 600, "ema_decay": 0.995},
@@ -32,7 +39,7 @@ DEFAULTS = {
 }
 SEGMENT = 9  # frames on which the video autoencoder is trained
 EDGE_SHARE = 0.3  # of its segments: GGI encodes edges with it
-HELD_OUT = ("validation", 8)  # towns on a sample sheet
+HELD_OUT, HELD_OUT_CLIPS = ("validation", 8), ("validation", 3)  # towns and clips on a sample sheet
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -65,9 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    for name, parts in (("init_from", PARTS[args.stage]), ("vae", ("",)), ("image_vae", ("",))):
-        if folder := getattr(args, name, None):
-            require_weights(name, folder, parts)
+    weights = start_weights(args)
     if getattr(args, "decoder_only", False) and not args.init_from:
         raise InputError("--decoder_only goes on from weights that exist: pass --init_from")
     if getattr(args, "image_vae", None) and args.init_from:
@@ -77,34 +82,57 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.output_dir, {key: value for key, value in vars(args).items() if key not in free}, overwrite=args.overwrite
     )
     if is_trained(run, training_settings(args)):
+        if not run.finished:  # it was stopped after its last checkpoint
+            run.finish(steps=args.max_train_steps)
         print(f"{run.folder} is finished; raise --max_train_steps to train on")
         return
+    run.require_same_weights(weights)
     args.device = resolve_device(args.device)
-    {"vae": train_vae, "video-vae": train_video_vae, "image": train_image}[args.stage](args, run)
-    print(run.folder / f"checkpoint-{args.max_train_steps}")
+    if ":" in args.device:
+        raise InputError(f"--device {args.device}: choose GPUs by `accelerate launch --gpu_ids …`, pass --device cuda")
+
+    from accelerate import PartialState
+
+    process = PartialState(cpu=args.device == "cpu")
+    train = {"vae": train_vae, "video-vae": train_video_vae, "image": train_image}[args.stage]
+    train(args, process, functools.partial(fit, run, device=args.device, weights=weights))
+    if process.is_main_process:
+        print(run.folder / f"checkpoint-{args.max_train_steps}")
 
 
-def require_weights(flag: str, folder: Path, parts: Sequence[str]) -> None:
-    """Raise InputError unless every part of the folder holds a model or a pipeline."""
-    for part in (folder / part for part in parts):
-        if not any((part / name).is_file() for name in ("config.json", "model_index.json")):
-            raise InputError(f"--{flag} {folder} is not a folder of weights: {part} holds no config.json")
+def start_weights(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """{flag: {file: sha256}} of what the training starts from. Raises InputError unless all of it is there."""
+    hashes = {}
+    for (stage, flag), parts in START.items():
+        if stage == args.stage and (folder := getattr(args, flag)):
+            files = [file for name, kind in parts.items() for file in weight_files(flag, folder / name, kind)]
+            hashes[flag] = {str(file.relative_to(folder)): file_sha256(file) for file in files}
+    return hashes
 
 
-def train_vae(args: argparse.Namespace, run: Run) -> None:
+def weight_files(flag: str, folder: Path, kind: str) -> list[Path]:
+    """The weights of a model or pipeline of class `kind`. Raises InputError when the folder holds something else."""
+    config = folder / ("model_index.json" if kind.endswith("Pipeline") else "config.json")
+    files = sorted(folder.rglob("*.safetensors"))
+    if not config.is_file() or read_json(config).get("_class_name") != kind or not files:
+        raise InputError(f"--{flag}: {folder} is not a folder of weights, or not of {kind}")
+    return files
+
+
+def train_vae(args: argparse.Namespace, process, fit_run: Callable) -> None:
     import torch
-    from accelerate.utils import set_seed
     from diffusers import AutoencoderKL
 
     from models.latents import to_signed
     from synthetic import vae_training as training
     from synthetic.tiny_models import image_vae
 
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.init_from / "vae") if args.init_from else image_vae()
     vae.encoder.requires_grad_(not args.decoder_only)
     vae.to(memory_format=torch.channels_last)  # a third faster
-    towns, held_out = (load_towns(split, n, args.cache_dir) for split, n in (("train", args.towns), HELD_OUT))
+    with process.local_main_process_first():  # it draws what is missing
+        towns, held_out = (load_towns(split, n, args.cache_dir) for split, n in (("train", args.towns), HELD_OUT))
     draw = training.draw_pictures(towns)
     shown = np.array([town.images[i % len(town.images), 0] for i, town in enumerate(held_out)])
 
@@ -118,12 +146,11 @@ def train_vae(args: argparse.Namespace, run: Run) -> None:
     def sheet() -> np.ndarray:
         return training.reconstruction_sheet(shown, training.reconstruct(vae, to_signed(shown)))
 
-    fit(run, training.ReconstructionObjective(vae), training_settings(args), draw, save, sheet, device=args.device)
+    fit_run(training.ReconstructionObjective(vae), training_settings(args), draw, save, sheet)
 
 
-def train_video_vae(args: argparse.Namespace, run: Run) -> None:
+def train_video_vae(args: argparse.Namespace, process, fit_run: Callable) -> None:
     import torch
-    from accelerate.utils import set_seed
     from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
 
     from models.latents import to_signed
@@ -131,13 +158,19 @@ def train_video_vae(args: argparse.Namespace, run: Run) -> None:
     from synthetic.inflate import inflate
     from synthetic.tiny_models import video_vae
 
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     vae = AutoencoderKLCogVideoX.from_pretrained(args.init_from / "vae") if args.init_from else video_vae()
     if args.image_vae:
-        inflate(AutoencoderKL.from_pretrained(args.image_vae), vae)
+        try:
+            inflate(AutoencoderKL.from_pretrained(args.image_vae), vae)
+        except ValueError as error:
+            raise InputError(f"--image_vae {args.image_vae} has another architecture: {error}") from error
     vae.encoder.requires_grad_(not args.decoder_only)
-    draw = training.draw_segments(load_videos("train", args.clips, args.cache_dir), SEGMENT, EDGE_SHARE)
-    held_out = load_videos("validation", 3, args.cache_dir)
+    with process.local_main_process_first():  # it draws what is missing
+        videos, held_out = (
+            load_videos(split, n, args.cache_dir) for split, n in (("train", args.clips), HELD_OUT_CLIPS)
+        )
+    draw = training.draw_segments(videos, SEGMENT, EDGE_SHARE)
     shown = np.array([video[:SEGMENT] for pair in held_out for video in training.video_and_edges(pair)])
 
     def save(folder: Path) -> None:
@@ -150,7 +183,7 @@ def train_video_vae(args: argparse.Namespace, run: Run) -> None:
         output = training.reconstruct(vae, to_signed(shown).movedim(2, 1))
         return training.reconstruction_sheet(shown[:, -1], output[:, :, -1])
 
-    fit(run, training.ReconstructionObjective(vae), training_settings(args), draw, save, sheet, device=args.device)
+    fit_run(training.ReconstructionObjective(vae), training_settings(args), draw, save, sheet)
 
 
 def load_videos(split: str, count: int, folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -162,23 +195,23 @@ def load_videos(split: str, count: int, folder: Path) -> list[tuple[np.ndarray, 
     return [(frames, clip["edges"]) for clip in clips if clip for frames in clip["images"]]
 
 
-def train_image(args: argparse.Namespace, run: Run) -> None:
+def train_image(args: argparse.Namespace, process, fit_run: Callable) -> None:
     import torch
-    from accelerate.utils import set_seed
     from diffusers import AutoencoderKL, FluxControlNetModel, FluxPipeline
 
     from synthetic import image_training as training
     from synthetic.tiny_models import controlnet, flux_pipeline
 
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     if args.init_from:
         pipeline = FluxPipeline.from_pretrained(args.init_from / "flux", local_files_only=True)
         control = FluxControlNetModel.from_pretrained(args.init_from / "controlnet")
     else:
         pipeline, control = flux_pipeline(), controlnet()
     pipeline.vae = AutoencoderKL.from_pretrained(args.vae)
-    objective = training.ImageObjective(pipeline, control, pipeline.vae.to(args.device), args.device)
-    towns, held_out = (load_towns(split, n, args.cache_dir) for split, n in (("train", args.towns), HELD_OUT))
+    objective = training.ImageObjective(pipeline, control, pipeline.vae.to(process.device))
+    with process.local_main_process_first():  # it draws what is missing
+        towns, held_out = (load_towns(split, n, args.cache_dir) for split, n in (("train", args.towns), HELD_OUT))
     edges = np.array([town.edges[i % len(town.edges)] for i, town in enumerate(held_out)])
     truth = np.array([town.images[i % len(town.images), 0] for i, town in enumerate(held_out)])
     captions = [town.captions[0] for town in held_out]
@@ -194,7 +227,7 @@ def train_image(args: argparse.Namespace, run: Run) -> None:
         return np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
 
     draw = training.draw_captioned(towns, args.caption_dropout)
-    fit(run, objective, training_settings(args), draw, save, sheet, device=args.device)
+    fit_run(objective, training_settings(args), draw, save, sheet)
 
 
 if __name__ == "__main__":

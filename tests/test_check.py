@@ -240,6 +240,7 @@ def test_parts_and_figures_fit_together() -> None:
         (("--only", "beauty"), "beauty"),
         (("--scenes", 0), "not a positive whole number"),
         (("--weights_dir", "nowhere"), "nowhere holds no preset.json"),
+        (("--json", "docs"), "--json docs is a folder"),
     ],
 )
 def test_bad_input_is_one_line(arguments: tuple, said: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

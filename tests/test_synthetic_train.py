@@ -1,6 +1,8 @@
 """Training of the tiny networks on the synthetic world: every stage end to end, start values, batches, bad input."""
 
 import itertools
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import synthetic.assemble
 import synthetic.clips
 import synthetic.pictures
 import synthetic.train
@@ -19,7 +22,7 @@ from tests.helpers import ROOT, SECONDS, assert_same, contents, forget_accelerat
 from utils.arcs import LOSS_FILE, SAMPLES_FOLDER, STATE_FOLDER
 from utils.cli import run_script
 from utils.images import read_image
-from utils.runs import MANIFEST, read_json, write_json
+from utils.runs import MANIFEST, file_sha256, read_json, write_json
 from utils.tensor_cache import write_arrays
 
 slow = pytest.mark.slow
@@ -205,6 +208,84 @@ def test_init_from_with_the_decoder_alone(tmp_path: Path, pictures: Path, vae_ru
     assert all(configs[0][key] == configs[1][key] for key in ("scaling_factor", "shift_factor"))
 
 
+@slow
+def test_two_processes_are_one(tmp_path: Path, pictures: Path, vae_run: Path):
+    """Each takes half of the batch."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
+    flags = on_pictures(tmp_path / "run", pictures, "--train_batch_size", 1)
+    done = subprocess.run(
+        [*launch, "-m", "synthetic.train", "vae", *map(str, flags)],
+        cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("checkpoint-2") == 1
+    first, one, two = (
+        load_file(path / "vae" / WEIGHTS)
+        for path in (vae_run / "checkpoint-1", vae_run / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    )
+    moved = torch.cat([(one[name] - first[name]).abs().flatten().float() for name in one])
+    apart = torch.cat([(one[name] - two[name]).abs().flatten().float() for name in one])
+    assert apart.mean() < 0.1 * moved.mean()
+
+
+@slow
+def test_a_run_is_not_continued_from_other_weights(
+    tmp_path: Path, pictures: Path, vae_run: Path, capsys: pytest.CaptureFixture
+):
+    start, run = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(vae_run / "checkpoint-1" / "vae", start / "vae")
+    flags = ("--init_from", start, "--max_train_steps")
+    assert train("vae", *on_pictures(run, pictures, *flags, 1)) == 0
+    before = contents(run)
+    shutil.copy(vae_run / "checkpoint-2" / "vae" / WEIGHTS, start / "vae")
+    assert train("vae", *on_pictures(run, pictures, *flags, 2)) == 2
+    assert "begun with other weights" in capsys.readouterr().err
+    assert_same(contents(run), before)
+
+
+# A weight set
+
+
+@slow
+def test_parts_are_put_together(tmp_path: Path, vae_run: Path, capsys: pytest.CaptureFixture):
+    """What is not given is the base's; without a base it is random, and the same every time."""
+
+    def assemble(*arguments: object) -> int:
+        try:
+            run_script(lambda: synthetic.assemble.main([*map(str, arguments)]))
+        except SystemExit as stop:
+            return stop.code or 0
+        return 0
+
+    def hashes(folder: Path) -> dict[str, str]:
+        return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(folder.rglob("*.safetensors"))}
+
+    tiny, video_vae = ROOT / "checkpoints" / "tiny", tmp_path / "checkpoint-1"
+    shutil.copytree(tiny / "cogvideox" / "vae", video_vae / "vae")
+    for name in ("a", "b"):
+        assert assemble("--video_vae", video_vae, "--output", tmp_path / name) == 0
+    first = hashes(tmp_path / "a")
+    assert first == hashes(tmp_path / "b") and len(first) == 8
+    assert first["cogvideox/vae/" + WEIGHTS] == hashes(tiny)["cogvideox/vae/" + WEIGHTS]
+    shutil.copytree(tiny / "cogvideox" / "transformer", video_vae / "transformer")
+    common = ("--base", tmp_path / "a", "--inbetween", video_vae)
+    assert assemble(*common, "--output", tmp_path / "c") == 0
+    changed = {name for name, value in hashes(tmp_path / "c").items() if value != first[name]}
+    assert changed == {"cogvideox/transformer/" + WEIGHTS}
+    assert read_json(tmp_path / "c" / "preset.json")["num_frames"] == 49
+
+    capsys.readouterr()
+    for arguments, telling in (
+        ((*common, "--output", tmp_path / "c"), "--overwrite"),
+        (("--image", vae_run / "checkpoint-1", "--output", tmp_path / "d"), "holds no flux"),
+        (("--base", vae_run / "checkpoint-1", "--output", tmp_path / "d"), "a weight set"),
+    ):
+        assert assemble(*arguments) == 2
+        error = capsys.readouterr().err
+        assert telling in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "d").exists()
+
+
 # Start values
 
 
@@ -365,6 +446,13 @@ def refused(capsys: pytest.CaptureFixture, stage: str, *arguments: object) -> st
         ("image", ("--vae", "assets", "--caption_dropout", 2), "caption_dropout"),
         ("vae", ("--init_from", "nowhere"), "nowhere"),
         ("vae", ("--init_from", "docs"), "docs"),
+        ("image", ("--vae", "checkpoints/tiny/flux"), "AutoencoderKL"),
+        ("image", ("--vae", "checkpoints/tiny/controlnet"), "AutoencoderKL"),
+        ("image", ("--vae", "checkpoints/tiny/flux/vae", "--init_from", "checkpoints/tiny/flux"), "FluxPipeline"),
+        ("vae", ("--towns", 25_001, "--device", "cpu"), "25000"),
+        ("video-vae", ("--clips", 25_001, "--device", "cpu"), "25000"),
+        ("vae", ("--beta2", 1), "below 1"),
+        ("vae", ("--weight_decay", -1), "negative"),
         ("video-vae", ("--image_vae", "nowhere"), "nowhere"),
         ("video-vae", ("--init_from", "docs"), "docs"),
         ("vae", ("--decoder_only",), "--init_from"),

@@ -401,7 +401,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_pa
     def check(*arguments: object, telling: tuple = ()) -> None:
         output = tmp_path / "output"
         capfd.readouterr()
-        code = call(TRAIN, "--output_dir", output, "--cache_dir", output / "cache", *arguments)
+        code = call(TRAIN, "--output_dir", output, "--cache_dir", output.with_name("cache"), *arguments)
         error = capfd.readouterr().err
         assert code == 2, error
         assert error.startswith("error: ") and len(error.splitlines()) == 1, error

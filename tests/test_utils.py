@@ -13,7 +13,7 @@ from utils.arcs import anchor_run_name, edge_frame_indices, pad_prompts
 from utils.cli import InputError
 from utils.images import contact_sheet, plot_curve, read_image, write_image, write_video
 from utils.references import Reference, crop_size, draw_crop, load_references
-from utils.runs import atomic_path, clear_leftovers, derive_seed, find_unfinished, open_run
+from utils.runs import atomic_path, clear_leftovers, derive_seed, find_unfinished, open_run, write_json
 
 
 def test_atomic_path_keeps_the_old_file_when_writing_fails(tmp_path):
@@ -57,6 +57,15 @@ def test_a_run_belongs_to_its_arguments(tmp_path):
     run.finish()
     again = open_run(folder, {"seed": 1, "prompt": ["a", "b"]})
     assert again.finished and again.manifest["wall_seconds"] >= 0 and again.manifest["peak_memory_mib"]["resident"] > 0
+
+
+def test_a_file_does_not_take_the_place_of_a_folder(tmp_path):
+    kept = tmp_path / "results" / "a.txt"
+    kept.parent.mkdir()
+    kept.write_text("an hour of work")
+    with pytest.raises(OSError, match="results"):
+        write_json(tmp_path / "results", {})
+    assert kept.read_text() == "an hour of work" and list(tmp_path.iterdir()) == [kept.parent]
 
 
 def test_overwriting_waits_until_the_new_run_begins(tmp_path):

@@ -129,6 +129,22 @@ def _number(kind: type, text: str) -> int | float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
 
 
+def non_negative_float(text: str) -> float:
+    """argparse type: a finite number of 0 or more."""
+    value = finite_float(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def decay(text: str) -> float:
+    """argparse type: a number in [0, 1), the share that a running mean keeps."""
+    value = unit_float(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"{text} would keep everything: use a number below 1")
+    return value
+
+
 def unit_float(text: str) -> float:
     """argparse type: a number in [0, 1]."""
     value = _number(float, text)

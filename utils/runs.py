@@ -51,7 +51,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(3)}.tmp{path.suffix}")
     try:
         yield temporary
-        if path.is_dir():
+        if path.is_dir() and temporary.is_dir():  # a file never takes the place of a folder
             shutil.rmtree(path)
         os.replace(temporary, path)
     except BaseException:
@@ -134,17 +134,23 @@ class Run:
     def finished(self) -> bool:
         return bool(self.manifest.get("finished"))
 
+    def require_same_weights(self, weights: dict) -> None:
+        """Raise InputError when this is an interrupted run that was begun with other weights."""
+        before = None if self.replaces else self.manifest.get("weights")
+        if before and before != weights:
+            raise InputError(f"{self.folder} was begun with other weights; pass --overwrite to start again")
+
     def begin(self, **entries: object) -> None:
         """Make the folder and its manifest. Call it when everything is loaded: a failed load then changes nothing.
 
-        Raises InputError when an interrupted run was begun with other weights.
+        Raises InputError when an interrupted run was begun with other `weights`.
         """
-        before = None if self.replaces else self.manifest.get("weights")
-        if before and before != entries.get("weights", before):
-            raise InputError(f"{self.folder} was begun with other weights; pass --overwrite to start again")
+        if "weights" in entries:
+            self.require_same_weights(entries["weights"])
         if self.replaces:
             for path in owned_paths(self.folder, self.owned):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self.replaces = False  # beginning again must not remove what was made since
         self.folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(self.folder)
         self.save(**entries, finished=False)

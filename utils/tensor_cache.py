@@ -30,17 +30,26 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], identity: Mapping
 
 def read_arrays(path: Path, identity: Mapping) -> dict[str, np.ndarray] | None:
     """The arrays of a file, or None when it must be made (again)."""
-    if not path.is_file():
+    if not holds(path, identity):
         return None
     try:
         with safe_open(path, "numpy") as file:
-            header = file.metadata() or {}
-            if header.get("identity") != _text(identity):
-                return None
+            header = file.metadata()
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
     except (SafetensorError, OSError, ValueError):
         return None
     return arrays if header.get("sha256") == _hash(arrays) else None
+
+
+def holds(path: Path, identity: Mapping) -> bool:
+    """Whether a file claims this identity. Reads its header alone: damage is found by `read_arrays`."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, "numpy") as file:
+            return (file.metadata() or {}).get("identity") == _text(identity)
+    except (SafetensorError, OSError, ValueError):
+        return False
 
 
 def _text(identity: Mapping) -> str:
