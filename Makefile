@@ -7,13 +7,13 @@ BIN ?= .venv/bin
 SETUP ?= .venv/installed
 OUT ?= demo
 
-# The demo. STYLE: a reference picture; PROMPT: in words what it shows; STEPS, RATE and BATCH: training of its LoRA;
-# TRUE_GS and GUIDANCE: of anchors and of the video; THREADS: of the training.
+# The demo. STYLE: a reference picture; PROMPT: words, none by default; STEPS, RATE and BATCH: training of its LoRA;
+# TRUE_GS and GUIDANCE: of anchors and of the video, where there are words; THREADS: of the training.
 STYLE := assets/references/boxtown.png
-STEPS := 100
-RATE := 5e-4
+STEPS := 200
+RATE := 1e-3
 BATCH := 8
-PROMPT = $(eval PROMPT := $(shell $(BIN)/python -m synthetic.reference --caption '$(STYLE)'))$(PROMPT)
+PROMPT :=
 TRUE_GS := 2
 GUIDANCE := 1
 SEED := 42

@@ -12,14 +12,14 @@ MOST_LORA_STEPS = 400  # for which the check's bars hold
 class Settings:
     """Defaults are what suits the tiny weights (docs/tiny_weights.md), not the scripts'."""
 
-    lora_steps: int = 100  # optimizer steps of the alignment
-    learning_rate: float = 5e-4  # of the alignment
+    lora_steps: int = 200  # optimizer steps of the alignment
+    learning_rate: float = 1e-3  # of the alignment
     train_batch_size: int = 8  # crops in each of its steps
     rank: int = 16  # of the LoRAs
     precision: str = "bf16"  # of the networks while the LoRAs are trained: bf16 or float32
-    prompt: str = "caption"  # of all stages: empty, or the style's caption
+    prompt: str = "empty"  # of all stages: empty, or the style's caption
     num_steps: int = 25  # denoising steps of an anchor
-    true_gs: float = 2.0  # classifier-free guidance of an anchor
+    true_gs: float = 2.0  # classifier-free guidance of an anchor; without a prompt it changes nothing
     num_inference_steps: int = 30  # denoising steps of a video
     guidance_scale: float = 1.0  # classifier-free guidance of a video
 

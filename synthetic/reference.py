@@ -1,7 +1,6 @@
 """The reference pictures of assets/references: random towns in random styles, both from the seeds kept for tests.
 
     python -m synthetic.reference [--output_dir assets/references] [--overwrite]
-    python -m synthetic.reference --caption assets/references/boxtown.png      # nothing for a picture without one
 
 Beside them, references.json says which town and style each picture shows. They are chosen by hand, so that every sky
 and most colours appear; each view shows every major class of object, and the sky.
@@ -81,10 +80,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.caption:
-        style = style_of(args.caption)
-        print(style.caption if style else "")
-        return
     cv2.setNumThreads(1)
     entries, index = chosen_entries(), args.output_dir / INDEX
     pictures = {name: args.output_dir / f"{name}.png" for name in entries}

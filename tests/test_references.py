@@ -120,10 +120,3 @@ def test_the_command_makes_the_committed_folder_again(tmp_path: Path):
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in COMMITTED.iterdir()}
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (COMMITTED / path.name).read_bytes(), path.name
-
-
-def test_captions_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture):
-    main(["--caption", str(FOLDER / "boxtown.png")])
-    assert capsys.readouterr().out.strip() == chosen_entries()["boxtown"].caption
-    main(["--caption", str(tmp_path / "mine.png")])
-    assert capsys.readouterr().out == "\n"
