@@ -73,6 +73,9 @@ FIGURES: dict[str, tuple[str, Bar | None]] = {
     "covisible_ratio": ("anchors", at_most(0.6)),
     "covisible_error_replacement": ("anchors", None),
     "covisible_error": ("anchors", None),
+    "covisible_ratio_base": ("anchors", None),
+    "covisible_error_base_replacement": ("anchors", None),
+    "covisible_error_base": ("anchors", None),
     "covisible_error_vae": ("anchors", None),
     "inbetween_gain_db": ("inbetween", at_least(3)),
     "gain_no_edges": ("inbetween", below("inbetween_gain_db")),
@@ -90,7 +93,7 @@ ALSO_NEEDED = {"inbetween": ("video_vae",)}  # parts whose figures are the bars 
 def means_over_units(units: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Means of all figures over units, which need not have them all; a unit where a figure is NaN does not count.
 
-    The covisible ratio is one of means, so that a unit with little overlap cannot spoil it.
+    A covisible ratio is one of means, so that a unit with little overlap cannot spoil it.
     """
     columns: dict[str, list[float]] = {}
     for unit in units:
@@ -100,8 +103,10 @@ def means_over_units(units: Iterable[Mapping[str, float]]) -> dict[str, float]:
     for name, values in columns.items():
         known = [value for value in values if not math.isnan(value)]
         means[name] = float(np.mean(known)) if known else math.nan
-    if "covisible_error" in means:
-        means["covisible_ratio"] = means["covisible_error_replacement"] / means["covisible_error"]
+    for kind in ("", "_base"):
+        if f"covisible_error{kind}" in means:
+            ratio = means[f"covisible_error{kind}_replacement"] / means[f"covisible_error{kind}"]
+            means[f"covisible_ratio{kind}"] = ratio
     return means
 
 

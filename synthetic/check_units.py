@@ -45,7 +45,7 @@ REFERENCE_SIZE = (1080, 720)  # width, height in pixels
 REFERENCE_SEEDS = 500_000  # from a scene's seed to that of the town its reference shows
 SHEET_COLUMNS = 8
 FPS = 12
-VERSION = 2  # of what is measured; figures of another version are measured again
+VERSION = 3  # of what is measured; figures of another version are measured again
 
 Figures = dict[str, float]
 
@@ -188,6 +188,8 @@ def measure_anchors(bench: Workbench) -> Figures:
         "style_error_vae": colour(drawn.vae, truth, classes),
         "covisible_error_replacement": covisible(drawn.guided),
         "covisible_error": covisible(drawn.free),
+        "covisible_error_base_replacement": covisible(drawn.base_guided),
+        "covisible_error_base": covisible(drawn.base_free),
         "covisible_error_vae": covisible(drawn.vae),
     }
 
