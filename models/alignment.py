@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import set_seed
 from diffusers.training_utils import cast_training_params
 
 from models.flux import FluxModels, Text, encode_image, training_schedule, velocity
@@ -111,7 +112,7 @@ def load_trainable(
     """
     models = load_flux(paths, device, dtype)
     networks = [models.transformer, models.controlnet]
-    torch.manual_seed(seed)
+    set_seed(seed % 2**32)  # NumPy's generator takes no more; its state is part of a checkpoint
     loras = [add_lora(model, rank) for model in networks]
     cast_training_params(networks, torch.float32)
     for model in networks:

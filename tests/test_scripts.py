@@ -348,13 +348,13 @@ def long_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_losses_stay_complete_when_stopped_between_files(tmp_path: Path, loras: Path, monkeypatch: pytest.MonkeyPatch):
-    import sag_distribution_alignment as script
+    from models import training
 
     def stop(folder: Path, losses: list[float]) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "write_losses", stop)
+        patch.setattr(training, "write_losses", stop)
         assert call(ALIGN, *train(tmp_path / "loras")) == 130
     assert call(ALIGN, *train(tmp_path / "loras")) == 0
     assert_same(contents(tmp_path / "loras", STATE), contents(loras, STATE))
