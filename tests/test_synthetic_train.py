@@ -1,7 +1,6 @@
 """Training of the tiny networks on the synthetic world: every stage end to end, start values, batches, bad input."""
 
 import itertools
-import os
 import shutil
 import subprocess
 import sys
@@ -206,26 +205,6 @@ def test_init_from_with_the_decoder_alone(tmp_path: Path, pictures: Path, vae_ru
     assert any(not torch.equal(after[name], before[name]) for name in after)
     configs = [read_json(path / "vae" / "config.json") for path in (start, tmp_path / "run" / "checkpoint-1")]
     assert all(configs[0][key] == configs[1][key] for key in ("scaling_factor", "shift_factor"))
-
-
-@slow
-def test_two_processes_are_one(tmp_path: Path, pictures: Path, vae_run: Path):
-    """Each takes half of the batch."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
-    flags = on_pictures(tmp_path / "run", pictures, "--train_batch_size", 1)
-    done = subprocess.run(
-        [*launch, "-m", "synthetic.train", "vae", *map(str, flags)],
-        cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("checkpoint-2") == 1
-    first, one, two = (
-        load_file(path / "vae" / WEIGHTS)
-        for path in (vae_run / "checkpoint-1", vae_run / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
-    )
-    moved = torch.cat([(one[name] - first[name]).abs().flatten().float() for name in one])
-    apart = torch.cat([(one[name] - two[name]).abs().flatten().float() for name in one])
-    assert apart.mean() < 0.1 * moved.mean()
 
 
 @slow
