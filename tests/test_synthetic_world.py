@@ -107,7 +107,7 @@ def test_palettes_stay_in_range(styles: list[Style]):
         assert set(style.colours) == set(CLASSES) - {"sky"}
         for colour in (*style.colours.values(), style.low_sky, style.high_sky):
             assert colour.shape == (3,) and colour.min() >= 0 and colour.max() <= 255
-        assert np.linalg.norm(style.sun) == pytest.approx(1) and 0.5 < style.sun[2] < 0.85
+        assert np.linalg.norm(style.sun) == pytest.approx(1) and 0.866 < style.sun[2] < 0.966  # 60 to 75 degrees
         assert 120 <= style.haze <= 400
     seen = {kind: {style.textures[kind] for style in styles} for kind in TEXTURES}
     assert all(seen[kind] == set(options) for kind, options in TEXTURES.items())
