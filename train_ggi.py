@@ -157,7 +157,7 @@ def train(
     lora = training.read_frozen_lora(args.lora, config) if args.lora else None
     process = PartialState(cpu=device == "cpu", timeout=WAIT)
     weights = weight_hashes(paths | ({"lora": args.lora} if lora else {}))
-    run.require_same_weights(weights)
+    run.require_begun_with(weights)
     cache = fill_cache(args, preset, source, paths, weights, config["max_text_seq_length"], process)
 
     if args.from_scratch:

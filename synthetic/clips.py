@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from synthetic.pictures import EDGE_SIZE, SIZE, SPLITS, require_count, scene_seed
+from synthetic.pictures import EDGE_SIZE, SIZE, SPLITS, cache_entry, require_count, scene_seed
 from synthetic.render import World, draw_edges, paint, town_world, trace, typical_depth
 from synthetic.scenes import PATHS, make_path, make_town, to_camera_path
 from synthetic.styles import make_style
@@ -73,15 +73,9 @@ def path_noise(world: World, path: CameraPath, latent_size: tuple[int, int], see
     return warp_noise([(one.position, one.visible) for one in found], latent_size, [seed, arc])
 
 
-def cache_entry(split: str, number: int, folder: Path) -> tuple[Path, dict]:
-    """File of a clip, and what it must hold."""
-    identity = {"split": split, "number": number, "size": list(SIZE), "version": VERSION}
-    return folder / f"{split}_{number:05d}.safetensors", identity
-
-
 def cached_clip(split: str, number: int, folder: Path = CACHE) -> dict[str, np.ndarray] | None:
     """Read a clip from the cache; draw and cache it when it is missing or damaged. None: the town has no such path."""
-    path, identity = cache_entry(split, number, folder)
+    path, identity = cache_entry(split, number, folder, version=VERSION)
     arrays = read_arrays(path, identity)
     if arrays is None:
         try:
@@ -95,7 +89,7 @@ def cached_clip(split: str, number: int, folder: Path = CACHE) -> dict[str, np.n
 def draw_clips(split: str, count: int, folder: Path = CACHE, processes: int | None = None) -> None:
     """Draw what is missing of the first `count` clips of a split, in parallel. Raises InputError for too many."""
     require_count(split, count)
-    missing = [n for n in range(count) if not holds(*cache_entry(split, n, folder))]
+    missing = [n for n in range(count) if not holds(*cache_entry(split, n, folder, version=VERSION))]
     if not missing:
         return
     with ProcessPoolExecutor(processes or os.cpu_count()) as pool:

@@ -89,9 +89,11 @@ def draw_town(split: str, number: int, size: tuple[int, int] = SIZE) -> dict[str
     return {"images": np.array(images), "edges": np.array(edges), "detected": np.array(detected)}
 
 
-def cache_entry(split: str, number: int, folder: Path, size: tuple[int, int] = SIZE) -> tuple[Path, dict]:
-    """File of a town, and what it must hold."""
-    identity = {"split": split, "number": number, "size": list(size), "version": VERSION}
+def cache_entry(
+    split: str, number: int, folder: Path, size: tuple[int, int] = SIZE, version: int = VERSION
+) -> tuple[Path, dict]:
+    """File of what was drawn of a town, and the identity that it must have."""
+    identity = {"split": split, "number": number, "size": list(size), "version": version}
     return folder / f"{split}_{number:05d}.safetensors", identity
 
 

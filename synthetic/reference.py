@@ -72,9 +72,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, "python -m synthetic.reference")
     parser.add_argument("--output_dir", type=Path, default=FOLDER, help="folder of the pictures")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    parser.add_argument(
-        "--caption", type=Path, metavar="PNG", help="print the caption of such a picture, draw nothing"
-    )
     return parser.parse_args(argv)
 
 

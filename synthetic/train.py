@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run.finish(steps=args.max_train_steps)
         print(f"{run.folder} is finished; raise --max_train_steps to train on")
         return
-    run.require_same_weights(weights)
+    run.require_begun_with(weights)
     args.device = resolve_device(args.device)
     if ":" in args.device:
         raise InputError(f"--device {args.device}: choose GPUs by `accelerate launch --gpu_ids …`, pass --device cuda")

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -35,11 +35,17 @@ def call(script: str, *arguments: object) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *words(*arguments)])
         try:
-            run_script(module.main)
-        except SystemExit as stop:
-            return stop.code or 0
+            return exit_code(module.main)
         finally:
             forget_accelerator()
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """What a shell would see of a script's `main`, run in this process."""
+    try:
+        run_script(main)
+    except SystemExit as stop:
+        return stop.code or 0
     return 0
 
 

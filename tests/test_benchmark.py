@@ -22,9 +22,9 @@ from synthetic.check_settings import Settings
 from synthetic.check_units import Unit, choose_units
 from synthetic.render import paint, trace
 from synthetic.styles import make_style
-from tests.helpers import ROOT
+from tests.helpers import ROOT, exit_code
 from utils.arcs import ARC_STEPS
-from utils.cli import InputError, run_script
+from utils.cli import InputError
 from utils.evaluation import Metric
 from utils.images import read_image
 from utils.runs import read_json, write_json
@@ -40,12 +40,8 @@ def anchors(scene: CheckScene) -> np.ndarray:
     return scene.anchor_pictures(make_style(200_000))[0]
 
 
-def exit_code(*arguments: object) -> int:
-    try:
-        run_script(lambda: benchmark.main([str(argument) for argument in arguments]))
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
+def call(*arguments: object) -> int:
+    return exit_code(lambda: benchmark.main([str(argument) for argument in arguments]))
 
 
 # --- rows ---
@@ -336,7 +332,7 @@ def test_sheets_show_rows_above_the_truth(tmp_path: Path):
     ],
 )
 def test_bad_input_is_one_line(arguments: tuple, said: str, capsys: pytest.CaptureFixture, tmp_path: Path):
-    assert exit_code(*arguments, "--output", tmp_path / "out") == 2
+    assert call(*arguments, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -18,8 +18,8 @@ from synthetic.check_settings import Settings, settings_of
 from synthetic.check_units import PARTS, Unit, finished_parts, part_identity, result_path
 from synthetic.reference_views import ENOUGH, completeness, find_reference
 from synthetic.styles import CLASSES, MAJOR_CLASSES, make_style
-from tests.helpers import ROOT
-from utils.cli import InputError, run_script
+from tests.helpers import ROOT, exit_code
+from utils.cli import InputError
 from utils.correspondence import source_positions
 from utils.runs import read_json, write_json
 
@@ -32,12 +32,8 @@ def anchors(scene: CheckScene) -> tuple[np.ndarray, np.ndarray]:
     return scene.anchor_pictures(make_style(200_000))
 
 
-def exit_code(*arguments: object) -> int:
-    try:
-        run_script(lambda: check.main([str(argument) for argument in arguments]))
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
+def call(*arguments: object) -> int:
+    return exit_code(lambda: check.main([str(argument) for argument in arguments]))
 
 
 # --- measures ---
@@ -245,7 +241,7 @@ def test_parts_and_figures_fit_together() -> None:
     ],
 )
 def test_bad_input_is_one_line(arguments: tuple, said: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    assert exit_code(*arguments, "--output_dir", tmp_path / "check") == 2
+    assert call(*arguments, "--output_dir", tmp_path / "check") == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not (tmp_path / "check").exists()

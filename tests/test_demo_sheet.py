@@ -10,10 +10,9 @@ import pytest
 from synthetic import demo
 from synthetic.demo import MP4_FILE, SHEET_FILE, SHEET_WIDTH, demo_sheet, true_frames
 from synthetic.styles import make_style
-from tests.helpers import ROOT, probe_video
+from tests.helpers import ROOT, exit_code, probe_video
 from tests.scenes import make_scene
 from utils.arcs import ARC_FRAMES, CAMERAS_FILE, SCENE_FILE, VIDEO_FILE, anchor_path, frame_path, load_scene
-from utils.cli import run_script
 from utils.geometry import build_geometry, write_glb
 from utils.images import read_image, write_image
 from utils.runs import MANIFEST, write_json
@@ -43,11 +42,7 @@ def run(tmp_path: Path) -> Path:
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """The exit code of the command."""
     monkeypatch.setattr(sys, "argv", ["demo", *map(str, arguments)])
-    try:
-        run_script(demo.main)
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
+    return exit_code(demo.main)
 
 
 def files(folder: Path) -> set[Path]:

@@ -13,10 +13,10 @@ import pytest
 import evaluate
 from synthetic.demo import true_frames
 from synthetic.reference import style_of
-from tests.helpers import DATA, ROOT
+from tests.helpers import DATA, ROOT, exit_code
 from tests.scenes import make_scene
 from utils.arcs import CAMERAS_FILE, SCENE_FILE, VIDEO_FILE, find_scene, frame_path, load_scene
-from utils.cli import InputError, run_script
+from utils.cli import InputError
 from utils.evaluation import METRICS, Missing, load_targets, measure
 from utils.images import write_image, write_video
 from utils.runs import MANIFEST, write_json
@@ -30,11 +30,7 @@ GEOMETRIC = ("anchors_error", "temporal_1", "temporal_8", "temporal_24", "flicke
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """The exit code of the script."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    try:
-        run_script(evaluate.main)
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
+    return exit_code(evaluate.main)
 
 
 def draw(count: int, size: tuple[int, int] = SIZE) -> np.ndarray:

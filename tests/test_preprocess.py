@@ -21,10 +21,9 @@ from scipy.spatial.transform import Rotation
 import preprocess
 import tests.town
 from benchmarks.preprocess import median_seconds, subdivide
-from tests.helpers import DATA, ROOT
+from tests.helpers import DATA, ROOT, exit_code
 from utils.arcs import CAMERAS_FILE, SCENE_FILE, load_scene
 from utils.cameras import read_cameras
-from utils.cli import run_script
 from utils.correspondence import VISIBLE, encode_map, read_map, source_positions, write_map
 from utils.geometry import Geometry, RayCaster, load_geometry, turn
 from utils.images import read_image
@@ -253,11 +252,7 @@ def test_dense_meshes_draw_the_same_lines(boxes):
 
 def run_main(monkeypatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["preprocess.py", *map(str, arguments)])
-    try:
-        run_script(preprocess.main)
-    except SystemExit as stop:
-        return stop.code
-    return 0
+    return exit_code(preprocess.main)
 
 
 @pytest.fixture
@@ -493,11 +488,7 @@ def record_map(town: tests.town.Town, name: str, visible: bool = False) -> None:
 def compare(monkeypatch, capsys, folder: Path) -> tuple[int, dict[str, str], str]:
     """Exit code of tests.town, its verdicts by name, and what it said on stderr."""
     monkeypatch.setattr(sys, "argv", ["tests.town", str(folder)])
-    code = 0
-    try:
-        run_script(tests.town.main)
-    except SystemExit as stop:
-        code = stop.code
+    code = exit_code(tests.town.main)
     out, err = capsys.readouterr()
     lines = [line.split() for line in out.splitlines()]
     assert all(len(line) == 4 and (line[1] == "-") == (line[3] == "skip") for line in lines)

@@ -17,9 +17,8 @@ import synthetic.clips
 import synthetic.pictures
 import synthetic.train
 from synthetic.pictures import DETECTED, SIZE, STYLES, VIEWS, TownPictures, draw_town
-from tests.helpers import ROOT, SECONDS, assert_same, contents, forget_accelerator
+from tests.helpers import ROOT, SECONDS, assert_same, contents, exit_code, forget_accelerator
 from utils.arcs import LOSS_FILE, SAMPLES_FOLDER, STATE_FOLDER
-from utils.cli import run_script
 from utils.images import read_image
 from utils.runs import MANIFEST, file_sha256, read_json, write_json
 from utils.tensor_cache import write_arrays
@@ -33,12 +32,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def train(stage: str, *arguments: object) -> int:
     """Run a stage in this process; returns the exit code that a shell would see."""
     try:
-        run_script(lambda: synthetic.train.main([stage, *map(str, arguments)]))
-    except SystemExit as stop:
-        return stop.code or 0
+        return exit_code(lambda: synthetic.train.main([stage, *map(str, arguments)]))
     finally:
         forget_accelerator()
-    return 0
 
 
 def store(folder: Path, version: int, arrays: dict[str, np.ndarray], **counts: int) -> Path:
@@ -230,11 +226,7 @@ def test_parts_are_put_together(tmp_path: Path, vae_run: Path, capsys: pytest.Ca
     """What is not given is the base's; without a base it is random, and the same every time."""
 
     def assemble(*arguments: object) -> int:
-        try:
-            run_script(lambda: synthetic.assemble.main([*map(str, arguments)]))
-        except SystemExit as stop:
-            return stop.code or 0
-        return 0
+        return exit_code(lambda: synthetic.assemble.main([*map(str, arguments)]))
 
     def hashes(folder: Path) -> dict[str, str]:
         return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(folder.rglob("*.safetensors"))}

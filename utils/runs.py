@@ -134,7 +134,7 @@ class Run:
     def finished(self) -> bool:
         return bool(self.manifest.get("finished"))
 
-    def require_same_weights(self, weights: dict) -> None:
+    def require_begun_with(self, weights: dict) -> None:
         """Raise InputError when this is an interrupted run that was begun with other weights."""
         before = None if self.replaces else self.manifest.get("weights")
         if before and before != weights:
@@ -146,7 +146,7 @@ class Run:
         Raises InputError when an interrupted run was begun with other `weights`.
         """
         if "weights" in entries:
-            self.require_same_weights(entries["weights"])
+            self.require_begun_with(entries["weights"])
         if self.replaces:
             for path in owned_paths(self.folder, self.owned):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
