@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # they bring torch along
     from synthetic.bench_units import Bench
     from synthetic.check_units import Unit
 
+PASS_STYLES = 1000  # style seeds set apart for each pass over the scenes
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, "python -m synthetic.benchmark")
@@ -44,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     names = choose_methods(args.methods)
     check_unit_flags(args)
+    if args.scenes > PASS_STYLES:
+        raise InputError(f"--scenes {args.scenes}: {PASS_STYLES} at most, or two units would share a style")
     require_writable(args.output)
     preset = load_unit_preset(args)
     paths = locate(argparse.Namespace(), preset, (*FLUX_STAGE, *GGI_STAGE))
     hashes = hash_all(paths, preset)
 
-    from synthetic.check_units import choose_units
-
-    units = choose_units(args.scenes, args.seeds, args.first_scene, args.first_style)
+    units = choose_passes(args.scenes, args.seeds, args.first_scene, args.first_style)
     settings = settings_of(args)
     setups = [((unit, preset, paths, settings, args.output), hashes) for unit in units]
     make_all(setups, names, args.processes)
@@ -59,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{args.weights_dir} was changed while the benchmark ran: run the same command again")
     report(setups, names, args)
     print(args.output / "results.md")
+
+
+def choose_passes(scenes: int, seeds: int, first_scene: int, first_style: int) -> list["Unit"]:
+    """`seeds` passes over the scenes, in styles of their own: more scenes or seeds add to the units of fewer."""
+    from synthetic.check_units import choose_units
+
+    starts = range(first_style, first_style + seeds * PASS_STYLES, PASS_STYLES)
+    return [unit for start in starts for unit in choose_units(scenes, 1, first_scene, start)]
 
 
 def hash_all(paths: dict[str, Path], preset: Preset) -> dict[str, dict]:
@@ -140,10 +150,11 @@ def report(setups: Sequence[Setup], names: Sequence[str], args: argparse.Namespa
 
 def about(args: argparse.Namespace, units: Sequence["Unit"]) -> dict:
     settings = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings_of(args)).items())
+    styles = [unit.style_seed for unit in units[:: args.scenes]]  # the first of every pass
     return {
         "units": f"{len(units)}: {args.scenes} scenes x {args.seeds} styles each",
         "scene seeds": f"{args.first_scene} … {units[-1].scene_seed}",
-        "style seeds": f"{args.first_style} … {units[-1].style_seed}",
+        "style seeds": ", ".join(f"{first} … {first + args.scenes - 1}" for first in styles),
         "weights": args.weights_dir.name,
         "settings": settings,
     }

@@ -197,6 +197,12 @@ def test_units_share_no_style():
     assert len({unit.style_seed for unit in units}) == 6 and len({unit.scene_seed for unit in units}) == 3
 
 
+def test_more_scenes_and_seeds_add_to_the_units_of_fewer():
+    few, more, most = (set(benchmark.choose_passes(*n, 200_000, 200_100)) for n in ((2, 1), (2, 2), (3, 2)))
+    assert few < more < most
+    assert len({unit.style_seed for unit in most}) == 6 and len({unit.scene_seed for unit in most}) == 3
+
+
 def test_identities_hold_what_decides_a_video_and_no_more(tmp_path: Path):
     from synthetic.bench_units import FLUX_STAGE, GGI_STAGE, Bench
 
@@ -329,6 +335,7 @@ def test_sheets_show_rows_above_the_truth(tmp_path: Path):
         (("--methods", "best"), "--methods best: choose from"),
         (("--weights_dir", "nowhere"), "nowhere holds no preset.json"),
         (("--scenes", 0), "not a positive whole number"),
+        (("--scenes", 1001), "--scenes 1001: 1000 at most"),
     ],
 )
 def test_bad_input_is_one_line(arguments: tuple, said: str, capsys: pytest.CaptureFixture, tmp_path: Path):
