@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from models.weights import (
+    EPOCH,
     GGI_STAGE,
     Preset,
     add_weight_flags,
     caption_source,
+    find_inbetween,
     load_preset,
     locate,
     require_same_weights,
@@ -37,7 +39,6 @@ from utils.arcs import (
     find_anchors,
     find_scene,
     frame_path,
-    ggi_transformer_folder,
     load_scene,
     resample_indices,
     video_run_name,
@@ -48,7 +49,6 @@ from utils.images import contact_sheet, read_image, resize_image, write_image, w
 from utils.noise import blend_noise, load_or_make_noise
 from utils.runs import Run, derive_seed, files_sha256, open_run, read_json
 
-EPOCH = 1350  # of the released transformer
 SHEET_COLUMNS = 8  # frames per arc on the contact sheet
 
 
@@ -99,23 +99,6 @@ def check_anchors(anchors: Sequence[Path]) -> None:
             )
 
 
-def find_transformer(args: argparse.Namespace, preset: Preset) -> Path:
-    """Folder of the 48-channel transformer. Raises InputError when it is not there."""
-    if args.model_path is None and preset.ggi_transformer:
-        if args.epoch != EPOCH:
-            raise InputError(
-                f"--epoch {args.epoch} goes with --model_path: the {preset.name} weights have one transformer"
-            )
-        return Path(preset.ggi_transformer)
-    folder = ggi_transformer_folder(args.model_path or Path("checkpoints"), args.epoch)
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise InputError(
-            f"{folder} holds no transformer: download checkpoint-{args.epoch} from the paper's project page into "
-            f"{folder.parent.parent}, or pass --model_path and --epoch"
-        )
-    return folder
-
-
 def check_size(args: argparse.Namespace, config: dict) -> None:
     """Refuse sizes that the transformer cannot do. config: its config.json."""
     if config.get("in_channels") != 48:
@@ -159,7 +142,7 @@ def main() -> None:
     scene = load_scene(args.scene or find_scene(args.target))
     anchors = find_anchors(args.target, len(scene.arcs) + 1)
     check_anchors(anchors)
-    transformer = find_transformer(args, preset)
+    transformer = find_inbetween(preset, args.model_path, args.epoch)
     check_size(args, read_json(transformer / "config.json"))
     folder = (args.output_dir or args.target) / video_run_name(args.degradation, args.epoch, args.num_inference_steps)
     noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]

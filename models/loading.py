@@ -25,7 +25,7 @@ from PIL import Image
 from models.convert import load_ggi_transformer, load_reference_file, reference_config
 from models.flux import FluxModels, Text
 from models.inbetween import CogVideoXInbetweenPipeline
-from models.weights import component_folder
+from models.weights import CONVERTIBLE, component_folder
 from utils.cli import InputError
 from utils.runs import read_json
 
@@ -33,7 +33,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # The scripts show a progress bar of their own.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
-REFERENCE_KINDS = {"flux_transformer": "flux", "flux_vae": "autoencoder", "controlnet": "controlnet"}
 
 
 def component_config(name: str, path: Path) -> dict:
@@ -41,14 +40,14 @@ def component_config(name: str, path: Path) -> dict:
     folder = component_folder(name, path)
     if folder.is_dir():
         return read_json(folder / "config.json")
-    return reference_config(REFERENCE_KINDS[name], folder)
+    return reference_config(CONVERTIBLE[name], folder)
 
 
 def load_model(name: str, cls: type, path: Path, dtype: torch.dtype) -> torch.nn.Module:
     """Load one diffusers model, frozen. path: from `locate`. Raises InputError when keys are missing or extra."""
     folder = component_folder(name, path)
     if folder.is_file():
-        return load_reference_file(REFERENCE_KINDS[name], folder).to(dtype).requires_grad_(False)
+        return load_reference_file(CONVERTIBLE[name], folder).to(dtype).requires_grad_(False)
     try:
         model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:

@@ -1,19 +1,24 @@
 """Where weights come from: the presets `full` and `tiny`, hub repositories, local folders and files.
 
-`locate` turns every component of a stage into a local path before anything is loaded, so that a gated repository or a
-missing file is reported at once. A component is named on the command line by a repo id (`org/name`), by a file in a
+    python -m models.weights check
+    python -m models.weights fetch --weights full
+
+`check` says what of a weight set is on this machine, `fetch` downloads the rest. The scripts do the same: `locate`
+turns every component of a stage into a local path before anything is loaded, so that a gated repository or a missing
+file is reported at once. A component is named by a repo id (`org/name`, `org/name@revision`), by a file in a
 repository (`org/name/file.safetensors`), by a local folder in diffusers format, or by a local reference-format file.
 """
 
 import argparse
 import dataclasses
-import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from utils.cli import InputError
-from utils.runs import Run, file_sha256, read_json
+from models import hub
+from utils.arcs import ggi_transformer_folder
+from utils.cli import InputError, Parser, positive_int, run_script
+from utils.runs import Run, file_sha256, known_sha256, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "checkpoints"  # <name>/preset.json beside each weight set
@@ -38,6 +43,13 @@ COMPONENTS = {
 }
 FLUX_STAGE = ("flux_transformer", "flux_vae", "flux_text", "controlnet")
 GGI_STAGE = ("cogvideox_vae", "cogvideox_text")
+CONVERTIBLE = {  # component -> its kind in models.convert
+    "flux_transformer": "flux",
+    "flux_vae": "autoencoder",
+    "controlnet": "controlnet",
+    "inbetween": "ggi",
+}
+EPOCH = 1350  # of the released in-between transformer
 CAPTION_MODEL, CAPTION_FILES = "Salesforce/blip2-opt-2.7b", ["*.json", "*.safetensors", "*.txt"]
 
 
@@ -77,8 +89,18 @@ def load_preset(name: str) -> Preset:
 
 def add_weight_flags(parser: argparse.ArgumentParser, components: Iterable[str]) -> None:
     """--weights, --device, --dtype, and one flag per component and per repository that components come from."""
-    components = tuple(components)
     group = parser.add_argument_group("weights")
+    add_source_flags(group, tuple(components))
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    group.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="precision of the networks (default: bfloat16 for full, float32 for tiny; in training --mixed_precision)",
+    )
+
+
+def add_source_flags(group: argparse._ActionsContainer, components: Sequence[str]) -> None:
+    """--weights, and where each component comes from."""
     group.add_argument("--weights", choices=["full", "tiny"], default="full", help="weight set")
     for name in dict.fromkeys(COMPONENTS[c][0] for c in components):
         group.add_argument(f"--{name}", metavar="REPO|PATH", help=f"another {name}: repo id or local path")
@@ -88,12 +110,6 @@ def add_weight_flags(parser: argparse.ArgumentParser, components: Iterable[str])
             group.add_argument(
                 f"--{name}", metavar="REPO|PATH", help=f"another {name}; overrides --{source} for this part"
             )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
-    group.add_argument(
-        "--dtype",
-        choices=["bfloat16", "float16", "float32"],
-        help="precision of the networks (default: bfloat16 for full, float32 for tiny; in training --mixed_precision)",
-    )
 
 
 def resolve_device(name: str) -> str:
@@ -123,11 +139,8 @@ def use_offload(args: argparse.Namespace, device: str) -> bool:
 
 
 def locate(args: argparse.Namespace, preset: Preset, components: Iterable[str]) -> dict[str, Path]:
-    """Local paths of all components; access to every one is checked before the first is downloaded."""
-    sources = {name: _source(args, preset, name) for name in components}
-    for name, source in sources.items():
-        _check_access(name, source)
-    return {name: _fetch(name, source) for name, source in sources.items()}
+    """Local paths of all components. What is missing is downloaded, once access to all of it and space are certain."""
+    return _fetch_missing({name: _source(args, preset, name) for name in components})
 
 
 def _source(args: argparse.Namespace, preset: Preset, name: str) -> str:
@@ -137,41 +150,12 @@ def _source(args: argparse.Namespace, preset: Preset, name: str) -> str:
 
 def caption_source(given: str | None) -> Path:
     """Local path of BLIP-2. Raises InputError, saying how to do without, when it is not at hand."""
-    source = given or CAPTION_MODEL
     try:
-        _check_access("caption_model", source)
-        return _fetch("caption_model", source)
+        return _fetch_missing({"caption_model": given or CAPTION_MODEL})["caption_model"]
     except InputError as error:
         raise InputError(
             f"no --prompt, and no model to write one ({error}); give --prompt '…', '' is allowed"
         ) from error
-
-
-def _split_repo(source: str) -> tuple[str, str | None]:
-    """'org/name/file' -> ('org/name', 'file')."""
-    parts = source.split("/", 2)
-    return "/".join(parts[:2]), parts[2] if len(parts) > 2 else None
-
-
-def _is_repo(source: str) -> bool:
-    parts = source.split("/")
-    return len(parts) >= 2 and not source.startswith((".", "/", "~")) and all(parts)
-
-
-def _cached(name: str, source: str) -> Path | None:
-    """The component in the hub's local cache, if it is complete enough to load."""
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    repo, file = _split_repo(source)
-    if file:
-        path = try_to_load_from_cache(repo, file)
-        return Path(path) if isinstance(path, str) else None
-    try:
-        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=_patterns(name)))
-    except LocalEntryNotFoundError:
-        return None
-    return folder if is_whole(folder, _patterns(name)) else None
 
 
 def _patterns(name: str) -> list[str]:
@@ -179,64 +163,40 @@ def _patterns(name: str) -> list[str]:
     return COMPONENTS[name][2] if name in COMPONENTS else CAPTION_FILES
 
 
-def is_whole(folder: Path, patterns: Iterable[str]) -> bool:
-    """Whether all that `patterns` ask for is there, weights and their shards: a download may have been cut short."""
-    for pattern in patterns:
-        files = list(folder.glob(pattern))
-        holds_weights = pattern.startswith(("transformer", "vae", "text_encoder"))
-        if not files or (holds_weights and not any(file.suffix == ".safetensors" for file in files)):
-            return False
-        for index in (file for file in files if file.name.endswith(".safetensors.index.json")):
-            shards = set(read_json(index)["weight_map"].values())
-            if not all((index.parent / shard).exists() for shard in shards):
-                return False
-    return True
+def find_local(name: str, text: str) -> Path | None:
+    """A component's path on this machine, if all of it is there. Raises InputError for a path that is nothing."""
+    if Path(text).exists():
+        return Path(text)
+    source = hub.parse_source(text)
+    if source is None:
+        raise InputError(f"{name}: {text} does not exist")
+    return hub.find_cached(source, _patterns(name))
 
 
-def _check_access(name: str, source: str) -> None:
-    """Raise InputError unless `source` is on disk, cached, or open to this user on the hub."""
-    if Path(source).exists():
-        return
-    if not _is_repo(source):
-        raise InputError(f"{name}: {source} does not exist")
-    if _cached(name, source):
-        return
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+def _fetch_missing(texts: dict[str, str]) -> dict[str, Path]:
+    """Local paths of components by their sources."""
+    paths = {name: find_local(name, text) for name, text in texts.items()}
+    sources = {name: hub.parse_source(texts[name]) for name, path in paths.items() if path is None}
+    for name, source in sources.items():
+        hub.check_access(name, source)
+    missing = {name: hub.list_missing(name, source, _patterns(name)) for name, source in sources.items()}
+    hub.require_space(size for files in missing.values() for size in files.values())
+    return paths | {n: hub.download(n, source, _patterns(n), missing[n]) for n, source in sources.items()}
 
-    repo, _ = _split_repo(source)
-    url = f"https://huggingface.co/{repo}"
-    instead = f"or pass a local copy with --{name}"
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        raise InputError(f"{name}: {repo} is not in the local cache and HF_HUB_OFFLINE is set; unset it, {instead}")
-    try:
-        HfApi().auth_check(repo)
-    except GatedRepoError as error:
+
+def find_inbetween(preset: Preset, model_path: Path | None, epoch: int) -> Path:
+    """Folder of the 48-channel transformer. Raises InputError when it is not there."""
+    if model_path is None and preset.ggi_transformer:
+        if epoch != EPOCH:
+            raise InputError(f"--epoch {epoch} goes with --model_path: the {preset.name} weights have one transformer")
+        return Path(preset.ggi_transformer)
+    folder = ggi_transformer_folder(model_path or Path("checkpoints"), epoch)
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise InputError(
-            f"{name}: {repo} is gated: accept its licence at {url}, run `hf auth login`, then try again, {instead}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"{name}: there is no repository {repo} on the hub, nor a local path; check the spelling"
-        ) from error
-    except Exception as error:  # whatever the HTTP library of the day raises: no network, proxy, server error
-        raise InputError(
-            f"{name}: {repo} is not in the local cache and {url} cannot be reached; go online, {instead}"
-        ) from error
-
-
-def _fetch(name: str, source: str) -> Path:
-    """The component's local path; downloads what is missing (interrupted downloads resume)."""
-    if Path(source).exists():
-        return Path(source)
-    if cached := _cached(name, source):
-        return cached
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    repo, file = _split_repo(source)
-    if file:
-        return Path(hf_hub_download(repo, file))
-    return Path(snapshot_download(repo, allow_patterns=_patterns(name)))
+            f"{folder} holds no transformer: download checkpoint-{epoch} from the paper's project page into "
+            f"{folder.parent.parent}, or pass --model_path and --epoch"
+        )
+    return folder
 
 
 def component_folder(name: str, path: Path) -> Path:
@@ -250,10 +210,8 @@ def weight_hashes(paths: dict[str, Path]) -> dict[str, dict[str, str]]:
     hashes = {}
     for name, path in paths.items():
         folder = component_folder(name, path) if name in COMPONENTS else path
-        pattern = "text_encoder*/*.safetensors" if name.endswith("_text") else "*.safetensors"
-        files = [folder] if folder.is_file() else sorted(folder.glob(pattern))
         root = folder.parent if folder.is_file() else folder
-        hashes[name] = {str(file.relative_to(root)): file_sha256(file) for file in files}
+        hashes[name] = {str(file.relative_to(root)): file_sha256(file) for file in _weight_files(name, path)}
     return hashes
 
 
@@ -270,3 +228,78 @@ def require_same_weights(
     changed = [name for name in now if now[name] != before.get(name)]
     if changed:
         raise InputError(f"{run.folder} was made with other weights ({', '.join(changed)}); pass --overwrite")
+
+
+# --- the command ---
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__, "python -m models.weights")
+    parser.add_argument("action", choices=["check", "fetch"], help="say what is there, or download what is missing")
+    parser.add_argument("--hashes", action="store_true", help="read all downloaded files and compare their SHA-256")
+    parser.add_argument("--model_path", type=Path, help="folder with checkpoint-<epoch>/transformer, as of ggi.py")
+    parser.add_argument("--epoch", type=positive_int, default=EPOCH, help="training step of that transformer")
+    add_source_flags(parser.add_argument_group("weights"), (*FLUX_STAGE, *GGI_STAGE))
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    preset = load_preset(args.weights)
+    texts = {name: _source(args, preset, name) for name in (*FLUX_STAGE, *GGI_STAGE)}
+    paths = (_fetch_missing if args.action == "fetch" else _find_all)(texts)
+    for name, path in paths.items():
+        print(f"{name:17} {_describe(name, path) if path else f'missing: {texts[name]}'}")
+    if absent := [name for name, path in paths.items() if path is None]:
+        raise InputError(f"{len(absent)} components are missing: python -m models.weights fetch")
+    if args.hashes:
+        _require_undamaged(paths)
+    transformer = find_inbetween(preset, args.model_path, args.epoch)
+    print(f"{'inbetween':17} {_describe('inbetween', transformer)}")
+
+
+def _find_all(texts: dict[str, str]) -> dict[str, Path | None]:
+    return {name: find_local(name, text) for name, text in texts.items()}
+
+
+def _weight_files(name: str, path: Path) -> list[Path]:
+    """Weight files of a component, sorted."""
+    folder = component_folder(name, path) if name in COMPONENTS else path
+    if folder.is_file():
+        return [folder]
+    return sorted(folder.glob("text_encoder*/*.safetensors" if name.endswith("_text") else "*.safetensors"))
+
+
+def _describe(name: str, path: Path) -> str:
+    """Size and place, and the command that makes a copy which loads faster, where there is one."""
+    files = _weight_files(name, path)
+    found = f"{hub.show_bytes(sum(file.stat().st_size for file in files)):>8}  {path}"
+    kind = CONVERTIBLE.get(name)
+    if kind and (path.is_file() or _holds_lora(files)):
+        found += f"\n{'':27} converted on loading; once for all: python -m models.convert {kind} {path} FOLDER"
+    return found
+
+
+def _holds_lora(files: Sequence[Path]) -> bool:
+    """Whether a LoRA lies beside the weights it belongs to, unmerged, as the paper's authors saved it."""
+    from safetensors import safe_open
+
+    for file in files:
+        with safe_open(file, "np") as handle:
+            if any(".lora_" in key for key in handle.keys()):  # noqa: SIM118 - not a dict
+                return True
+    return False
+
+
+def _require_undamaged(paths: dict[str, Path]) -> None:
+    from tqdm import tqdm
+
+    files = [file for name, path in paths.items() for file in _weight_files(name, path)]
+    known = [file for file in files if known_sha256(file)]
+    print(f"{len(known)} of {len(files)} files have a hash to compare with: those in the hub's cache")
+    if damaged := hub.find_damaged(tqdm(known, desc="hashes", unit="file")):
+        raise InputError(f"{damaged[0]} is damaged; remove it, then: python -m models.weights fetch")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -33,7 +33,7 @@ from models.inbetween_training import (
     save_transformer,
 )
 from models.loading import load_model
-from models.weights import WEIGHTS, Preset, load_preset
+from models.weights import WEIGHTS, Preset, find_inbetween, load_preset
 from tests.helpers import ROOT, SECONDS, call, forbid_models, kill_at, run, words
 from utils.cli import InputError
 from utils.clips import (
@@ -538,7 +538,7 @@ def test_ggi_finds_what_was_trained(trained, preset, monkeypatch):
         sys, "argv", words("ggi.py", "--target", "x", "--model_path", trained / "run", "--epoch", 2)[4:]
     )
     args = ggi.parse_args()
-    folder = ggi.find_transformer(args, preset)
+    folder = find_inbetween(preset, args.model_path, args.epoch)
     assert folder == trained / "run" / "checkpoint-2" / "transformer"
     args.width, args.height, args.num_frames = *preset.video_size, preset.num_frames
     ggi.check_size(args, read_json(folder / "config.json"))

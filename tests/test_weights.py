@@ -22,6 +22,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from models.hub import is_whole
 from models.loading import (
     caption_image,
     component_config,
@@ -37,7 +38,6 @@ from models.weights import (
     WEIGHTS,
     add_weight_flags,
     caption_source,
-    is_whole,
     load_preset,
     locate,
     resolve_device,
@@ -69,7 +69,7 @@ def parse(*flags: str) -> argparse.Namespace:
 def test_full_preset_is_the_papers():
     full = load_preset("full")
     assert (full.resolution, full.mask_dilations, full.video_size, full.num_frames) == (1024, 12, (720, 480), 49)
-    assert full.flux == "black-forest-labs/FLUX.1-dev" and full.image_size is None
+    assert full.flux.startswith("black-forest-labs/FLUX.1-dev@") and full.image_size is None
 
 
 def test_tiny_preset_points_into_its_folder(tiny):

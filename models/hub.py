@@ -1,0 +1,177 @@
+"""The Hugging Face hub: what a repo id means, access, disk space, downloads that resume, and damaged files.
+
+A source is `org/name` or `org/name@revision`, with `/file` behind it when one file of the repository is meant. Files
+go to the hub's own cache (HF_HOME); nothing is asked of the network for what is there. HF_HUB_OFFLINE is honoured.
+"""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.cli import InputError
+from utils.runs import file_sha256, known_sha256, read_json
+
+SPARE = 2**30  # bytes that stay free on the disk of the cache
+WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
+SOURCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A repository, or one file of it, at a revision: a branch, a tag or a commit."""
+
+    repo: str
+    revision: str
+    file: str | None
+
+    @property
+    def url(self) -> str:
+        return f"https://huggingface.co/{self.repo}"
+
+    def patterns(self, wanted: Sequence[str]) -> list[str]:
+        """Files to fetch: the one that is named, else all `wanted` glob patterns."""
+        return [self.file] if self.file else list(wanted)
+
+
+def parse_source(text: str) -> Source | None:
+    """`org/name[@revision][/file]`, or None for what can only be a local path."""
+    match = SOURCE.fullmatch(text)
+    if match is None or text.startswith("."):
+        return None
+    return Source(match["repo"], match["revision"] or "main", match["file"])
+
+
+def is_whole(folder: Path, patterns: Iterable[str]) -> bool:
+    """Whether all that `patterns` ask for is there, weights and their shards: a download may have been cut short."""
+    for pattern in patterns:
+        files = list(folder.glob(pattern))
+        holds_weights = pattern.startswith(WEIGHT_FOLDERS)
+        if not files or (holds_weights and not any(file.suffix == ".safetensors" for file in files)):
+            return False
+        for index in (file for file in files if file.name.endswith(".safetensors.index.json")):
+            shards = set(read_json(index)["weight_map"].values())
+            if not all((index.parent / shard).exists() for shard in shards):
+                return False
+    return True
+
+
+def find_cached(source: Source, patterns: Sequence[str]) -> Path | None:
+    """Folder, or file, of a source in the local cache, if it is complete enough to load."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wanted = source.patterns(patterns)
+    try:
+        folder = Path(
+            snapshot_download(source.repo, revision=source.revision, local_files_only=True, allow_patterns=wanted)
+        )
+    except LocalEntryNotFoundError:
+        return None
+    if not is_whole(folder, wanted):
+        return None
+    return folder / source.file if source.file else folder
+
+
+def check_access(name: str, source: Source) -> None:
+    """Raise InputError unless this user may download from the repository now. name: the flag that replaces it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    instead = f"or pass a local copy with --{name}"
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        raise InputError(
+            f"{name}: {source.repo} is not in the local cache and HF_HUB_OFFLINE is set; unset it, {instead}"
+        )
+    try:
+        HfApi().auth_check(source.repo)
+    except GatedRepoError as error:
+        raise InputError(
+            f"{name}: {source.repo} is gated: accept its licence at {source.url}, run `hf auth login`, then try "
+            f"again, {instead}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{name}: there is no repository {source.repo} on the hub, nor a local path; check the spelling"
+        ) from error
+    except Exception as error:  # whatever the HTTP library of the day raises: no network, proxy, server error
+        raise InputError(
+            f"{name}: {source.repo} is not in the local cache and {source.url} cannot be reached; go online, {instead}"
+        ) from error
+
+
+def list_missing(name: str, source: Source, patterns: Sequence[str]) -> dict[Path, int]:
+    """{path in the cache: bytes} of what a download would fetch. Raises InputError when the hub does not say."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options | {"disable": True})
+
+    where = {"revision": source.revision, "allow_patterns": source.patterns(patterns)}
+    try:
+        files = snapshot_download(source.repo, **where, dry_run=True, tqdm_class=Silent)
+    except Exception as error:
+        raise _failed(name, source, error) from error
+    if source.file and source.file not in {file.filename for file in files}:
+        raise InputError(f"{name}: {source.repo} has no file {source.file} at revision {source.revision}")
+    return {Path(file.local_path): file.file_size or 0 for file in files if file.will_download}
+
+
+def require_space(missing: Iterable[int]) -> None:
+    """Raise OSError (ENOSPC) unless downloads of these many bytes fit on the disk of the cache, and SPARE beside."""
+    from huggingface_hub import constants
+
+    cache, needed = Path(constants.HF_HUB_CACHE), sum(missing)
+    disk = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(disk).free
+    if needed and free < needed + SPARE:
+        raise OSError(
+            errno.ENOSPC,
+            f"{show_bytes(needed)} to download, {show_bytes(free)} free (HF_HOME puts it on another disk)",
+            str(cache),
+        )
+
+
+def download(name: str, source: Source, patterns: Sequence[str], missing: Iterable[Path]) -> Path:
+    """Fetch a source into the cache, going on where an earlier attempt stopped, and return its folder or file.
+
+    missing: paths that `list_missing` gave; they are compared with their hashes. Damaged ones are removed again.
+    Raises InputError then, and when the network fails.
+    """
+    from huggingface_hub import snapshot_download
+
+    where = {"revision": source.revision, "allow_patterns": source.patterns(patterns)}
+    try:
+        folder = Path(snapshot_download(source.repo, **where))
+    except Exception as error:  # those of the HTTP library, and OSError
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        raise _failed(name, source, error) from error
+    if damaged := find_damaged(missing):
+        for path in damaged:
+            path.resolve().unlink()
+            path.unlink()
+        raise InputError(f"{name}: {damaged[0].name} arrived damaged and was removed; run the same command again")
+    if not is_whole(folder, where["allow_patterns"]):
+        raise InputError(f"{name}: {source.repo} lacks files of {where['allow_patterns']} at {source.revision}")
+    return folder / source.file if source.file else folder
+
+
+def _failed(name: str, source: Source, error: Exception) -> InputError:
+    return InputError(
+        f"{name}: the download of {source.repo} failed ({error}); run the same command again, it goes on where it was"
+    )
+
+
+def find_damaged(paths: Iterable[Path]) -> list[Path]:
+    """Files whose bytes are not what the hub's cache says: it names large files by their SHA-256."""
+    return [path for path in paths if (known := known_sha256(path)) and file_sha256(path, trust=False) != known]
+
+
+def show_bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
