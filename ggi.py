@@ -17,6 +17,7 @@ from models.weights import (
     EPOCH,
     GGI_STAGE,
     Preset,
+    add_memory_flags,
     add_weight_flags,
     caption_source,
     find_inbetween,
@@ -24,7 +25,6 @@ from models.weights import (
     locate,
     require_same_weights,
     resolve_device,
-    use_offload,
     weight_hashes,
 )
 from utils.arcs import (
@@ -82,9 +82,9 @@ def parse_args() -> argparse.Namespace:
         default=True,
         help="start each arc from the last generated frame of the one before (default); --no-chain: from its anchor",
     )
-    add("--offload", action="store_true", help="keep networks in CPU memory until they are used: slower, smaller")
     add("--output_dir", type=Path, help="folder to put the video's folder into (default: RUN)")
     add("--overwrite", action="store_true", help="replace a video of this name that was made with other arguments")
+    add_memory_flags(parser)
     add_weight_flags(parser, GGI_STAGE)
     return parser.parse_args()
 
@@ -121,7 +121,7 @@ def result_arguments(
     args: argparse.Namespace, scene: Scene, anchors: Sequence[Path], noises: Sequence[np.ndarray]
 ) -> dict:
     """What decides the video: arguments, and inputs by their content. Where it is made and put does not."""
-    elsewhere = {"output_dir", "overwrite", "device", "offload", "scene", "target", "fps"}
+    elsewhere = {"output_dir", "overwrite", "device", "memory", "scene", "target", "fps"}
     chosen = {key: value for key, value in vars(args).items() if key not in elsewhere}
     edges = [path for arc in scene.arcs for path in arc.edge_paths]
     return chosen | {
@@ -179,17 +179,21 @@ def fill_arcs(
     from tqdm import tqdm
 
     from models.loading import DTYPES, caption_image, encode_video_prompts, load_inbetween
+    from models.memory import lossy, settle_memory
+    from models.plans import plan_ggi
 
-    dtype = DTYPES[args.dtype]
+    dtype, size, tiling = DTYPES[args.dtype], (args.width, args.height), preset.vae_tiling
+    guided = args.guidance_scale != 1 and args.prompt != ""
+    plan = plan_ggi(paths, transformer, size, args.num_frames, dtype, device, guided=guided, tiling=tiling)
+    kept = settle_memory("ggi", plan, args.memory, device)
     if caption_model:
         prompt = caption_image(read_image(anchors[0]), caption_model, device, dtype, args.seed)
     else:  # a caption that an interrupted run has made is kept
         prompt = args.prompt if args.prompt is not None else run.manifest["prompt"]
     length = read_json(transformer / "config.json")["max_text_seq_length"]
     embeds = encode_video_prompts(paths["cogvideox_text"], [prompt, ""], device, dtype, length)
-    offload = use_offload(args, device)
-    pipe = load_inbetween(paths, transformer, device, dtype, tiling=preset.vae_tiling, offload=offload)
-    hashes = weight_hashes(paths | {"transformer": transformer})
+    pipe = load_inbetween(paths, transformer, device, dtype, kept, tiling=tiling)
+    hashes = weight_hashes(paths | {"transformer": transformer}) | lossy(kept)
     run.begin(weights=hashes, prompt=prompt, scene=str(scene.folder.resolve()))
     with tqdm(total=len(scene.arcs), desc="arcs", unit="arc") as progress:
         for arc, noise in zip(scene.arcs, noises, strict=True):

@@ -18,6 +18,7 @@ from models.training import open_accelerator, write_checkpoint
 from models.weights import (
     FLUX_STAGE,
     Preset,
+    add_memory_flags,
     add_weight_flags,
     load_preset,
     locate,
@@ -59,6 +60,7 @@ def parse_args() -> argparse.Namespace:
     add("--resume_from_checkpoint", default="latest", help="latest, a step such as 300, or none to start again")
     add("--output_dir", type=Path, default=Path("loras"), help="folder of all LoRAs")
     add("--overwrite", action="store_true", help="replace a LoRA of this name that was trained with other arguments")
+    add_memory_flags(parser)
     add_weight_flags(parser, FLUX_STAGE)
     return parser.parse_args()
 
@@ -74,7 +76,9 @@ def result_arguments(args: argparse.Namespace) -> dict:
         "path_image",
         "path_edges",
     }
-    chosen = {key: value for key, value in vars(args).items() if key not in elsewhere | {"overwrite", "device"}}
+    chosen = {
+        key: value for key, value in vars(args).items() if key not in elsewhere | {"overwrite", "device", "memory"}
+    }
     return chosen | {"pictures_sha256": files_sha256([*args.path_image, *args.path_edges])}
 
 
@@ -130,12 +134,16 @@ def train(
     from models.alignment import FlowObjective, load_trainable, lora_optimizer, optimizer_step
     from models.loading import DTYPES, encode_flux_prompts
     from models.lora import save_lora, save_loras_only
+    from models.memory import lossy, settle_memory
+    from models.plans import plan_alignment
 
     accelerator = open_accelerator(run, args, device)
-    dtype, device = DTYPES[args.dtype], accelerator.device
+    dtype, device, length = DTYPES[args.dtype], accelerator.device, preset.max_sequence_length
+    plan = plan_alignment(paths, args.resolution, args.train_batch_size, args.rank, length, dtype, str(device))
+    kept = settle_memory("alignment", plan, args.memory, str(device))
     prompts = [reference.prompt for reference in references]
-    texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, preset.max_sequence_length)
-    models, loras = load_trainable(paths, device, dtype, args.rank, args.seed)
+    texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, length)
+    models, loras = load_trainable(paths, device, dtype, args.rank, args.seed, kept)
     networks = (models.transformer, models.controlnet)
     optimizer = lora_optimizer([p for group in loras for p in group], args.learning_rate)
     objective, optimizer = accelerator.prepare(FlowObjective(models), optimizer)
@@ -143,7 +151,7 @@ def train(
     if first_step:
         accelerator.load_state(find_checkpoints(run.folder)[first_step] / STATE_FOLDER)
     if accelerator.is_main_process:
-        begin(run, references, paths)
+        begin(run, references, weight_hashes(paths) | lossy(kept))
     accelerator.wait_for_everyone()
     accelerator.init_trackers("alignment")
 
@@ -166,9 +174,9 @@ def train(
         print(find_checkpoints(run.folder)[args.max_train_steps])
 
 
-def begin(run: Run, references: list[Reference], paths: dict[str, Path]) -> None:
-    """Open the run's folder and put a copy of what it is trained on there."""
-    run.begin(weights=weight_hashes(paths))
+def begin(run: Run, references: list[Reference], weights: dict) -> None:
+    """Open the run's folder and put a copy of what it is trained on there. weights: what it starts from."""
+    run.begin(weights=weights)
     for i, reference in enumerate(references):
         copy = run.folder / "references" / f"{i:02d}_{reference.path.stem}"
         write_image(copy.with_name(f"{copy.name}.png"), reference.image)

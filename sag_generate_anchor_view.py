@@ -13,12 +13,12 @@ from pathlib import Path
 from models.weights import (
     FLUX_STAGE,
     Preset,
+    add_memory_flags,
     add_weight_flags,
     load_preset,
     locate,
     require_same_weights,
     resolve_device,
-    use_offload,
     weight_hashes,
 )
 from utils.arcs import (
@@ -86,11 +86,9 @@ def parse_args() -> argparse.Namespace:
     add("--use_else_noise", action="store_true", help="a different noise for every anchor: seed, seed + 1, …")
     add("--width", type=positive_int, help="pixels (default: the weights' preset, else the edge frames' width)")
     add("--height", type=positive_int, help="pixels (default: the weights' preset, else the edge frames' height)")
-    add(
-        "--offload", action="store_true", help="keep weights in CPU memory and stream them to the GPU: slower, smaller"
-    )
     add("--output_dir", type=Path, help="folder to put the run into (default: SCENE/multiviews)")
     add("--overwrite", action="store_true", help="replace a run of this name that was made with other arguments")
+    add_memory_flags(parser)
     add_weight_flags(parser, FLUX_STAGE)
     return parser.parse_args()
 
@@ -113,7 +111,7 @@ def anchor_size(args: argparse.Namespace, preset: Preset, scene: Scene) -> tuple
 
 def result_arguments(args: argparse.Namespace, scene: Scene, size: tuple[int, int], loras: Sequence[Path]) -> dict:
     """What decides the pictures: arguments, and files by their content. Where they are drawn and put does not."""
-    elsewhere = {"output_dir", "overwrite", "device", "offload", "loras", "target"}
+    elsewhere = {"output_dir", "overwrite", "device", "memory", "loras", "target"}
     chosen = {key: value for key, value in vars(args).items() if key not in elsewhere}
     inputs = [*scene.anchor_edge_paths, *(arc.corres_end_path for arc in scene.arcs)]
     hashes = {"scene_sha256": files_sha256(inputs), "loras_sha256": files_sha256(loras)}
@@ -167,21 +165,21 @@ def draw_anchors(
 
     from models.anchors import AnchorSettings, decode_anchor, encode_warped, sample_anchor, warp_anchor
     from models.latents import draw_noise, to_signed
-    from models.loading import DTYPES, component_config, encode_flux_prompts, load_flux, offload_flux
-    from models.lora import check_lora, load_lora
+    from models.loading import DTYPES, component_config, encode_flux_prompts, load_flux, place_flux
+    from models.lora import check_lora, load_lora, lora_rank
+    from models.memory import lossy, settle_memory
+    from models.plans import plan_anchors
 
     names = ("flux_transformer", "controlnet")
     states = [check_lora(f, component_config(n, paths[n])) for f, n in zip(lora_files, names, strict=True)]
-    dtype = DTYPES[args.dtype]
-    texts = encode_flux_prompts(
-        paths["flux_text"], [*args.prompt, args.neg_prompt], device, dtype, preset.max_sequence_length
-    )
-    offload = use_offload(args, device)
-    models = load_flux(paths, device, dtype, offload=offload)
+    dtype, length = DTYPES[args.dtype], preset.max_sequence_length
+    plan = plan_anchors(paths, size, lora_rank(states[0]), length, dtype, device)
+    kept = settle_memory("anchors", plan, args.memory, device)
+    texts = encode_flux_prompts(paths["flux_text"], [*args.prompt, args.neg_prompt], device, dtype, length)
+    models = load_flux(paths, device, dtype)
     for model, state in zip((models.transformer, models.controlnet), states, strict=True):
         load_lora(model, state, args.lora_weight)
-    if offload:
-        offload_flux(models)
+    place_flux(models, kept)
 
     settings = AnchorSettings(
         args.num_steps,
@@ -191,7 +189,7 @@ def draw_anchors(
         args.control_weight,
         args.num_replacement,
     )
-    run.begin(weights=weight_hashes(paths), scene=str(args.target.resolve()))
+    run.begin(weights=weight_hashes(paths) | lossy(kept), scene=str(args.target.resolve()))
     width, height = size
     noise_of = lambda k: draw_noise((1, 16, height // 8, width // 8), args.seed + k * args.use_else_noise)  # noqa: E731
     with tqdm(total=(len(scene.arcs) + 1) * args.num_steps, desc="anchors", unit="step") as progress:

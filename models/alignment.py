@@ -4,7 +4,7 @@ Rectified flow on the reference image, with the ControlNet's residuals unscaled 
 FLUX and its ControlNet must add so that edges of the reference give the reference.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from diffusers.training_utils import cast_training_params
 
 from models.flux import FluxModels, Text, encode_image, training_schedule, velocity
 from models.latents import draw_noise, pack, to_signed
-from models.loading import load_flux
+from models.loading import load_flux, place_flux
 from models.lora import add_lora
+from models.memory import KEPT
 from utils.references import Reference, crop_size, draw_aspect, draw_crop
 from utils.runs import derive_seed
 
@@ -104,11 +105,16 @@ def batch_flow_sample(models: FluxModels, batch: Batch) -> FlowSample:
 
 
 def load_trainable(
-    paths: dict[str, Path], device: torch.device, dtype: torch.dtype, rank: int, seed: int
+    paths: dict[str, Path],
+    device: torch.device,
+    dtype: torch.dtype,
+    rank: int,
+    seed: int,
+    kept: Mapping[str, str] = KEPT["alignment"]["full"],
 ) -> tuple[FluxModels, list[list[torch.nn.Parameter]]]:
     """Frozen networks in `dtype`, and new float32 LoRAs on transformer and ControlNet: (models, parameters of each).
 
-    paths: as `models.weights.locate` gives them. seed: of the LoRAs' start values.
+    paths: as `models.weights.locate` gives them. seed: of the LoRAs' start values. kept: {network: how it is kept}.
     """
     models = load_flux(paths, device, dtype)
     networks = [models.transformer, models.controlnet]
@@ -117,6 +123,7 @@ def load_trainable(
     cast_training_params(networks, torch.float32)
     for model in networks:
         model.enable_gradient_checkpointing()
+    place_flux(models, kept)
     return models, loras
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import InputError
-from utils.runs import file_sha256, known_sha256, read_json
+from utils.runs import file_sha256, known_sha256, read_json, show_bytes
 
 SPARE = 2**30  # bytes that stay free on the disk of the cache
 WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
@@ -171,7 +171,3 @@ def _failed(name: str, source: Source, error: Exception) -> InputError:
 def find_damaged(paths: Iterable[Path]) -> list[Path]:
     """Files whose bytes are not what the hub's cache says: it names large files by their SHA-256."""
     return [path for path in paths if (known := known_sha256(path)) and file_sha256(path, trust=False) != known]
-
-
-def show_bytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

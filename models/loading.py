@@ -5,7 +5,7 @@ the shortest. All loading is strict: a missing, extra or misshapen key is an err
 """
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import diffusers
@@ -25,6 +25,7 @@ from PIL import Image
 from models.convert import load_ggi_transformer, load_reference_file, reference_config
 from models.flux import FluxModels, Text
 from models.inbetween import CogVideoXInbetweenPipeline
+from models.memory import AT_WORK, KEPT, keep
 from models.weights import CONVERTIBLE, component_folder
 from utils.cli import InputError
 from utils.runs import read_json
@@ -58,26 +59,20 @@ def load_model(name: str, cls: type, path: Path, dtype: torch.dtype) -> torch.nn
     return model.eval().requires_grad_(False)
 
 
-def load_flux(paths: dict[str, Path], device: str, dtype: torch.dtype, *, offload: bool = False) -> FluxModels:
-    """Transformer, ControlNet and VAE of FLUX on `device`; with `offload` not placed yet: `offload_flux` does it."""
-    models = FluxModels(
+def load_flux(paths: dict[str, Path], device: str, dtype: torch.dtype) -> FluxModels:
+    """Transformer, ControlNet and VAE of FLUX, in CPU memory; `place_flux` brings them to `device`."""
+    return FluxModels(
         load_model("flux_transformer", FluxTransformer2DModel, paths["flux_transformer"], dtype),
         load_model("controlnet", FluxControlNetModel, paths["controlnet"], dtype),
         load_model("flux_vae", AutoencoderKL, paths["flux_vae"], dtype),
         device,
     )
-    if not offload:
-        for model in (models.transformer, models.controlnet, models.vae):
-            model.to(device)
-    return models
 
 
-def offload_flux(models: FluxModels) -> None:
-    """Keep FLUX in CPU memory and stream it to its device layer by layer; call it after LoRA layers were added."""
-    for model in (models.transformer, models.controlnet, models.vae):
-        model.enable_group_offload(
-            onload_device=torch.device(models.device), offload_type="leaf_level", use_stream=True, record_stream=True
-        )
+def place_flux(models: FluxModels, kept: Mapping[str, str]) -> None:
+    """Bring the networks to their device as `kept` says; call it after LoRA layers were added."""
+    for name, how in kept.items():
+        keep(getattr(models, name), how, models.device)
 
 
 def load_pipeline(name: str, cls: type, path: Path, dtype: torch.dtype, **parts) -> diffusers.DiffusionPipeline:
@@ -138,9 +133,18 @@ def caption_image(image: np.ndarray, path: Path, device: str, dtype: torch.dtype
 
 
 def load_inbetween(
-    paths: dict[str, Path], transformer: Path, device: str, dtype: torch.dtype, *, tiling: bool, offload: bool
+    paths: dict[str, Path],
+    transformer: Path,
+    device: str,
+    dtype: torch.dtype,
+    kept: Mapping[str, str] = KEPT["ggi"]["full"],
+    *,
+    tiling: bool,
 ) -> CogVideoXInbetweenPipeline:
-    """The in-between pipeline without its text encoder. transformer: folder in either layout, merged while loading."""
+    """The in-between pipeline without its text encoder.
+
+    transformer: folder in either layout, merged while loading. kept: {network: how it is kept} (`models/memory.py`).
+    """
     networks = {
         "transformer": load_ggi_transformer(transformer, dtype).requires_grad_(False),
         "vae": load_model("cogvideox_vae", AutoencoderKLCogVideoX, paths["cogvideox_vae"], dtype),
@@ -153,10 +157,11 @@ def load_inbetween(
     pipeline.vae.enable_slicing()
     if tiling:
         pipeline.vae.enable_tiling()
-    if offload:
+    if AT_WORK in kept.values():
         pipeline.enable_model_cpu_offload(device=device)
     else:
-        pipeline.to(device)
+        for name, how in kept.items():
+            keep(getattr(pipeline, name), how, device)
     pipeline.set_progress_bar_config(leave=False, desc="steps")
     return pipeline
 

@@ -52,10 +52,14 @@ def check_lora(path: Path, config: Mapping) -> dict[str, torch.Tensor]:
     return state
 
 
+def lora_rank(state: Mapping[str, torch.Tensor]) -> int:
+    """Rank of a LoRA under peft's names."""
+    return next(tensor.shape[0] for key, tensor in state.items() if "lora_A" in key)
+
+
 def require_fit(source: object, state: Mapping[str, torch.Tensor], config: Mapping) -> None:
     """Raise InputError unless `state` (peft's names) is a whole LoRA for a model of this config."""
-    rank = next(tensor.shape[0] for key, tensor in state.items() if "lora_A" in key)
-    wanted = {}
+    rank, wanted = lora_rank(state), {}
     for name, (features, out) in lora_targets(config).items():
         wanted |= {f"{name}.lora_A.weight": (rank, features), f"{name}.lora_B.weight": (out, rank)}
     for key in sorted(wanted.keys() | state.keys()):
@@ -89,8 +93,7 @@ def load_lora(model: FluxModel, state: Mapping[str, torch.Tensor], weight: float
 
     weight: `--lora_weight`. It multiplies both factors, as in the reference, so the strength is its square.
     """
-    rank = next(tensor.shape[0] for key, tensor in state.items() if "lora_A" in key)
-    parameters = add_lora(model, rank)
+    parameters = add_lora(model, lora_rank(state))
     result = set_peft_model_state_dict(model, {key: weight * tensor for key, tensor in state.items()})
     if result.unexpected_keys:
         raise ValueError(f"LoRA keys that the model does not have: {result.unexpected_keys[:3]}")

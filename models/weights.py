@@ -11,14 +11,13 @@ repository (`org/name/file.safetensors`), by a local folder in diffusers format,
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from models import hub
 from utils.arcs import ggi_transformer_folder
 from utils.cli import InputError, Parser, positive_int, run_script
-from utils.runs import Run, file_sha256, known_sha256, read_json
+from utils.runs import Run, file_sha256, known_sha256, read_json, show_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "checkpoints"  # <name>/preset.json beside each weight set
@@ -41,6 +40,7 @@ COMPONENTS = {
     "cogvideox_transformer": ("cogvideox", "transformer", ["transformer/*"]),
     "cogvideox_text": ("cogvideox", None, ["model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/*"]),
 }
+MEMORY_MODES = ("full", "balanced", "low")  # from fast and large to slow and small
 FLUX_STAGE = ("flux_transformer", "flux_vae", "flux_text", "controlnet")
 GGI_STAGE = ("cogvideox_vae", "cogvideox_text")
 CONVERTIBLE = {  # component -> its kind in models.convert
@@ -99,6 +99,17 @@ def add_weight_flags(parser: argparse.ArgumentParser, components: Iterable[str])
     )
 
 
+def add_memory_flags(parser: argparse.ArgumentParser) -> None:
+    """--memory, and --offload as another name for its smallest mode."""
+    parser.add_argument(
+        "--memory",
+        choices=["auto", *MEMORY_MODES],
+        default="auto",
+        help="how networks are kept: full is fastest, low needs least; auto takes the fastest mode that fits",
+    )
+    parser.add_argument("--offload", dest="memory", action="store_const", const="low", help="the same as --memory low")
+
+
 def add_source_flags(group: argparse._ActionsContainer, components: Sequence[str]) -> None:
     """--weights, and where each component comes from."""
     group.add_argument("--weights", choices=["full", "tiny"], default="full", help="weight set")
@@ -129,13 +140,6 @@ def resolve_device(name: str) -> str:
     if not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise InputError(f"--device {name}: this machine has no such CUDA device; use --device cpu")
     return name
-
-
-def use_offload(args: argparse.Namespace, device: str) -> bool:
-    """Whether --offload applies; on the CPU there is nowhere to stream weights to."""
-    if args.offload and device == "cpu":
-        print("--offload has no effect on the CPU", file=sys.stderr)
-    return args.offload and device != "cpu"
 
 
 def locate(args: argparse.Namespace, preset: Preset, components: Iterable[str]) -> dict[str, Path]:
@@ -273,7 +277,7 @@ def _weight_files(name: str, path: Path) -> list[Path]:
 def _describe(name: str, path: Path) -> str:
     """Size and place, and the command that makes a copy which loads faster, where there is one."""
     files = _weight_files(name, path)
-    found = f"{hub.show_bytes(sum(file.stat().st_size for file in files)):>8}  {path}"
+    found = f"{show_bytes(sum(file.stat().st_size for file in files)):>8}  {path}"
     kind = CONVERTIBLE.get(name)
     if kind and (path.is_file() or _holds_lora(files)):
         found += f"\n{'':27} converted on loading; once for all: python -m models.convert {kind} {path} FOLDER"

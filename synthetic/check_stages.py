@@ -153,7 +153,7 @@ def load_video_models(paths: Paths, preset: Preset, prompt: str) -> VideoModels:
     dtype, transformer = DTYPES[preset.dtype], Path(preset.ggi_transformer)
     length = read_json(transformer / "config.json")["max_text_seq_length"]
     embeds = encode_video_prompts(paths["cogvideox_text"], [prompt, ""], "cpu", dtype, length)
-    pipe = load_inbetween(paths, transformer, "cpu", dtype, tiling=preset.vae_tiling, offload=False)
+    pipe = load_inbetween(paths, transformer, "cpu", dtype, tiling=preset.vae_tiling)
     pipe.set_progress_bar_config(disable=True)
     return VideoModels(pipe, embeds[prompt], embeds[""], preset.num_frames)
 

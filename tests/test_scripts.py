@@ -714,3 +714,43 @@ def test_published_example(tmp_path: Path):
         assert probe_video(views / VIDEO / "video.mp4")[1] == 136
         made.append(contents(tmp_path / name))
     assert_same(*made)
+
+
+# --- memory modes ---
+
+
+def test_the_plan_comes_before_any_model(anchored: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """A machine with room for nothing."""
+    monkeypatch.setattr("models.memory.free_memory", lambda device: 10**6)
+    forbid_models(monkeypatch)
+    video = anchored.parent / "video"
+    assert call(GGI, "--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--output_dir", video) == 2
+    assert "cpu has 1.0 MB free: no mode fits" in capsys.readouterr().err
+    assert not video.exists()
+
+
+def test_low_memory_changes_no_frame(filmed: Path, anchored: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert (
+        call(GGI, "--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--offload", "--output_dir", tmp_path) == 0
+    )
+    assert "memory low: text " in capsys.readouterr().err
+    assert_same(contents(tmp_path / VIDEO), contents(filmed / "multiviews" / RUN / VIDEO))
+
+
+def test_anchors_in_eight_bits_stay_near(anchored: Path, loras: Path, tmp_path: Path):
+    assert call(ANCHORS, *draw(anchored, loras, "--memory", "balanced", "--output_dir", tmp_path)) == 0
+    assert read_json(tmp_path / RUN / MANIFEST)["weights"]["kept"] == {"transformer": "fp8"}
+    exact, near = (
+        read_image(folder / RUN / "image_00.png").astype(int) for folder in (anchored / "multiviews", tmp_path)
+    )
+    assert 0 < abs(exact - near).mean() < 5
+
+
+def test_a_quantised_alignment_is_not_continued_in_full(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = tmp_path / "loras"
+    assert call(ALIGN, *train(folder, "--memory", "low")) == 0
+    assert read_json(folder / "town" / MANIFEST)["weights"]["kept"] == {"transformer": "nf4", "controlnet": "nf4"}
+    more = train(folder, "--max_train_steps", 6)
+    assert call(ALIGN, *more, "--memory", "full") == 2
+    assert "was begun with other weights" in capsys.readouterr().err
+    assert call(ALIGN, *more, "--memory", "low") == 0

@@ -183,7 +183,7 @@ class Reached(Exception):
 def test_video_inputs_follow_the_transformer(tiny):
     """Embeddings come from the CPU and must follow the transformer; the meta device stands in for a GPU."""
     paths = locate(parse(), tiny, GGI_STAGE)
-    pipe = load_inbetween(paths, Path(tiny.ggi_transformer), "meta", torch.bfloat16, tiling=False, offload=False)
+    pipe = load_inbetween(paths, Path(tiny.ggi_transformer), "meta", torch.bfloat16, tiling=False)
 
     def check(module, args, inputs):
         tensors = [x for x in inputs.values() if torch.is_tensor(x)] + list(inputs["image_rotary_emb"])
@@ -200,7 +200,7 @@ def test_video_inputs_follow_the_transformer(tiny):
 
 def test_the_scheduler_is_ddim(tiny):
     paths = locate(parse(), tiny, GGI_STAGE)
-    pipe = load_inbetween(paths, Path(tiny.ggi_transformer), "cpu", torch.float32, tiling=False, offload=False)
+    pipe = load_inbetween(paths, Path(tiny.ggi_transformer), "cpu", torch.float32, tiling=False)
     assert type(pipe.scheduler).__name__ == "CogVideoXDDIMScheduler"
     assert pipe.scheduler.config.prediction_type == "v_prediction" and pipe.scheduler.config.rescale_betas_zero_snr
 

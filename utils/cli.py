@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import logging
 import math
 import os
 import re
@@ -42,6 +43,7 @@ def run_script(main: Callable[[], None]) -> None:
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # read when they are imported; their errors still raise
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed, it speaks of faster kernels
     # OpenMP threads that spin while they wait are many times slower when anything else runs on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

@@ -116,6 +116,10 @@ def file_sha256(path: Path, *, trust: bool = True) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def show_bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 def files_sha256(paths: Iterable[Path]) -> str:
     """One SHA-256 over several files, in order."""
     return hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()

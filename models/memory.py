@@ -1,0 +1,284 @@
+"""How the networks of a stage are kept (`--memory`), and what that needs of a card, counted before anything is loaded.
+
+`full` holds all networks of a phase on the card; `balanced` and `low` trade precision or speed for room (`KEPT`).
+No constant is measured: weights are counted on empty models of the real configurations, activations by running one
+step of the real code on tensors without data. `models/plans.py` puts the counts of a stage together.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+from diffusers import ModelMixin
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models.weights import MEMORY_MODES
+from utils.cli import InputError
+from utils.runs import show_bytes
+
+SPARE = 0.06  # share of a card that a plan leaves to the CUDA context and to fragmentation
+RESIDENT = "resident"  # on the card, as loaded
+FP8 = "fp8"  # on the card, stored in 8 bits, computed in the precision of the rest; for inference
+INT8, NF4 = "int8", "nf4"  # on the card, the blocks' matrices in 8 or 4 bits; gradients pass through
+AT_WORK = "at work"  # in CPU memory, on the card while the network is used
+STREAMED = "streamed"  # in CPU memory, layers come to the card one by one, ahead of their use
+LOSSY = (FP8, INT8, NF4)
+STREAMED_LAYERS = 3  # on the card at once: at work, on its way, not yet released
+NF4_BLOCK = 64  # weights that share a scale
+BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
+
+# stage -> mode -> network -> how it is kept
+KEPT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+    "alignment": {
+        "full": {"transformer": RESIDENT, "controlnet": RESIDENT, "vae": RESIDENT},
+        "balanced": {"transformer": INT8, "controlnet": INT8, "vae": RESIDENT},
+        "low": {"transformer": NF4, "controlnet": NF4, "vae": RESIDENT},
+    },
+    "anchors": {
+        "full": {"transformer": RESIDENT, "controlnet": RESIDENT, "vae": RESIDENT},
+        "balanced": {"transformer": FP8, "controlnet": RESIDENT, "vae": RESIDENT},
+        "low": {"transformer": STREAMED, "controlnet": STREAMED, "vae": STREAMED},
+    },
+    "ggi": {
+        "full": {"transformer": RESIDENT, "vae": RESIDENT},
+        "balanced": {"transformer": AT_WORK, "vae": AT_WORK},
+        "low": {"transformer": STREAMED, "vae": RESIDENT},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes that one phase of a stage holds on the card at its peak. optimizer: gradients and moments."""
+
+    name: str
+    weights: int
+    activations: int
+    optimizer: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.optimizer
+
+
+# --- counting ---
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New floating-point tensors are of this dtype in the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def without_data(dtype: torch.dtype) -> Iterator[None]:
+    """Tensors made in the block have shapes and dtypes, but no values and no memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True), default_dtype(dtype):
+        yield
+
+
+def empty_model(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> torch.nn.Module:
+    """A model of this dtype on the meta device, frozen."""
+    with torch.device("meta"), default_dtype(dtype):
+        return build().eval().requires_grad_(False)
+
+
+def bring_in(model: torch.nn.Module) -> torch.nn.Module:
+    """Let an empty model compute with the tensors of `without_data`: they count as lying in memory, not on meta."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in made:
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_parameter = isinstance(tensor, torch.nn.Parameter)
+                    made[id(tensor)] = torch.nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+                tensors[name] = None if tensor is None else made[id(tensor)]
+    return model
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers; what two modules share counts once."""
+    tensors = [*model.parameters(), *model.buffers(), *(t for module in model.modules() for t in _scales(module))]
+    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+
+
+def _scales(module: torch.nn.Module) -> list[torch.Tensor]:
+    """What a quantised layer of bitsandbytes holds beside its codes."""
+    weight, state = getattr(module, "weight", None), getattr(module, "state", None)
+    if (four_bits := getattr(weight, "quant_state", None)) is not None:
+        return [four_bits.absmax, four_bits.code]
+    scales = (getattr(weight, "SCB", None), getattr(state, "SCB", None))  # moved by the first forward pass
+    return [scale for scale in scales if scale is not None]
+
+
+def block_linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """{name: layer} of the matrices of all transformer blocks, which are nearly all weights; LoRA's are left out."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and name.startswith(BLOCKS) and ".lora_" not in name
+    }
+
+
+def kept_bytes(model: ModelMixin, how: str) -> int:
+    """Bytes on the card while an empty model (`empty_model`) is in use. For FP8 it is changed."""
+    if how == STREAMED:
+        own = [sum(p.numel() * p.element_size() for p in m.parameters(recurse=False)) for m in model.modules()]
+        return STREAMED_LAYERS * max(own)
+    if how in (INT8, NF4):
+        matrices = [layer.weight for layer in block_linears(model).values()]
+        before = sum(weight.numel() * weight.element_size() for weight in matrices)
+        return held_bytes(model) - before + sum(_quantised_bytes(*weight.shape, how) for weight in matrices)
+    if how == FP8:
+        keep(model, FP8, "meta")
+    return held_bytes(model)
+
+
+def _quantised_bytes(out: int, features: int, how: str) -> int:
+    if how == INT8:
+        return out * features + 4 * out  # a float32 scale per row
+    return (out * features + 1) // 2 + 4 * -(-out * features // NF4_BLOCK) + 4 * 16  # scales, and the 16 values
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors that were made while this is active and are still alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def ignore(self, model: torch.nn.Module) -> None:
+        self.known |= {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def _forget(self, key: int, size: int) -> None:
+        self.now -= size
+        self.known.discard(key)
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.known:
+                    self.known.add(key)
+                    weakref.finalize(storage, self._forget, key, size)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+        return result
+
+
+def count_activations(step: Callable[[], object], *models: torch.nn.Module) -> int:
+    """Peak bytes of what `step` makes, besides the weights of `models`. Call it inside `without_data`."""
+    with _LiveBytes() as live:
+        for model in models:
+            live.ignore(model)
+        step()
+    return live.peak
+
+
+# --- choosing ---
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a torch device."""
+    if torch.device(device).type == "cpu":
+        return psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(torch.device(device))[0]
+
+
+def choose_mode(wanted: str, plans: Mapping[str, Sequence[Phase]], room: int, device: str) -> str:
+    """The mode to use. wanted: one of MEMORY_MODES, or auto: the first, which is the fastest, that fits into `room`.
+
+    Raises InputError for what does not fit, naming the fastest mode that would.
+    """
+    peaks = {mode: max(phase.total for phase in plans[mode]) for mode in MEMORY_MODES}
+    fitting = [mode for mode in MEMORY_MODES if peaks[mode] <= (1 - SPARE) * room]
+    if wanted == "auto" and fitting:
+        return fitting[0]
+    if wanted in fitting:
+        return wanted
+    needed = show_bytes(peaks["low" if wanted == "auto" else wanted])
+    advice = f"use --memory {fitting[0]}" if fitting else "no mode fits: free some, or use a larger one"
+    raise InputError(f"--memory {wanted} needs {needed}, {device} has {show_bytes(room)} free: {advice}")
+
+
+def describe_plan(mode: str, phases: Sequence[Phase], room: int, device: str) -> str:
+    """One line for the user."""
+    parts = ", ".join(f"{phase.name} {show_bytes(phase.total)}" for phase in phases)
+    return f"memory {mode}: {parts}; {device} has {show_bytes(room)} free"
+
+
+# --- keeping ---
+
+
+def keep(model: ModelMixin, how: str, device: str) -> None:
+    """Bring a loaded network to `device`, or make it come when it is needed. AT_WORK is the pipeline's to do."""
+    if how == STREAMED:
+        model.enable_group_offload(
+            onload_device=torch.device(device), offload_type="leaf_level", use_stream=True, record_stream=True
+        )
+        return
+    if how == FP8:
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.dtype)
+    elif how in (INT8, NF4):
+        quantise(model, how)
+    model.to(device)
+
+
+def quantise(model: torch.nn.Module, how: str) -> None:
+    """Put bitsandbytes' layers in the place of the blocks' matrices; their weights shrink when they are moved."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise InputError("this --memory mode needs bitsandbytes: pip install bitsandbytes") from error
+    for name, layer in block_linears(model).items():
+        shape, bias, dtype = (layer.in_features, layer.out_features), layer.bias is not None, layer.weight.dtype
+        with torch.device("meta"):  # its own start weights are not wanted
+            if how == INT8:
+                new = bnb.nn.Linear8bitLt(*shape, bias, has_fp16_weights=False)
+            else:
+                new = bnb.nn.Linear4bit(*shape, bias, compute_dtype=dtype, quant_type="nf4", compress_statistics=False)
+        if how == INT8:
+            new.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        else:
+            new.weight = bnb.nn.Params4bit(
+                layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False, module=new
+            )
+        new.bias = layer.bias
+        model.set_submodule(name, new)
+
+
+def settle_memory(stage: str, plan: Mapping[str, Sequence[Phase]], wanted: str, device: str) -> dict[str, str]:
+    """Choose a mode for this device, say so on stderr, and return {network: how it is kept}. See `choose_mode`."""
+    room = free_memory(device)
+    mode = choose_mode(wanted, plan, room, device)
+    print(describe_plan(mode, plan[mode], room, device), file=sys.stderr)
+    return kept_on(device, stage, mode)
+
+
+def kept_on(device: str, stage: str, mode: str) -> dict[str, str]:
+    """{network: how it is kept}. Without a card to stream them to, networks lie in CPU memory all the time."""
+    kept = KEPT[stage][mode]
+    if torch.device(device).type != "cpu":
+        return dict(kept)
+    return {name: RESIDENT if how in (STREAMED, AT_WORK) else how for name, how in kept.items()}
+
+
+def lossy(kept: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """What of it changes the results, for a manifest's `weights`; empty when nothing does."""
+    found = {name: how for name, how in kept.items() if how in LOSSY}
+    return {"kept": found} if found else {}

@@ -1,0 +1,219 @@
+"""Memory plans: the phases of each stage and what they hold on the card, for every `--memory` mode.
+
+Counted from the configurations of the weights that will be loaded (`models/memory.py`). A plan is a dict
+{mode: [Phase, …]}; phases follow each other, so the largest decides.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    CogVideoXTransformer3DModel,
+    FluxControlNetModel,
+    FluxTransformer2DModel,
+    ModelMixin,
+)
+from transformers import AutoConfig, CLIPTextModel, T5EncoderModel
+
+from models.alignment import FlowObjective, FlowSample
+from models.flux import FluxModels, Text, decode_latents, velocity
+from models.inbetween import LATENT_CHANNELS
+from models.loading import component_config
+from models.lora import add_lora
+from models.memory import (
+    AT_WORK,
+    STREAMED,
+    Phase,
+    bring_in,
+    count_activations,
+    empty_model,
+    held_bytes,
+    kept_bytes,
+    kept_on,
+    without_data,
+)
+from models.weights import MEMORY_MODES
+from utils.runs import read_json
+
+Build = Callable[[], ModelMixin]
+Plan = dict[str, list[Phase]]
+FLUX_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+VIDEO_ENCODERS = {"text_encoder": T5EncoderModel}
+LORA_STATE = 3 * 4  # bytes for each LoRA parameter in training: gradient and two moments, float32
+
+
+def flux_builders(paths: dict[str, Path]) -> dict[str, Build]:
+    """{network: how to make an empty one} of FLUX from local paths."""
+    classes = {
+        "transformer": ("flux_transformer", FluxTransformer2DModel),
+        "controlnet": ("controlnet", FluxControlNetModel),
+        "vae": ("flux_vae", AutoencoderKL),
+    }
+    return {
+        key: lambda name=name, cls=cls: cls.from_config(component_config(name, paths[name]))
+        for key, (name, cls) in classes.items()
+    }
+
+
+def video_builders(vae: Path, transformer: Path) -> dict[str, Build]:
+    """The same of the in-between model. vae: from `locate`. transformer: folder in either layout."""
+    return {
+        "transformer": lambda: CogVideoXTransformer3DModel.from_config(read_json(transformer / "config.json")),
+        "vae": lambda: AutoencoderKLCogVideoX.from_config(component_config("cogvideox_vae", vae)),
+    }
+
+
+def text_phase(folder: Path, encoders: dict[str, type], dtype: torch.dtype, length: int) -> Phase:
+    """All text encoders of a pipeline folder at once, on one prompt of `length` tokens."""
+
+    def build(name: str) -> torch.nn.Module:
+        return encoders[name](AutoConfig.from_pretrained(folder / name, local_files_only=True))
+
+    weights = sum(held_bytes(empty_model(lambda name=name: build(name), dtype)) for name in encoders)
+    largest = next(name for name, cls in encoders.items() if cls is T5EncoderModel)
+    model = empty_model(lambda: build(largest), dtype)
+    with without_data(dtype), torch.no_grad():
+        bring_in(model)
+        tokens = torch.empty(1, length, dtype=torch.long)
+        return Phase("text", weights, count_activations(lambda: model(tokens), model))
+
+
+def _plan(
+    stage: str,
+    builders: dict[str, Build],
+    dtype: torch.dtype,
+    phases: dict[str, tuple[Sequence[str], int, int]],
+    text: Phase,
+    device: str,
+) -> Plan:
+    """phases: name -> (networks at work, bytes of activations, bytes of the optimizer)."""
+    plan = {}
+    for mode in MEMORY_MODES:
+        kept = kept_on(device, stage, mode)
+        held = {name: kept_bytes(empty_model(build, dtype), kept[name]) for name, build in builders.items()}
+        plan[mode] = [text]
+        for phase, (at_work, activations, optimizer) in phases.items():
+            present = [name for name in builders if name in at_work or kept[name] not in (STREAMED, AT_WORK)]
+            plan[mode].append(Phase(phase, sum(held[name] for name in present), activations, optimizer))
+    return plan
+
+
+def _text(transformer: FluxTransformer2DModel, length: int) -> Text:
+    """An encoded prompt without data."""
+    config = transformer.config
+    return Text(torch.empty(1, length, config.joint_attention_dim), torch.empty(1, config.pooled_projection_dim))
+
+
+def plan_anchors(
+    paths: dict[str, Path], size: tuple[int, int], rank: int, length: int, dtype: torch.dtype, device: str
+) -> Plan:
+    """Stage 2. size: width, height of an anchor in pixels. rank: of the LoRAs. length: tokens of a prompt."""
+    width, height = size
+    builders = flux_builders(paths)
+    builders |= {name: _with_lora(builders[name], rank) for name in ("transformer", "controlnet")}
+    networks = [empty_model(build, dtype) for build in builders.values()]
+    with without_data(dtype), torch.no_grad():
+        models = FluxModels(*map(bring_in, networks))
+        tokens, control = torch.empty(1, width * height // 256, 64), torch.empty(1, 3, height, width)
+        latents = torch.empty(1, 16, height // 8, width // 8)
+        text = _text(models.transformer, length)
+        denoising = count_activations(
+            lambda: velocity(models, tokens, 0.5, text, control, guidance=4.0), models.transformer, models.controlnet
+        )
+        decoding = count_activations(lambda: decode_latents(models, latents), models.vae)
+    phases = {
+        "denoising": (("transformer", "controlnet"), denoising, 0),
+        "decoding": (("vae",), decoding, 0),
+    }
+    return _plan(
+        "anchors", builders, dtype, phases, text_phase(paths["flux_text"], FLUX_ENCODERS, dtype, length), device
+    )
+
+
+def _with_lora(build: Build, rank: int) -> Build:
+    def build_with_lora() -> ModelMixin:
+        model = build()
+        add_lora(model, rank)
+        return model
+
+    return build_with_lora
+
+
+def plan_alignment(
+    paths: dict[str, Path], side: int, batch: int, rank: int, length: int, dtype: torch.dtype, device: str
+) -> Plan:
+    """Stage 1. side: of a training crop in pixels; the largest crop is square. batch: crops per process and step."""
+    plain = flux_builders(paths)
+    builders = plain | {name: _with_lora(plain[name], rank) for name in ("transformer", "controlnet")}
+    networks = [empty_model(build, dtype) for build in builders.values()]
+    loras = [
+        parameter.requires_grad_()
+        for model in networks
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name
+    ]
+    for model in networks[:2]:
+        model.train()
+        model.enable_gradient_checkpointing()
+    with without_data(dtype):
+        models = FluxModels(*map(bring_in, networks))
+        objective, text = FlowObjective(models).train(), _text(models.transformer, length)
+        text = Text(text.tokens.expand(batch, -1, -1), text.pooled.expand(batch, -1))
+        tokens = torch.empty(batch, side * side // 256, 64)
+        sample = FlowSample(tokens, torch.empty_like(tokens), torch.empty(batch))
+        control = torch.empty(batch, 3, side, side)
+        training = count_activations(lambda: objective(sample, text, control).backward(), *networks[:2])
+    count = sum(parameter.numel() for parameter in loras)
+    training -= sum(parameter.numel() * parameter.element_size() for parameter in loras)  # gradients: counted below
+    master = 4 - torch.empty((), dtype=dtype).element_size()  # LoRA is trained in float32
+    phases = {"training": (("transformer", "controlnet", "vae"), training, count * (LORA_STATE + master))}
+    return _plan(
+        "alignment", builders, dtype, phases, text_phase(paths["flux_text"], FLUX_ENCODERS, dtype, length), device
+    )
+
+
+def plan_ggi(
+    paths: dict[str, Path],
+    transformer: Path,
+    size: tuple[int, int],
+    num_frames: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    guided: bool,
+    tiling: bool,
+) -> Plan:
+    """Stage 3. size: width, height of the video in pixels. guided: both branches of guidance go in one batch."""
+    config = read_json(transformer / "config.json")
+    h, w, length = size[1] // 8, size[0] // 8, config["max_text_seq_length"]
+    frames = (num_frames - 1) // config["temporal_compression_ratio"] + 1
+    builders, batch = video_builders(paths["cogvideox_vae"], transformer), 2 if guided else 1
+    networks = [empty_model(build, dtype) for build in builders.values()]
+    with without_data(dtype), torch.no_grad():
+        network, vae = map(bring_in, networks)
+        vae.enable_slicing()
+        if tiling:
+            vae.enable_tiling()
+        arguments = {
+            "hidden_states": torch.empty(batch, frames, config["in_channels"], h, w),
+            "encoder_hidden_states": torch.empty(batch, length, config["text_embed_dim"]),
+            "timestep": torch.empty(batch),
+        }
+        if config.get("use_rotary_positional_embeddings"):
+            shape = (frames * h * w // config["patch_size"] ** 2, config["attention_head_dim"])
+            arguments["image_rotary_emb"] = (torch.empty(shape), torch.empty(shape))
+        pixels, latents = torch.empty(1, 3, num_frames, 8 * h, 8 * w), torch.empty(1, LATENT_CHANNELS, frames, h, w)
+        denoising = count_activations(lambda: network(**arguments), network)
+        encoding = count_activations(lambda: vae.encode(pixels), vae)
+        decoding = count_activations(lambda: vae.decode(latents), vae)
+    phases = {
+        "encoding": (("vae",), encoding, 0),
+        "denoising": (("transformer",), denoising, 0),
+        "decoding": (("vae",), decoding, 0),
+    }
+    return _plan(
+        "ggi", builders, dtype, phases, text_phase(paths["cogvideox_text"], VIDEO_ENCODERS, dtype, length), device
+    )
