@@ -4,11 +4,16 @@
 
 RUN is a folder that sag_generate_anchor_view.py wrote. Writes RUN/d0.5_e1350_n30/{0000.png …, video.mp4}: 46 numbered
 frames per arc; the video shows the frame that two arcs share once. The same command continues an interrupted run.
+
+    accelerate launch --num_processes 4 ggi.py --target RUN_A RUN_B … [--no-chain]
+
+shares runs among processes, and with --no-chain single arcs; the files do not depend on how many there are.
 """
 
 import argparse
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +44,7 @@ from utils.arcs import (
     find_anchors,
     find_scene,
     frame_path,
+    latents_path,
     load_scene,
     resample_indices,
     video_run_name,
@@ -47,15 +53,32 @@ from utils.cli import InputError, Parser, guidance_float, positive_int, run_scri
 from utils.edges import resize_edges
 from utils.images import contact_sheet, read_image, resize_image, write_image, write_video
 from utils.noise import blend_noise, load_or_make_noise
-from utils.runs import Run, derive_seed, files_sha256, open_run, read_json
+from utils.runs import Run, atomic_path, derive_seed, files_sha256, open_run, read_json
 
 SHEET_COLUMNS = 8  # frames per arc on the contact sheet
+
+
+@dataclass
+class Job:
+    """The anchors of one scene, and the run of the video to make of them. noises: float32 [13, h, w, 16] per arc."""
+
+    scene: Scene
+    anchors: list[Path]
+    noises: list[np.ndarray]
+    run: Run
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--target", type=Path, required=True, metavar="RUN", help="run folder with the anchors image_00.png …")
+    add(
+        "--target",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="RUN",
+        help="run folders with the anchors image_00.png …; several are shared among the processes",
+    )
     add("--scene", type=Path, help="scene folder (default: the one that RUN lies in, else the one RUN was drawn for)")
     add("--prompt", help="what the video shows; may be empty (default: a caption of the first anchor by BLIP-2)")
     add("--caption_model", metavar="REPO|PATH", help="BLIP-2 for the caption (default: Salesforce/blip2-opt-2.7b)")
@@ -131,97 +154,145 @@ def result_arguments(
     }
 
 
+def open_job(args: argparse.Namespace, target: Path) -> Job:
+    """Read what `target` holds and open its video's run. Raises InputError for what cannot be used."""
+    if not target.is_dir():
+        raise InputError(f"run folder {target} does not exist: give one that sag_generate_anchor_view.py wrote")
+    scene = load_scene(args.scene or find_scene(target))
+    anchors = find_anchors(target, len(scene.arcs) + 1)
+    check_anchors(anchors)
+    folder = (args.output_dir or target) / video_run_name(args.degradation, args.epoch, args.num_inference_steps)
+    noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]
+    run = open_run(folder, result_arguments(args, scene, anchors, noises), overwrite=args.overwrite)
+    return Job(scene, anchors, noises, run)
+
+
 def main() -> None:
     args = parse_args()
     preset = load_preset(args.weights)
     args.width, args.height = args.width or preset.video_size[0], args.height or preset.video_size[1]
     args.num_frames = args.num_frames or preset.num_frames
     args.dtype = args.dtype or preset.dtype
-    if not args.target.is_dir():
-        raise InputError(f"run folder {args.target} does not exist: give one that sag_generate_anchor_view.py wrote")
-    scene = load_scene(args.scene or find_scene(args.target))
-    anchors = find_anchors(args.target, len(scene.arcs) + 1)
-    check_anchors(anchors)
+    if len(args.target) > 1 and (args.output_dir or args.scene):
+        raise InputError("--output_dir and --scene go with a single --target")
     transformer = find_inbetween(preset, args.model_path, args.epoch)
     check_size(args, read_json(transformer / "config.json"))
-    folder = (args.output_dir or args.target) / video_run_name(args.degradation, args.epoch, args.num_inference_steps)
-    noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]
-    run = open_run(folder, result_arguments(args, scene, anchors, noises), overwrite=args.overwrite)
-    if run.finished:
-        require_same_weights(run, args, preset, GGI_STAGE, transformer=transformer)
-        if run.manifest.get("fps") != args.fps:
-            finish(args, scene, anchors, run)
-            return
-        print(f"{run.folder} is finished")
-        print_results(run)
+    jobs = [open_job(args, target) for target in dict.fromkeys(args.target)]
+    for job in jobs:
+        if job.run.finished:
+            require_same_weights(job.run, args, preset, GGI_STAGE, transformer=transformer)
+    unfinished = [job for job in jobs if not job.run.finished]
+    if unfinished and not fill_arcs(args, preset, unfinished, transformer):
         return
-    device = resolve_device(args.device)
-    known = args.prompt is not None or run.manifest.get("prompt") is not None
-    caption_model = None if known else caption_source(args.caption_model)
-    paths = locate(args, preset, GGI_STAGE)
-    fill_arcs(args, preset, scene, anchors, noises, run, device, paths, transformer, caption_model)
-    finish(args, scene, anchors, run)
+    for job in jobs:
+        if job.run.finished and job.run.manifest.get("fps") == args.fps:
+            print(f"{job.run.folder} is finished")
+        else:
+            finish(args, job)
+        print_results(job.run)
 
 
-def fill_arcs(
-    args: argparse.Namespace,
-    preset: Preset,
-    scene: Scene,
-    anchors: list[Path],
-    noises: list[np.ndarray],
-    run: Run,
-    device: str,
-    paths: dict[str, Path],
-    transformer: Path,
-    caption_model: Path | None,
-) -> None:
-    """Generate every arc that is not there yet."""
+def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transformer: Path) -> bool:
+    """Generate every arc that is not there yet, shared among all processes; whether this is the first of them."""
     from tqdm import tqdm
 
-    from models.loading import DTYPES, caption_image, encode_video_prompts, load_inbetween
-    from models.memory import lossy, settle_memory
+    from models.loading import DTYPES, encode_video_prompts, load_inbetween
+    from models.memory import lossy, naming_smaller_mode, settle_memory
+    from models.parallel import open_processes
     from models.plans import plan_ggi
 
+    process, device = open_processes(resolve_device(args.device))
+    caption_model = caption_source(args.caption_model) if any(needs_caption(args, job) for job in jobs) else None
+    paths = locate(args, preset, GGI_STAGE)
     dtype, size, tiling = DTYPES[args.dtype], (args.width, args.height), preset.vae_tiling
     guided = args.guidance_scale != 1 and args.prompt != ""
     plan = plan_ggi(paths, transformer, size, args.num_frames, dtype, device, guided=guided, tiling=tiling)
-    kept = settle_memory("ggi", plan, args.memory, device)
-    if caption_model:
-        prompt = caption_image(read_image(anchors[0]), caption_model, device, dtype, args.seed)
-    else:  # a caption that an interrupted run has made is kept
-        prompt = args.prompt if args.prompt is not None else run.manifest["prompt"]
+    mode, kept = settle_memory("ggi", plan, args.memory, device)
+    prompts = find_prompts(args, jobs, caption_model, device, dtype)
     length = read_json(transformer / "config.json")["max_text_seq_length"]
-    embeds = encode_video_prompts(paths["cogvideox_text"], [prompt, ""], device, dtype, length)
+    embeds = encode_video_prompts(paths["cogvideox_text"], [*prompts, ""], device, dtype, length)
     pipe = load_inbetween(paths, transformer, device, dtype, kept, tiling=tiling)
     hashes = weight_hashes(paths | {"transformer": transformer}) | lossy(kept)
-    run.begin(weights=hashes, prompt=prompt, scene=str(scene.folder.resolve()))
-    with tqdm(total=len(scene.arcs), desc="arcs", unit="arc") as progress:
-        for arc, noise in zip(scene.arcs, noises, strict=True):
-            if not is_done(run, arc):
-                start = chain_path(run.folder, arc.index) if args.chain and arc.index else anchors[arc.index]
-                frames = fill_arc(args, pipe, arc, start, anchors[arc.index + 1], noise, embeds[prompt], embeds[""])
-                save_arc(run, arc, frames)
-                run.save()
-            progress.update()
+    if process.is_main_process:
+        for job, prompt in zip(jobs, prompts, strict=True):
+            job.run.begin(weights=hashes, prompt=prompt, scene=str(job.scene.folder.resolve()))
+    process.wait_for_everyone()
+    mine = share_arcs(jobs, args.chain)[process.process_index :: process.num_processes]
+    total = sum(len(arcs) for _, arcs in mine)
+    with tqdm(total=total, desc="arcs", unit="arc", disable=not process.is_main_process) as progress:
+        for number, arcs in mine:
+            for arc in arcs:
+                if not is_done(jobs[number].run, arc):
+                    with naming_smaller_mode(mode):
+                        frames = fill_arc(args, pipe, jobs[number], arc, embeds[prompts[number]], embeds[""])
+                    save_arc(jobs[number].run, arc, frames)
+                    if process.is_main_process:
+                        jobs[number].run.save()
+                progress.update()
+    process.wait_for_everyone()
+    return process.is_main_process
 
 
-def fill_arc(args, pipe, arc: Arc, start: Path, end: Path, warped: np.ndarray, positive, negative) -> np.ndarray:
-    """The frames of one arc between two pictures, uint8 [num_frames, height, width, 3].
+def needs_caption(args: argparse.Namespace, job: Job) -> bool:
+    """Not when a prompt is given; and a caption that an interrupted run has made is kept."""
+    return args.prompt is None and job.run.manifest.get("prompt") is None
 
-    warped: float32 [13, h, w, 16]. positive, negative: prompt embeddings [1, T, D].
+
+def find_prompts(
+    args: argparse.Namespace, jobs: list[Job], caption_model: Path | None, device: str, dtype
+) -> list[str]:
+    """The prompt of every job. Captions are the same in every process: their draws are seeded."""
+    from models.loading import caption_image
+
+    prompts = []
+    for job in jobs:
+        if needs_caption(args, job):
+            prompts.append(caption_image(read_image(job.anchors[0]), caption_model, device, dtype, args.seed))
+        else:
+            prompts.append(args.prompt if args.prompt is not None else job.run.manifest["prompt"])
+    return prompts
+
+
+def share_arcs(jobs: Sequence[Job], chain: bool) -> list[tuple[int, list[Arc]]]:
+    """What one process does in one go: (number of a job, arcs). Chained arcs follow each other; others are free."""
+    if chain:
+        return [(number, list(job.scene.arcs)) for number, job in enumerate(jobs)]
+    return [(number, [arc]) for number, job in enumerate(jobs) for arc in job.scene.arcs]
+
+
+def fill_arc(args: argparse.Namespace, pipe, job: Job, arc: Arc, positive, negative) -> np.ndarray:
+    """The frames of one arc, uint8 [num_frames, height, width, 3]. positive, negative: prompt embeddings [1, T, D].
+
+    The latents are on disk before they are decoded: what fails then costs no second denoising.
     """
+    from safetensors.torch import load_file, save_file
+
+    path = latents_path(job.run.folder, arc.index)
+    if path.exists():
+        return pipe.decode_video(load_file(path)["latents"])
+    latents = denoise_arc(args, pipe, job, arc, positive, negative)
+    with atomic_path(path) as temporary:
+        save_file({"latents": latents.cpu().contiguous()}, temporary)
+    return pipe.decode_video(latents)
+
+
+def denoise_arc(args: argparse.Namespace, pipe, job: Job, arc: Arc, positive, negative):
+    """Latents of one arc between its two end pictures, [1, 13, 16, h, w]."""
     import torch
 
     from models.inbetween import ConditionEps
     from models.latents import draw_noise, to_signed
 
-    ends = (to_signed(resize_image(read_image(path), args.width, args.height))[None] for path in (start, end))
+    start = chain_path(job.run.folder, arc.index) if args.chain and arc.index else job.anchors[arc.index]
+    pictures = (read_image(path) for path in (start, job.anchors[arc.index + 1]))
+    ends = (to_signed(resize_image(picture, args.width, args.height))[None] for picture in pictures)
     edges = to_signed(edge_video(arc, args.width, args.height, args.num_frames))[None]
+    warped = job.noises[arc.index]  # float32 [13, h, w, 16]
     eps = ConditionEps.draw(*warped.shape[:3], seed=args.seed, arc=arc.index)
     conditions = pipe.encode_conditions(*ends, edges, eps)
     background = torch.from_numpy(warped).movedim(-1, 1)[None]
     fresh = draw_noise(background.shape, derive_seed(args.seed, arc.index, 1))
-    latents = pipe(
+    return pipe(
         conditions,
         blend_noise(background, fresh, args.degradation).to(pipe.transformer.dtype),
         positive,
@@ -229,7 +300,6 @@ def fill_arc(args, pipe, arc: Arc, start: Path, end: Path, warped: np.ndarray, p
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
     )
-    return pipe.decode_video(latents)
 
 
 def edge_video(arc: Arc, width: int, height: int, num_frames: int) -> np.ndarray:
@@ -251,22 +321,25 @@ def save_arc(run: Run, arc: Arc, frames: np.ndarray) -> None:
     for path, frame in zip(arc_frame_paths(run, arc), frames[:ARC_FRAMES], strict=True):
         write_image(path, frame)
     write_image(chain_path(run.folder, arc.index + 1), frames[-1])
+    latents_path(run.folder, arc.index).unlink(missing_ok=True)
 
 
-def finish(args: argparse.Namespace, scene: Scene, anchors: list[Path], run: Run) -> None:
+def finish(args: argparse.Namespace, job: Job) -> None:
     """Video and contact sheet from the saved frames."""
-    shown = [path for arc in scene.arcs for path in arc_frame_paths(run, arc)[bool(arc.index) :]]
+    run, arcs = job.run, job.scene.arcs
+    shown = [path for arc in arcs for path in arc_frame_paths(run, arc)[bool(arc.index) :]]
     write_video(run.folder / VIDEO_FILE, (read_image(path) for path in shown), args.fps)
     rows = []
     columns = resample_indices(ARC_FRAMES, SHEET_COLUMNS)
-    for arc in scene.arcs:
+    for arc in arcs:
         frames = arc_frame_paths(run, arc)
         rows.append((f"arc {arc.index}: edges", [read_image(arc.edge_paths[i]) for i in columns]))
         rows.append((f"arc {arc.index}: frames", [read_image(frames[i]) for i in columns]))
-    rows.append(("anchors", [read_image(path) for path in anchors]))
+    rows.append(("anchors", [read_image(path) for path in job.anchors]))
     write_image(run.folder / CONTACT_SHEET, contact_sheet(rows))
+    for arc in arcs:  # of an arc that was interrupted at the very end
+        latents_path(run.folder, arc.index).unlink(missing_ok=True)
     run.finish(fps=args.fps)
-    print_results(run)
 
 
 def print_results(run: Run) -> None:

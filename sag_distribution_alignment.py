@@ -134,13 +134,13 @@ def train(
     from models.alignment import FlowObjective, load_trainable, lora_optimizer, optimizer_step
     from models.loading import DTYPES, encode_flux_prompts
     from models.lora import save_lora, save_loras_only
-    from models.memory import lossy, settle_memory
+    from models.memory import lossy, naming_smaller_mode, settle_memory
     from models.plans import plan_alignment
 
     accelerator = open_accelerator(run, args, device)
     dtype, device, length = DTYPES[args.dtype], accelerator.device, preset.max_sequence_length
     plan = plan_alignment(paths, args.resolution, args.train_batch_size, args.rank, length, dtype, str(device))
-    kept = settle_memory("alignment", plan, args.memory, str(device))
+    mode, kept = settle_memory("alignment", plan, args.memory, str(device))
     prompts = [reference.prompt for reference in references]
     texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, length)
     models, loras = load_trainable(paths, device, dtype, args.rank, args.seed, kept)
@@ -162,7 +162,8 @@ def train(
     losses, total = read_losses(run.folder, first_step), args.max_train_steps
     is_first = accelerator.is_main_process
     for step in tqdm(range(first_step, total), "align", total, initial=first_step, disable=not is_first):
-        losses.append(backward(args, preset, references, step, accelerator, objective, models, texts))
+        with naming_smaller_mode(mode):
+            losses.append(backward(args, preset, references, step, accelerator, objective, models, texts))
         accelerator.unscale_gradients()  # float16 scales them
         norms = optimizer_step(optimizer, loras)
         accelerator.log({"loss": losses[-1], "grad_norm/flux": norms[0], "grad_norm/controlnet": norms[1]}, step + 1)

@@ -4,10 +4,16 @@
 
 Writes image_00.png … into SCENE/multiviews/<run>/, with the warped previous anchor and its mask beside each. Anchors
 depend on the one before, so they are drawn in order; the same command continues an interrupted run.
+
+    accelerate launch --num_processes 4 sag_generate_anchor_view.py --target SCENE_A SCENE_B --seed 1 2 …
+
+shares scenes and seeds among processes; the files do not depend on how many there are.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from models.weights import (
@@ -51,10 +57,21 @@ from utils.images import contact_sheet, read_image, write_image
 from utils.runs import MANIFEST, Run, draw_seed, files_sha256, find_unfinished, open_run
 
 
+@dataclass
+class Job:
+    """The anchors of one scene from one seed. size: width, height in pixels."""
+
+    scene: Scene
+    size: tuple[int, int]
+    seed: int
+    prompts: list[str]
+    run: Run
+
+
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--target", type=Path, required=True, metavar="SCENE", help="scene folder with arc0, arc1, …")
+    add("--target", type=Path, nargs="+", required=True, metavar="SCENE", help="scene folders with arc0, arc1, …")
     add("--pfix", type=folder_name, required=True, metavar="NAME", help="name of the LoRA")
     add("--epoch", type=positive_int, default=400, help="training step of the LoRA's checkpoint")
     add("--loras", type=Path, default=Path("loras"), help="folder of all LoRAs")
@@ -80,8 +97,9 @@ def parse_args() -> argparse.Namespace:
     add(
         "--seed",
         type=seed_or_draw,
-        default=-1,
-        help="noise seed; -1 continues the newest unfinished run, else draws one",
+        nargs="+",
+        default=[-1],
+        help="noise seeds; -1 continues the newest unfinished run, else draws one",
     )
     add("--use_else_noise", action="store_true", help="a different noise for every anchor: seed, seed + 1, …")
     add("--width", type=positive_int, help="pixels (default: the weights' preset, else the edge frames' width)")
@@ -109,77 +127,96 @@ def anchor_size(args: argparse.Namespace, preset: Preset, scene: Scene) -> tuple
     return size
 
 
-def result_arguments(args: argparse.Namespace, scene: Scene, size: tuple[int, int], loras: Sequence[Path]) -> dict:
-    """What decides the pictures: arguments, and files by their content. Where they are drawn and put does not."""
+def result_arguments(args: argparse.Namespace, scene: Scene, prompts: list[str], size, loras: Sequence[Path]) -> dict:
+    """What decides the pictures, but the seed: arguments, and files by their content. Where they are put does not."""
     elsewhere = {"output_dir", "overwrite", "device", "memory", "loras", "target"}
     chosen = {key: value for key, value in vars(args).items() if key not in elsewhere}
     inputs = [*scene.anchor_edge_paths, *(arc.corres_end_path for arc in scene.arcs)]
     hashes = {"scene_sha256": files_sha256(inputs), "loras_sha256": files_sha256(loras)}
-    return chosen | {"width": size[0], "height": size[1]} | hashes
+    return chosen | {"prompt": prompts, "width": size[0], "height": size[1]} | hashes
 
 
-def open_anchor_run(args: argparse.Namespace, arguments: dict) -> Run:
-    """The run to continue or begin; fixes `args.seed` when it is -1."""
-    parent = args.output_dir or args.target / MULTIVIEWS
-    if args.seed < 0:
+def open_job(args: argparse.Namespace, preset: Preset, target: Path, seed: int, loras: Sequence[Path]) -> Job:
+    """The run to continue or begin, for one scene and seed. Raises InputError for what cannot be used."""
+    scene = load_scene(target)
+    prompts, size = pad_prompts(args.prompt, len(scene.arcs) + 1), anchor_size(args, preset, scene)
+    arguments = result_arguments(args, scene, prompts, size, loras)
+    parent = args.output_dir or target / MULTIVIEWS
+    if seed < 0:
         unfinished = find_unfinished(parent, arguments, "seed")
-        args.seed = draw_seed() if unfinished is None else unfinished
-        print(f"seed {args.seed}" + ("" if unfinished is None else ", continuing an unfinished run"))
-    name = anchor_run_name(args.pfix, args.prompt, args.epoch, args.seed, args.num_replacement)
+        seed = draw_seed() if unfinished is None else unfinished
+        print(f"seed {seed}" + ("" if unfinished is None else ", continuing an unfinished run"))
+    name = anchor_run_name(args.pfix, prompts, args.epoch, seed, args.num_replacement)
     # Videos of these anchors are folders of their own, which stay when the anchors are drawn anew.
-    return open_run(
-        parent / name, arguments | {"seed": args.seed}, overwrite=args.overwrite, owned=(*ANCHOR_FILES, MANIFEST)
+    run = open_run(
+        parent / name, arguments | {"seed": seed}, overwrite=args.overwrite, owned=(*ANCHOR_FILES, MANIFEST)
     )
+    return Job(scene, size, seed, prompts, run)
 
 
 def main() -> None:
     args = parse_args()
-    scene = load_scene(args.target)
     preset = load_preset(args.weights)
-    args.prompt = pad_prompts(args.prompt, len(scene.arcs) + 1)
     args.dtype = args.dtype or preset.dtype
-    size = anchor_size(args, preset, scene)
+    if len(args.target) > 1 and args.output_dir:
+        raise InputError("--output_dir goes with a single --target")
+    if -1 in args.seed and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("--seed -1: several processes need a seed to agree on")
     lora_files = find_lora(args.loras, args.pfix, args.epoch)
-    device = resolve_device(args.device)
-    run = open_anchor_run(args, result_arguments(args, scene, size, lora_files))
-    if run.finished:
-        require_same_weights(run, args, preset, FLUX_STAGE)
-        print(f"{run.folder} is finished")
-        return
-    paths = locate(args, preset, FLUX_STAGE)
-    draw_anchors(args, preset, scene, size, run, device, paths, lora_files)
-    print(run.folder)
+    resolve_device(args.device)
+    pairs = dict.fromkeys((target, seed) for target in args.target for seed in args.seed)
+    jobs = [open_job(args, preset, *pair, lora_files) for pair in pairs]
+    for job in jobs:
+        if job.run.finished:
+            require_same_weights(job.run, args, preset, FLUX_STAGE)
+            print(f"{job.run.folder} is finished")
+    unfinished = [job for job in jobs if not job.run.finished]
+    if unfinished and draw_anchors(args, preset, unfinished, lora_files):
+        for job in unfinished:
+            print(job.run.folder)
 
 
-def draw_anchors(
-    args: argparse.Namespace,
-    preset: Preset,
-    scene: Scene,
-    size: tuple[int, int],
-    run: Run,
-    device: str,
-    paths: dict[str, Path],
-    lora_files: tuple[Path, Path],
-) -> None:
+def draw_anchors(args: argparse.Namespace, preset: Preset, jobs: list[Job], lora_files: tuple[Path, Path]) -> bool:
+    """Draw all anchors that are not there yet, shared among all processes; whether this is the first of them."""
     from tqdm import tqdm
 
-    from models.anchors import AnchorSettings, decode_anchor, encode_warped, sample_anchor, warp_anchor
-    from models.latents import draw_noise, to_signed
     from models.loading import DTYPES, component_config, encode_flux_prompts, load_flux, place_flux
     from models.lora import check_lora, load_lora, lora_rank
-    from models.memory import lossy, settle_memory
+    from models.memory import lossy, naming_smaller_mode, settle_memory
+    from models.parallel import open_processes
     from models.plans import plan_anchors
 
+    process, device = open_processes(resolve_device(args.device))
+    paths = locate(args, preset, FLUX_STAGE)
     names = ("flux_transformer", "controlnet")
     states = [check_lora(f, component_config(n, paths[n])) for f, n in zip(lora_files, names, strict=True)]
     dtype, length = DTYPES[args.dtype], preset.max_sequence_length
-    plan = plan_anchors(paths, size, lora_rank(states[0]), length, dtype, device)
-    kept = settle_memory("anchors", plan, args.memory, device)
-    texts = encode_flux_prompts(paths["flux_text"], [*args.prompt, args.neg_prompt], device, dtype, length)
+    largest = max((job.size for job in jobs), key=lambda size: size[0] * size[1])
+    plan = plan_anchors(paths, largest, lora_rank(states[0]), length, dtype, device)
+    mode, kept = settle_memory("anchors", plan, args.memory, device)
+    prompts = [prompt for job in jobs for prompt in job.prompts]
+    texts = encode_flux_prompts(paths["flux_text"], [*prompts, args.neg_prompt], device, dtype, length)
     models = load_flux(paths, device, dtype)
     for model, state in zip((models.transformer, models.controlnet), states, strict=True):
         load_lora(model, state, args.lora_weight)
     place_flux(models, kept)
+    mine = jobs[process.process_index :: process.num_processes]
+    steps = sum(len(job.prompts) for job in mine) * args.num_steps
+    with tqdm(total=steps, desc="anchors", unit="step", disable=not process.is_main_process) as progress:
+        for job in mine:
+            job.run.begin(weights=weight_hashes(paths) | lossy(kept), scene=str(job.scene.folder.resolve()))
+            with naming_smaller_mode(mode):
+                draw_job(args, preset, job, models, texts, progress)
+            write_image(job.run.folder / CONTACT_SHEET, anchor_sheet(job.scene, job.run.folder))
+            job.run.finish()
+    process.wait_for_everyone()
+    return process.is_main_process
+
+
+def draw_job(args: argparse.Namespace, preset: Preset, job: Job, models, texts: dict, progress) -> None:
+    """All anchors of one scene, in order. texts: {prompt: Text}."""
+    from models.anchors import AnchorSettings, decode_anchor, encode_warped, sample_anchor, warp_anchor
+    from models.latents import draw_noise, to_signed
 
     settings = AnchorSettings(
         args.num_steps,
@@ -189,39 +226,34 @@ def draw_anchors(
         args.control_weight,
         args.num_replacement,
     )
-    run.begin(weights=weight_hashes(paths) | lossy(kept), scene=str(args.target.resolve()))
-    width, height = size
-    noise_of = lambda k: draw_noise((1, 16, height // 8, width // 8), args.seed + k * args.use_else_noise)  # noqa: E731
-    with tqdm(total=(len(scene.arcs) + 1) * args.num_steps, desc="anchors", unit="step") as progress:
-        for k, edge_path in enumerate(scene.anchor_edge_paths):
-            if anchor_path(run.folder, k).exists():
-                progress.update(args.num_steps)
-                continue
-            control = to_signed(resize_edges(read_image(edge_path), width, height))[None]
-            replacement = None
-            if k:
-                previous = read_image(anchor_path(run.folder, k - 1))
-                code = read_map(scene.arcs[k - 1].corres_end_path)
-                warped, mask = warp_anchor(previous, code, preset.mask_dilations)
-                # The reference's posterior draw is the first after seeding the previous anchor: its noise, bit for
-                # bit.
-                replacement = encode_warped(models, warped, mask, noise_of(k - 1))
-                write_image(warped_path(run.folder, k), warped)
-                write_image(mask_path(run.folder, k), 255 * mask)
-            latents = sample_anchor(
-                models,
-                noise_of(k),
-                control,
-                texts[args.prompt[k]],
-                texts[args.neg_prompt],
-                settings,
-                replacement,
-                on_step=lambda step: progress.update(),
-            )
-            write_image(anchor_path(run.folder, k), decode_anchor(models, latents))
-            run.save()
-    write_image(run.folder / CONTACT_SHEET, anchor_sheet(scene, run.folder))
-    run.finish()
+    (width, height), folder = job.size, job.run.folder
+    noise_of = lambda k: draw_noise((1, 16, height // 8, width // 8), job.seed + k * args.use_else_noise)  # noqa: E731
+    for k, edge_path in enumerate(job.scene.anchor_edge_paths):
+        if anchor_path(folder, k).exists():
+            progress.update(args.num_steps)
+            continue
+        control = to_signed(resize_edges(read_image(edge_path), width, height))[None]
+        replacement = None
+        if k:
+            previous = read_image(anchor_path(folder, k - 1))
+            code = read_map(job.scene.arcs[k - 1].corres_end_path)
+            warped, mask = warp_anchor(previous, code, preset.mask_dilations)
+            # The reference's posterior draw is the first after seeding the previous anchor: its noise, bit for bit.
+            replacement = encode_warped(models, warped, mask, noise_of(k - 1))
+            write_image(warped_path(folder, k), warped)
+            write_image(mask_path(folder, k), 255 * mask)
+        latents = sample_anchor(
+            models,
+            noise_of(k),
+            control,
+            texts[job.prompts[k]],
+            texts[args.neg_prompt],
+            settings,
+            replacement,
+            on_step=lambda step: progress.update(),
+        )
+        write_image(anchor_path(folder, k), decode_anchor(models, latents))
+        job.run.save()
 
 
 def anchor_sheet(scene: Scene, folder: Path):

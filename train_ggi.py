@@ -12,7 +12,6 @@ the same weights as an uninterrupted one. Layout of a dataset folder: utils/clip
 
 import argparse
 import hashlib
-from datetime import timedelta
 from pathlib import Path
 
 from models.training import FREE_SETTINGS, add_training_flags, fit, is_trained, training_settings
@@ -37,7 +36,6 @@ SYNTHETIC = "synthetic"
 START = "cogvideox_transformer"
 FOLDER_FLAGS = ("captions", "edges", "flow", "stride", "windows")  # of --dataset FOLDER alone
 SHEET_CLIPS = 2
-WAIT = timedelta(days=7)  # of processes for one another: encoding a large dataset takes hours
 
 
 def parse_args() -> argparse.Namespace:
@@ -146,16 +144,16 @@ def main() -> None:
 def train(
     args: argparse.Namespace, preset: Preset, source: ClipSource, run: Run, paths: dict[str, Path], device: str
 ) -> None:
-    from accelerate import PartialState
     from diffusers import CogVideoXDDIMScheduler
 
     from models import inbetween_training as training
     from models.loading import DTYPES
+    from models.parallel import open_processes
 
     config = read_json(paths["start"] / "config.json")
     training.check_start(config, preset.video_size, preset.num_frames)
     lora = training.read_frozen_lora(args.lora, config) if args.lora else None
-    process = PartialState(cpu=device == "cpu", timeout=WAIT)
+    process, _ = open_processes(device)
     weights = weight_hashes(paths | ({"lora": args.lora} if lora else {}))
     run.require_begun_with(weights)
     cache = fill_cache(args, preset, source, paths, weights, config["max_text_seq_length"], process)

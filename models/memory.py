@@ -5,6 +5,7 @@ No constant is measured: weights are counted on empty models of the real configu
 step of the real code on tensors without data. `models/plans.py` puts the counts of a stage together.
 """
 
+import errno
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -262,12 +263,27 @@ def quantise(model: torch.nn.Module, how: str) -> None:
         model.set_submodule(name, new)
 
 
-def settle_memory(stage: str, plan: Mapping[str, Sequence[Phase]], wanted: str, device: str) -> dict[str, str]:
-    """Choose a mode for this device, say so on stderr, and return {network: how it is kept}. See `choose_mode`."""
+def settle_memory(
+    stage: str, plan: Mapping[str, Sequence[Phase]], wanted: str, device: str
+) -> tuple[str, dict[str, str]]:
+    """Choose a mode for this device, say so on stderr, and return it with {network: how it is kept}."""
     room = free_memory(device)
     mode = choose_mode(wanted, plan, room, device)
     print(describe_plan(mode, plan[mode], room, device), file=sys.stderr)
-    return kept_on(device, stage, mode)
+    return mode, kept_on(device, stage, mode)
+
+
+@contextmanager
+def naming_smaller_mode(mode: str) -> Iterator[None]:
+    """Turn running out of memory in the block into an OSError that says which mode needs less."""
+    smaller = MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :]
+    advice = f"run the same command again with --memory {smaller[0]}" if smaller else "free some, or use a larger card"
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OSError(
+            errno.ENOMEM, f"out of memory with --memory {mode}; what is finished is kept: {advice}"
+        ) from error
 
 
 def kept_on(device: str, stage: str, mode: str) -> dict[str, str]:

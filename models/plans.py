@@ -18,9 +18,7 @@ from diffusers import (
 )
 from transformers import AutoConfig, CLIPTextModel, T5EncoderModel
 
-from models.alignment import FlowObjective, FlowSample
-from models.flux import FluxModels, Text, decode_latents, velocity
-from models.inbetween import LATENT_CHANNELS
+from models.flux import FluxModels
 from models.loading import component_config
 from models.lora import add_lora
 from models.memory import (
@@ -34,6 +32,15 @@ from models.memory import (
     kept_bytes,
     kept_on,
     without_data,
+)
+from models.steps import (
+    alignment_step,
+    anchor_decoding,
+    anchor_step,
+    ggi_step,
+    latent_shape,
+    video_decoding,
+    video_encoding,
 )
 from models.weights import MEMORY_MODES
 from utils.runs import read_json
@@ -66,15 +73,16 @@ def video_builders(vae: Path, transformer: Path) -> dict[str, Build]:
     }
 
 
+def encoder_builder(folder: Path, name: str, cls: type) -> Callable[[], torch.nn.Module]:
+    """How to make an empty text encoder of a pipeline folder."""
+    return lambda: cls(AutoConfig.from_pretrained(folder / name, local_files_only=True))
+
+
 def text_phase(folder: Path, encoders: dict[str, type], dtype: torch.dtype, length: int) -> Phase:
     """All text encoders of a pipeline folder at once, on one prompt of `length` tokens."""
 
-    def build(name: str) -> torch.nn.Module:
-        return encoders[name](AutoConfig.from_pretrained(folder / name, local_files_only=True))
-
-    weights = sum(held_bytes(empty_model(lambda name=name: build(name), dtype)) for name in encoders)
-    largest = next(name for name, cls in encoders.items() if cls is T5EncoderModel)
-    model = empty_model(lambda: build(largest), dtype)
+    models = {cls: empty_model(encoder_builder(folder, name, cls), dtype) for name, cls in encoders.items()}
+    weights, model = sum(map(held_bytes, models.values())), models[T5EncoderModel]  # the largest of them
     with without_data(dtype), torch.no_grad():
         bring_in(model)
         tokens = torch.empty(1, length, dtype=torch.long)
@@ -101,29 +109,17 @@ def _plan(
     return plan
 
 
-def _text(transformer: FluxTransformer2DModel, length: int) -> Text:
-    """An encoded prompt without data."""
-    config = transformer.config
-    return Text(torch.empty(1, length, config.joint_attention_dim), torch.empty(1, config.pooled_projection_dim))
-
-
 def plan_anchors(
     paths: dict[str, Path], size: tuple[int, int], rank: int, length: int, dtype: torch.dtype, device: str
 ) -> Plan:
     """Stage 2. size: width, height of an anchor in pixels. rank: of the LoRAs. length: tokens of a prompt."""
-    width, height = size
     builders = flux_builders(paths)
-    builders |= {name: _with_lora(builders[name], rank) for name in ("transformer", "controlnet")}
+    builders |= {name: with_lora(builders[name], rank) for name in ("transformer", "controlnet")}
     networks = [empty_model(build, dtype) for build in builders.values()]
     with without_data(dtype), torch.no_grad():
         models = FluxModels(*map(bring_in, networks))
-        tokens, control = torch.empty(1, width * height // 256, 64), torch.empty(1, 3, height, width)
-        latents = torch.empty(1, 16, height // 8, width // 8)
-        text = _text(models.transformer, length)
-        denoising = count_activations(
-            lambda: velocity(models, tokens, 0.5, text, control, guidance=4.0), models.transformer, models.controlnet
-        )
-        decoding = count_activations(lambda: decode_latents(models, latents), models.vae)
+        denoising = count_activations(anchor_step(models, size, length), models.transformer, models.controlnet)
+        decoding = count_activations(anchor_decoding(models, size), models.vae)
     phases = {
         "denoising": (("transformer", "controlnet"), denoising, 0),
         "decoding": (("vae",), decoding, 0),
@@ -133,7 +129,9 @@ def plan_anchors(
     )
 
 
-def _with_lora(build: Build, rank: int) -> Build:
+def with_lora(build: Build, rank: int) -> Build:
+    """The same network with LoRA layers, its fused projections included."""
+
     def build_with_lora() -> ModelMixin:
         model = build()
         add_lora(model, rank)
@@ -147,7 +145,7 @@ def plan_alignment(
 ) -> Plan:
     """Stage 1. side: of a training crop in pixels; the largest crop is square. batch: crops per process and step."""
     plain = flux_builders(paths)
-    builders = plain | {name: _with_lora(plain[name], rank) for name in ("transformer", "controlnet")}
+    builders = plain | {name: with_lora(plain[name], rank) for name in ("transformer", "controlnet")}
     networks = [empty_model(build, dtype) for build in builders.values()]
     loras = [
         parameter.requires_grad_()
@@ -160,12 +158,7 @@ def plan_alignment(
         model.enable_gradient_checkpointing()
     with without_data(dtype):
         models = FluxModels(*map(bring_in, networks))
-        objective, text = FlowObjective(models).train(), _text(models.transformer, length)
-        text = Text(text.tokens.expand(batch, -1, -1), text.pooled.expand(batch, -1))
-        tokens = torch.empty(batch, side * side // 256, 64)
-        sample = FlowSample(tokens, torch.empty_like(tokens), torch.empty(batch))
-        control = torch.empty(batch, 3, side, side)
-        training = count_activations(lambda: objective(sample, text, control).backward(), *networks[:2])
+        training = count_activations(alignment_step(models, side, batch, length), *networks[:2])
     count = sum(parameter.numel() for parameter in loras)
     training -= sum(parameter.numel() * parameter.element_size() for parameter in loras)  # gradients: counted below
     master = 4 - torch.empty((), dtype=dtype).element_size()  # LoRA is trained in float32
@@ -187,28 +180,17 @@ def plan_ggi(
     tiling: bool,
 ) -> Plan:
     """Stage 3. size: width, height of the video in pixels. guided: both branches of guidance go in one batch."""
-    config = read_json(transformer / "config.json")
-    h, w, length = size[1] // 8, size[0] // 8, config["max_text_seq_length"]
-    frames = (num_frames - 1) // config["temporal_compression_ratio"] + 1
-    builders, batch = video_builders(paths["cogvideox_vae"], transformer), 2 if guided else 1
+    builders = video_builders(paths["cogvideox_vae"], transformer)
     networks = [empty_model(build, dtype) for build in builders.values()]
     with without_data(dtype), torch.no_grad():
         network, vae = map(bring_in, networks)
         vae.enable_slicing()
         if tiling:
             vae.enable_tiling()
-        arguments = {
-            "hidden_states": torch.empty(batch, frames, config["in_channels"], h, w),
-            "encoder_hidden_states": torch.empty(batch, length, config["text_embed_dim"]),
-            "timestep": torch.empty(batch),
-        }
-        if config.get("use_rotary_positional_embeddings"):
-            shape = (frames * h * w // config["patch_size"] ** 2, config["attention_head_dim"])
-            arguments["image_rotary_emb"] = (torch.empty(shape), torch.empty(shape))
-        pixels, latents = torch.empty(1, 3, num_frames, 8 * h, 8 * w), torch.empty(1, LATENT_CHANNELS, frames, h, w)
-        denoising = count_activations(lambda: network(**arguments), network)
-        encoding = count_activations(lambda: vae.encode(pixels), vae)
-        decoding = count_activations(lambda: vae.decode(latents), vae)
+        denoising = count_activations(ggi_step(network, size, num_frames, 2 if guided else 1), network)
+        encoding = count_activations(video_encoding(vae, size, num_frames), vae)
+        decoding = count_activations(video_decoding(vae, latent_shape(network, size, num_frames)), vae)
+        length = network.config.max_text_seq_length
     phases = {
         "encoding": (("vae",), encoding, 0),
         "denoising": (("transformer",), denoising, 0),

@@ -75,13 +75,18 @@ def run(script: str, *arguments: object, **options) -> subprocess.CompletedProce
 def kill_at(path: Path, script: str, *arguments: object) -> None:
     """Start a script and kill it, with its children, as soon as `path` is there."""
     process = start(script, *arguments)
-    deadline = time.monotonic() + SECONDS
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
+    wait_for(path, process)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     out, err = process.communicate()
     assert process.returncode == -signal.SIGKILL, f"{script} ended before it could be killed: {out}{err}"
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Until `path` is there, or the process has ended."""
+    deadline = time.monotonic() + SECONDS
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def contents(folder: Path, *left_out: str) -> dict[str, bytes]:

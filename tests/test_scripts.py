@@ -12,9 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 
+import models.loading
+from models.inbetween import CogVideoXInbetweenPipeline
 from models.weights import WEIGHTS, load_preset
 from tests.helpers import (
     ALIGN,
@@ -31,6 +36,7 @@ from tests.helpers import (
     kill_at,
     probe_video,
     run,
+    wait_for,
     words,
     write_picture,
 )
@@ -380,7 +386,7 @@ def test_killed_video_goes_on(tmp_path: Path, anchored: Path, filmed: Path, mome
     folder, finished = scene / "multiviews" / RUN / VIDEO, filmed / "multiviews" / RUN / VIDEO
     arguments = ("--target", scene / "multiviews" / RUN, *QUICK_VIDEO)
     kill_at(folder / moment, GGI, *arguments)
-    assert_whole(folder, contents(finished))
+    assert_whole(folder, contents(finished), "latents_")
     for leftover in (".0050.1.abcdef.tmp.png", "chain/.start_01.1.abcdef.tmp.png"):
         (folder / leftover).parent.mkdir(exist_ok=True)
         (folder / leftover).write_bytes(b"half a picture")
@@ -620,14 +626,67 @@ def test_video_flag(
     assert probe_video(tmp_path / name / "video.mp4")[0]["fps"] == (24 if "--fps" in flags else 12)
 
 
-def test_chain_changes_later_arcs_only(tmp_path: Path, filmed: Path):
+@pytest.fixture(scope="module")
+def unchained(tmp_path_factory: pytest.TempPathFactory, anchored: Path) -> Path:
+    """A folder with the video of arcs that do not depend on each other."""
+    folder = tmp_path_factory.mktemp("unchained")
+    command = ("--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--no-chain", "--output_dir", folder)
+    assert call(GGI, *command) == 0
+    return folder
+
+
+def test_chain_changes_later_arcs_only(unchained: Path, filmed: Path):
     target = filmed / "multiviews" / RUN
-    assert call(GGI, "--target", target, *QUICK_VIDEO, "--output_dir", tmp_path, "--no-chain") == 0
     changed = [
-        (tmp_path / VIDEO / name).read_bytes() != (target / VIDEO / name).read_bytes()
+        (unchained / VIDEO / name).read_bytes() != (target / VIDEO / name).read_bytes()
         for name in (f"{i:04d}.png" for i in range(92))
     ]
     assert not any(changed[:46]) and all(changed[46:])
+
+
+def test_a_failed_decode_costs_no_denoising(
+    tmp_path: Path, anchored: Path, filmed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("a decoder that needs too much")
+
+    command = ("--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--output_dir", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(CogVideoXInbetweenPipeline, "decode_video", fail)
+        assert call(GGI, *command, "--memory", "full") == 3
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: out of memory") and "--memory balanced" in message
+    denoised, denoise = [], CogVideoXInbetweenPipeline.__call__
+    monkeypatch.setattr(CogVideoXInbetweenPipeline, "__call__", lambda *a, **k: denoised.append(1) or denoise(*a, **k))
+    assert call(GGI, *command) == 0
+    assert len(denoised) == NUM_ARCS - 1
+    assert_same(contents(tmp_path / VIDEO), contents(filmed / "multiviews" / RUN / VIDEO))
+
+
+def test_networks_and_prompts_are_loaded_once_for_all_targets(
+    tmp_path: Path, one_arc: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two runs, one prompt: one pipeline, one pass of the text encoder for each text, one denoising per arc."""
+    calls = {"load": 0, "encode": 0, "denoise": 0}
+
+    def count(name: str, owner: object, attribute: str) -> None:
+        original = getattr(owner, attribute)
+
+        def counted(*arguments, **options):
+            calls[name] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, attribute, counted)
+
+    count("load", models.loading, "load_ggi_transformer")
+    count("encode", T5EncoderModel, "forward")
+    count("denoise", CogVideoXInbetweenPipeline, "__call__")
+    scenes = [shutil.copytree(one_arc, tmp_path / name) for name in ("first", "second")]
+    targets = [scene / "multiviews" / anchor_run(1) for scene in scenes]
+    assert call(GGI, "--target", *targets, *QUICK_VIDEO) == 0
+    assert calls == {"load": 1, "encode": 3, "denoise": 2}  # one of the three without data, for the plan
+    first, second = (contents(target / VIDEO) for target in targets)
+    assert_same(first, second)
 
 
 def test_scene_flag_and_given_noise(tmp_path: Path, one_arc: Path, flag_video: dict[str, bytes]):
@@ -691,6 +750,43 @@ def test_two_processes_write_one_checkpoint(tmp_path: Path):
     assert contents(double, "random_states").keys() == contents(single, "random_states").keys()
     losses = [np.loadtxt(folder / "town" / "loss.csv", delimiter=",", skiprows=1) for folder in (single, double)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
+
+
+def launch(processes: int, script: str, *arguments: object) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), f"{script}.py"]
+    return [sys.executable, *launcher, *words(*arguments)]
+
+
+def test_arcs_are_shared_among_processes(tmp_path: Path, anchored: Path, unchained: Path):
+    arguments = ("--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--no-chain", "--output_dir", tmp_path)
+    command, folder = launch(2, GGI, *arguments), tmp_path / VIDEO
+    begun = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(folder / "0046.png", begun)  # the first frame of the second process
+    os.kill(next(child.pid for child in psutil.Process(begun.pid).children() if child.environ()["RANK"] != "0"), 9)
+    begun.communicate(timeout=SECONDS)
+    assert begun.returncode != 0 and not (folder / "video.mp4").exists()
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(folder / "video.mp4"), str(folder / "contact_sheet.png")]
+    assert_same(contents(folder), contents(unchained / VIDEO))
+
+
+def test_scenes_and_seeds_are_shared_among_processes(tmp_path: Path, loras: Path):
+    """Three runs for two processes: the same files as one by one."""
+    scenes = [new_scene(tmp_path / name, num_arcs=1) for name in ("first", "second")]
+    shared = ("--pfix", "town", "--loras", loras, *QUICK_ANCHORS, "--target")
+    command = launch(2, ANCHORS, *shared, *scenes, "--seed", 1, 2)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    assert result.returncode == 0, result.stderr
+    folders = [scene / "multiviews" / anchor_run(1, seed) for scene in scenes for seed in (1, 2)]
+    assert result.stdout.split() == [str(folder) for folder in folders]
+    assert_same(contents(folders[0]), contents(folders[2]))
+    for seed, folder in zip((1, 2), folders, strict=False):
+        alone = tmp_path / f"alone{seed}"
+        assert call(ANCHORS, *shared, scenes[0], "--seed", seed, "--output_dir", alone) == 0
+        assert_same(contents(folder), contents(alone / anchor_run(1, seed)))
+    result = subprocess.run(launch(2, ANCHORS, *shared, *scenes), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0 and "error: --seed -1: several processes need a seed to agree on" in result.stderr
 
 
 # The published example

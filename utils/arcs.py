@@ -258,6 +258,11 @@ def chain_path(run: Path, arc: int) -> Path:
     return run / "chain" / f"start_{arc:02d}.png"
 
 
+def latents_path(run: Path, arc: int) -> Path:
+    """Latents of an arc, from the end of its denoising until its frames are written."""
+    return run / "chain" / f"latents_{arc:02d}.safetensors"
+
+
 def lora_paths(loras: Path, pfix: str, epoch: int) -> tuple[Path, Path]:
     """(FLUX LoRA, ControlNet LoRA) of a training checkpoint."""
     return checkpoint_lora_paths(loras / pfix / f"checkpoint-{epoch}")

@@ -1,0 +1,368 @@
+"""Full-size networks with random weights: seconds per step, peak memory, and how far each is from the card's limit.
+
+    python benchmarks/full_size.py
+    python benchmarks/full_size.py --phases ggi --steps 5 --memory low --json full_size.json
+
+Speed and memory do not depend on the values of weights, so nothing is downloaded: the networks are built from
+configs/full. Beside our recipe runs the reference's: GGI with its LoRA of rank 2048 unmerged, a second pass for equal
+prompts, text encoded in every training step, networks loaded anew for every arc. Without a CUDA device, operations and
+memory are counted and the rest is `not measured`; --weights tiny measures the tiny networks anywhere.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if not __package__:  # started as a file: its imports begin at the repository's root, as with `python -m`
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    os.execve(sys.executable, [sys.executable, "-m", "benchmarks.full_size", *sys.argv[1:]], environment)
+
+from models.weights import FLUX_STAGE, GGI_STAGE, MEMORY_MODES, ROOT, load_preset, locate
+from utils.cli import Parser, positive_int, require_writable, run_script
+from utils.runs import show_bytes, write_json
+
+PHASES = ("alignment", "anchors", "ggi")
+ARCS, ARC_PASSES = 10, 30  # arcs of a scene; denoising steps of each, both branches of guidance in one batch
+WARM_UP = 2  # steps that are not timed
+CEILING_SIZE = {"cuda": 8192, "cpu": 512}  # sides of the matrices whose product gives the ceiling
+RELEASED_RANK = 2048  # of the LoRA in the released in-between transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is built. paths: folders with config.json. sizes: width, height in pixels."""
+
+    paths: dict[str, Path]
+    inbetween: Path
+    anchor_size: tuple[int, int]
+    crop: int
+    video_size: tuple[int, int]
+    num_frames: int
+    text_length: int
+
+
+@dataclasses.dataclass
+class Row:
+    """One recipe of one phase. flops: of a step. Seconds per step, bytes at the peak, seconds to load: None = not
+    measured."""
+
+    phase: str
+    recipe: str
+    flops: int
+    planned: int | None
+    seconds: float | None = None
+    peak: int | None = None
+    loading: float | None = None
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__, "benchmarks/full_size.py")
+    add = parser.add_argument
+    add("--phases", type=phases, default=PHASES, help=f"comma-separated: {','.join(PHASES)}")
+    add("--steps", type=positive_int, default=5, help="timed steps of each recipe")
+    add("--memory", choices=MEMORY_MODES, default="full", help="how our networks are kept; the reference's: full")
+    add("--no_reference", action="store_true", help="leave the reference's recipe out")
+    add("--weights", choices=["full", "tiny"], default="full", help="sizes of the networks")
+    add("--json", type=Path, metavar="FILE", help="write all numbers there, too")
+    return parser.parse_args(argv)
+
+
+def phases(text: str) -> list[str]:
+    """argparse type: some of PHASES, separated by commas."""
+    names = text.split(",")
+    for name in names:
+        if name not in PHASES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(PHASES)}")
+    return [name for name in PHASES if name in names]
+
+
+def setup_of(weights: str) -> Setup:
+    """Configurations of a weight set; those of the full one are in configs/full."""
+    preset = load_preset(weights)
+    if weights == "tiny":
+        paths = locate(argparse.Namespace(), preset, (*FLUX_STAGE, *GGI_STAGE))
+        inbetween, anchors = Path(preset.ggi_transformer), preset.image_size
+    else:
+        folder = ROOT / "configs" / "full"
+        paths = {name: folder / name.split("_")[0] for name in (*FLUX_STAGE, *GGI_STAGE)}
+        inbetween, anchors = folder / "inbetween", (1072, 720)
+    return Setup(
+        paths,
+        inbetween,
+        anchors,
+        preset.resolution,
+        preset.video_size,
+        preset.num_frames,
+        preset.max_sequence_length,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.json:
+        require_writable(args.json.parent)
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    setup, measured = setup_of(args.weights), device == "cuda" or args.weights == "tiny"
+    ceiling = matrix_ceiling(device) if measured else None
+    rows = []
+    for phase in args.phases:
+        for recipe in ("ours",) if args.no_reference else ("ours", "reference"):
+            row = count(setup, phase, recipe, args.memory, device)
+            if measured:
+                measure(row, setup, args.memory if recipe == "ours" else "full", device, args.steps)
+            rows.append(row)
+    card = torch.cuda.get_device_name() if device == "cuda" else "no CUDA device"
+    print("\n".join(report(rows, card, ceiling)))
+    if args.json:
+        numbers = [dataclasses.asdict(row) for row in rows]
+        write_json(args.json, {"card": card, "matrix_ceiling_flops": ceiling, "rows": numbers})
+
+
+# --- what is built ---
+
+
+def build(setup: Setup, phase: str, recipe: str, make: Callable) -> tuple[list, Callable[[], object]]:
+    """(networks, one step) of a phase. make: turns a function that builds a network into a network to use."""
+    from models.flux import FluxModels
+    from models.plans import flux_builders, video_builders
+    from models.steps import alignment_step, anchor_step, ggi_step
+
+    if phase == "ggi":
+        builder = video_builders(setup.paths["cogvideox_vae"], setup.inbetween)["transformer"]
+        network = make(with_released_lora(builder) if recipe == "reference" else builder)
+        return [network], ggi_step(network, setup.video_size, setup.num_frames, 2)
+    from models.plans import with_lora
+
+    builders = flux_builders(setup.paths)
+    networks = [make(with_lora(builders[name], 16)) for name in ("transformer", "controlnet")]
+    models = FluxModels(*networks, None, str(networks[0].device))
+    if phase == "anchors":
+        step = anchor_step(models, setup.anchor_size, setup.text_length)
+        return networks, twice(step) if recipe == "reference" else step
+    for network in networks:
+        network.enable_gradient_checkpointing()
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+    step = alignment_step(models, setup.crop, 1, setup.text_length)
+    if recipe == "ours":
+        return networks, step
+    encoders, encode = text_step(setup, make)
+    return [*networks, *encoders], lambda: (encode(), step())
+
+
+def twice(step: Callable[[], object]) -> Callable[[], object]:
+    return lambda: (step(), step())
+
+
+def with_released_lora(builder: Callable) -> Callable:
+    """The LoRA of the released transformer beside the weights, as the reference runs it."""
+
+    def build_with_lora():
+        from peft import LoraConfig
+
+        network = builder()
+        names = ["to_q", "to_k", "to_v", "to_out.0"]
+        network.add_adapter(LoraConfig(r=RELEASED_RANK, target_modules=names, init_lora_weights=False))
+        return network
+
+    return build_with_lora
+
+
+def text_step(setup: Setup, make: Callable) -> tuple[list, Callable[[], object]]:
+    """FLUX's text encoders on one prompt."""
+    import torch
+
+    from models.plans import FLUX_ENCODERS, encoder_builder
+
+    encoders = {n: make(encoder_builder(setup.paths["flux_text"], n, c)) for n, c in FLUX_ENCODERS.items()}
+    prompts = {
+        name: torch.zeros(
+            1,
+            getattr(encoder.config, "max_position_embeddings", setup.text_length),  # T5 has no such limit
+            dtype=torch.long,
+            device=encoder.device,
+        )
+        for name, encoder in encoders.items()
+    }
+
+    def encode() -> None:
+        with torch.no_grad():
+            for name, encoder in encoders.items():
+                encoder(prompts[name])
+
+    return list(encoders.values()), encode
+
+
+# --- counting and measuring ---
+
+
+def count(setup: Setup, phase: str, recipe: str, memory: str, device: str) -> Row:
+    """Operations of a step, counted on the real code without data; planned peak of our recipe."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from models.memory import bring_in, empty_model, without_data
+
+    dtype = torch.bfloat16
+    with without_data(dtype), torch.set_grad_enabled(phase == "alignment"):
+        _, step = build(setup, phase, recipe, lambda builder: bring_in(outside(empty_model, builder, dtype)))
+        with FlopCounterMode(display=False, custom_mapping=cpu_attention()) as counter:
+            step()
+    planned = max(p.total for p in plan_of(setup, phase, dtype, device)[memory]) if recipe == "ours" else None
+    return Row(phase, recipe, counter.get_total_flops(), planned)
+
+
+def cpu_attention() -> dict:
+    """Counts of the attention that tensors without data go through: torch's table has those of GPUs only."""
+    import torch
+    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+
+    def forward(query, key, value, *arguments, out_shape=None, **options) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(gradient, query, key, value, *arguments, out_shape=None, **options) -> int:
+        return sdpa_backward_flop_count(gradient, query, key, value)
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+
+
+def outside(function: Callable, *arguments: object) -> object:
+    """Call a function as if outside of `without_data`."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        return function(*arguments)
+
+
+def plan_of(setup: Setup, phase: str, dtype, device: str) -> dict:
+    from models.plans import plan_alignment, plan_anchors, plan_ggi
+
+    if phase == "ggi":
+        size, frames = setup.video_size, setup.num_frames
+        return plan_ggi(setup.paths, setup.inbetween, size, frames, dtype, device, guided=True, tiling=True)
+    if phase == "anchors":
+        return plan_anchors(setup.paths, setup.anchor_size, 16, setup.text_length, dtype, device)
+    return plan_alignment(setup.paths, setup.crop, 1, 16, setup.text_length, dtype, device)
+
+
+def measure(row: Row, setup: Setup, memory: str, device: str, steps: int) -> None:
+    """Fill in seconds, peak and loading time."""
+    import torch
+
+    from models.memory import RESIDENT, default_dtype, keep, kept_on
+
+    dtype = torch.bfloat16
+    kept = kept_on(device, row.phase, memory)
+
+    def make(builder: Callable):
+        with torch.device(device), default_dtype(dtype):
+            return builder().requires_grad_(False)
+
+    with default_dtype(dtype), torch.set_grad_enabled(row.phase == "alignment"):
+        networks, step = build(setup, row.phase, row.recipe, make)
+        for network, how in zip(networks, (kept["transformer"], kept.get("controlnet", RESIDENT)), strict=False):
+            if how != RESIDENT:
+                keep(network.to("cpu"), how, device)
+        for _ in range(WARM_UP):
+            step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        for _ in range(steps):
+            step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            row.peak = torch.cuda.max_memory_allocated()
+        row.seconds = (time.perf_counter() - began) / steps
+        if row.phase == "ggi" and memory == "full":
+            row.loading = loading_seconds(networks[0], device)
+    del networks, step
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def loading_seconds(network, device: str) -> float:
+    """Time that the network's tensors take from the local disk, whose cache is warm, to the device."""
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
+        began = time.perf_counter()
+        load_file(path, device=device)
+        return time.perf_counter() - began
+
+
+def matrix_ceiling(device: str) -> float:
+    """Operations per second of a large bfloat16 matrix product."""
+    import torch
+
+    n = CEILING_SIZE[device]
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for repeats in (3, 20):  # the first round warms up
+        began = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return 2 * n**3 * 20 / (time.perf_counter() - began)
+
+
+# --- what is printed ---
+
+
+def report(rows: Sequence[Row], card: str, ceiling: float | None) -> list[str]:
+    """Markdown."""
+    lines = [f"card: {card}"]
+    lines += [f"matrix product: {ceiling / 1e12:.3g} TFLOP/s" if ceiling else "matrix product: not measured", ""]
+    lines += ["| phase | recipe | PFLOP per step | planned peak | seconds per step | peak | TFLOP/s | of ceiling |"]
+    lines += ["|" + "---|" * 8]
+    for row in rows:
+        rate = row.flops / row.seconds if row.seconds else None
+        cells = (
+            row.phase,
+            row.recipe,
+            f"{row.flops / 1e15:.4g}",
+            "" if row.planned is None else show_bytes(row.planned),
+            "not measured" if row.seconds is None else f"{row.seconds:.3f}",
+            "not measured" if row.peak is None else show_bytes(row.peak),
+            "not measured" if rate is None else f"{rate / 1e12:.3g}",
+            "not measured" if rate is None or ceiling is None else f"{100 * rate / ceiling:.0f} %",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, "", *ratios(rows)]
+
+
+def ratios(rows: Sequence[Row]) -> list[str]:
+    """The reference's time over ours, per step and, for GGI, for a scene of ten arcs with loading."""
+    lines = []
+    for phase in dict.fromkeys(row.phase for row in rows):
+        found = {row.recipe: row for row in rows if row.phase == phase}
+        ours, theirs = found["ours"], found.get("reference")
+        if theirs is None:
+            continue
+        text = f"{phase}: the reference computes {theirs.flops / ours.flops:.2f} times as much per step"
+        if ours.seconds and theirs.seconds:
+            text += f" and takes {theirs.seconds / ours.seconds:.2f} times as long"
+        if ours.loading and theirs.loading:
+            mine = ours.loading + ARCS * ARC_PASSES * ours.seconds
+            other = ARCS * (theirs.loading + ARC_PASSES * theirs.seconds)
+            text += f"; {other / mine:.2f} times for {ARCS} arcs with loading"
+        lines.append(text)
+    return lines
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,75 @@
+"""One step of each stage on random inputs of full shape: what memory plans count and benchmarks measure.
+
+A step is a function without arguments that runs the code of the stage itself. Inputs lie on the networks' device, in
+torch's default dtype; made inside `without_data` they have no values.
+"""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+
+from models.alignment import FlowObjective, FlowSample
+from models.flux import FluxModels, Text, decode_latents, velocity
+from models.inbetween import LATENT_CHANNELS
+
+Step = Callable[[], object]
+
+
+def _text(models: FluxModels, batch: int, length: int) -> Text:
+    config, device = models.transformer.config, models.device
+    tokens = torch.randn(batch, length, config.joint_attention_dim, device=device)
+    return Text(tokens, torch.randn(batch, config.pooled_projection_dim, device=device))
+
+
+def anchor_step(models: FluxModels, size: tuple[int, int], length: int) -> Step:
+    """The velocity of one branch. size: width, height in pixels. length: tokens of the prompt."""
+    width, height = size
+    text, tokens = _text(models, 1, length), torch.randn(1, width * height // 256, 64, device=models.device)
+    control = torch.randn(1, 3, height, width, device=models.device)
+    return lambda: velocity(models, tokens, 0.5, text, control, guidance=4.0)
+
+
+def anchor_decoding(models: FluxModels, size: tuple[int, int]) -> Step:
+    latents = torch.randn(1, 16, size[1] // 8, size[0] // 8, device=models.device)
+    return lambda: decode_latents(models, latents)
+
+
+def alignment_step(models: FluxModels, side: int, batch: int, length: int) -> Step:
+    """Loss and gradients of square crops. side: in pixels. batch: crops."""
+    objective, text = FlowObjective(models), _text(models, batch, length)
+    tokens = torch.randn(batch, side * side // 256, 64, device=models.device)
+    sample = FlowSample(tokens, torch.randn_like(tokens), torch.full((batch,), 0.5, device=models.device))
+    control = torch.randn(batch, 3, side, side, device=models.device)
+    return lambda: objective(sample, text, control).backward()
+
+
+def ggi_step(network: CogVideoXTransformer3DModel, size: tuple[int, int], num_frames: int, batch: int) -> Step:
+    """One pass of the transformer. batch: 2 with guidance, whose branches go together."""
+    config, device = network.config, network.device
+    frames, h, w = latent_shape(network, size, num_frames)
+    arguments = {
+        "hidden_states": torch.randn(batch, frames, config.in_channels, h, w, device=device),
+        "encoder_hidden_states": torch.randn(batch, config.max_text_seq_length, config.text_embed_dim, device=device),
+        "timestep": torch.full((batch,), 500.0, device=device),
+    }
+    if config.use_rotary_positional_embeddings:
+        shape = (frames * h * w // config.patch_size**2, config.attention_head_dim)
+        arguments["image_rotary_emb"] = (torch.randn(shape, device=device), torch.randn(shape, device=device))
+    return lambda: network(**arguments)
+
+
+def latent_shape(network: CogVideoXTransformer3DModel, size: tuple[int, int], num_frames: int) -> tuple[int, int, int]:
+    """Frames, height, width of a video's latents. size: width, height in pixels."""
+    return (num_frames - 1) // network.config.temporal_compression_ratio + 1, size[1] // 8, size[0] // 8
+
+
+def video_encoding(vae: AutoencoderKLCogVideoX, size: tuple[int, int], num_frames: int) -> Step:
+    pixels = torch.randn(1, 3, num_frames, size[1], size[0], device=vae.device)
+    return lambda: vae.encode(pixels)
+
+
+def video_decoding(vae: AutoencoderKLCogVideoX, shape: tuple[int, int, int]) -> Step:
+    """shape: of the latents, as `latent_shape` gives it."""
+    latents = torch.randn(1, LATENT_CHANNELS, *shape, device=vae.device)
+    return lambda: vae.decode(latents)

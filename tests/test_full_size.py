@@ -1,0 +1,69 @@
+"""The full-size benchmark: its counts at full size, and its measurements on the tiny networks."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import full_size
+from tests.helpers import ROOT, exit_code
+from utils.runs import read_json
+
+PFLOP = 10**15
+without_card = pytest.mark.skipif(torch.cuda.is_available(), reason="with a card it measures, for minutes")
+
+
+def rows(path: Path) -> dict[tuple[str, str], dict]:
+    return {(row["phase"], row["recipe"]): row for row in read_json(path)["rows"]}
+
+
+@pytest.mark.slow
+@without_card
+def test_operations_of_an_in_betweening_pass(tmp_path: Path):
+    """By hand: 2 per weight and token, 4 S^2 D per layer for attention; what works once per pass is left out."""
+    full_size.main(["--phases", "ggi", "--json", str(tmp_path / "out.json")])
+    found = rows(tmp_path / "out.json")
+    tokens, width, layers = 17_776, 3072, 42
+    linear = 2 * tokens * layers * 12 * width**2  # q, k, v, out: 4 D^2; feed-forward: 8 D^2
+    attention = 4 * tokens**2 * width * layers
+    assert found["ggi", "ours"]["flops"] == pytest.approx(2 * (linear + attention), rel=0.01)
+    lora = 2 * tokens * layers * 4 * 2 * 2048 * width
+    assert found["ggi", "reference"]["flops"] - found["ggi", "ours"]["flops"] == pytest.approx(2 * lora, rel=1e-6)
+    assert lora == pytest.approx(0.075 * PFLOP, rel=0.01)
+    assert found["ggi", "ours"]["seconds"] is None
+
+
+@without_card
+def test_without_a_card_nothing_is_called_measured(capsys: pytest.CaptureFixture):
+    full_size.main(["--phases", "anchors", "--no_reference"])
+    out = capsys.readouterr().out
+    assert "no CUDA device" in out and out.count("not measured") >= 4 and "reference" not in out
+
+
+@pytest.mark.slow
+def test_measuring_the_tiny_networks(tmp_path: Path):
+    """Started as the README starts it; the reference's second pass costs what it must."""
+    command = [
+        sys.executable,
+        "benchmarks/full_size.py",
+        "--weights",
+        "tiny",
+        "--steps",
+        "3",
+        "--json",
+        tmp_path / "o",
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    found = rows(tmp_path / "o")
+    assert all(row["seconds"] > 0 for row in found.values()) and len(found) == 6
+    assert found["anchors", "reference"]["flops"] == 2 * found["anchors", "ours"]["flops"]
+    assert found["ggi", "ours"]["loading"] < found["ggi", "reference"]["loading"]
+    assert "for 10 arcs with loading" in result.stdout
+
+
+def test_bad_phase(capsys: pytest.CaptureFixture):
+    assert exit_code(lambda: full_size.main(["--phases", "ggi,decode"])) == 2
+    assert "'decode' is none of alignment, anchors, ggi" in capsys.readouterr().err
