@@ -22,6 +22,7 @@ from models.weights import (
     EPOCH,
     GGI_STAGE,
     Preset,
+    add_cache_flag,
     add_memory_flags,
     add_weight_flags,
     caption_source,
@@ -107,6 +108,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--output_dir", type=Path, help="folder to put the video's folder into (default: RUN)")
     add("--overwrite", action="store_true", help="replace a video of this name that was made with other arguments")
+    add_cache_flag(parser)
     add_memory_flags(parser)
     add_weight_flags(parser, GGI_STAGE)
     return parser.parse_args()
@@ -282,6 +284,7 @@ def denoise_arc(args: argparse.Namespace, pipe, job: Job, arc: Arc, positive, ne
 
     from models.inbetween import ConditionEps
     from models.latents import draw_noise, to_signed
+    from models.speed import first_block_cache
 
     start = chain_path(job.run.folder, arc.index) if args.chain and arc.index else job.anchors[arc.index]
     pictures = (read_image(path) for path in (start, job.anchors[arc.index + 1]))
@@ -292,14 +295,15 @@ def denoise_arc(args: argparse.Namespace, pipe, job: Job, arc: Arc, positive, ne
     conditions = pipe.encode_conditions(*ends, edges, eps)
     background = torch.from_numpy(warped).movedim(-1, 1)[None]
     fresh = draw_noise(background.shape, derive_seed(args.seed, arc.index, 1))
-    return pipe(
-        conditions,
-        blend_noise(background, fresh, args.degradation).to(pipe.transformer.dtype),
-        positive,
-        negative,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-    )
+    with first_block_cache(pipe.transformer, args.cache):
+        return pipe(
+            conditions,
+            blend_noise(background, fresh, args.degradation).to(pipe.transformer.dtype),
+            positive,
+            negative,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+        )
 
 
 def edge_video(arc: Arc, width: int, height: int, num_frames: int) -> np.ndarray:

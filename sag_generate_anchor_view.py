@@ -19,6 +19,7 @@ from pathlib import Path
 from models.weights import (
     FLUX_STAGE,
     Preset,
+    add_cache_flag,
     add_memory_flags,
     add_weight_flags,
     load_preset,
@@ -106,6 +107,7 @@ def parse_args() -> argparse.Namespace:
     add("--height", type=positive_int, help="pixels (default: the weights' preset, else the edge frames' height)")
     add("--output_dir", type=Path, help="folder to put the run into (default: SCENE/multiviews)")
     add("--overwrite", action="store_true", help="replace a run of this name that was made with other arguments")
+    add_cache_flag(parser)
     add_memory_flags(parser)
     add_weight_flags(parser, FLUX_STAGE)
     return parser.parse_args()
@@ -217,6 +219,7 @@ def draw_job(args: argparse.Namespace, preset: Preset, job: Job, models, texts: 
     """All anchors of one scene, in order. texts: {prompt: Text}."""
     from models.anchors import AnchorSettings, decode_anchor, encode_warped, sample_anchor, warp_anchor
     from models.latents import draw_noise, to_signed
+    from models.speed import first_block_cache
 
     settings = AnchorSettings(
         args.num_steps,
@@ -242,16 +245,17 @@ def draw_job(args: argparse.Namespace, preset: Preset, job: Job, models, texts: 
             replacement = encode_warped(models, warped, mask, noise_of(k - 1))
             write_image(warped_path(folder, k), warped)
             write_image(mask_path(folder, k), 255 * mask)
-        latents = sample_anchor(
-            models,
-            noise_of(k),
-            control,
-            texts[job.prompts[k]],
-            texts[args.neg_prompt],
-            settings,
-            replacement,
-            on_step=lambda step: progress.update(),
-        )
+        with first_block_cache(models.transformer, args.cache):
+            latents = sample_anchor(
+                models,
+                noise_of(k),
+                control,
+                texts[job.prompts[k]],
+                texts[args.neg_prompt],
+                settings,
+                replacement,
+                on_step=lambda step: progress.update(),
+            )
         write_image(anchor_path(folder, k), decode_anchor(models, latents))
         job.run.save()
 
