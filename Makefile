@@ -42,8 +42,8 @@ demo: $(SETUP)
 		--guidance_scale $(GUIDANCE) $(TINY)
 	$(BIN)/python -m synthetic.demo --run $(RUN) --scene assets/sampleA --reference $(STYLE)
 
-test: $(SETUP)
-	$(BIN)/python -m pytest -m "" -q
+test: $(SETUP)  # a file stays with one worker, which shares what its tests make; one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -q -n auto --dist loadfile
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
