@@ -36,7 +36,7 @@ class Method:
 
 FULL = Method()
 REPLACEMENTS, DEGRADATIONS = (4, 8, 12, 16, 20), (0, 0.25, 0.5, 0.75)
-LORA_STEPS, STEPS = (25, 50, 200, 400), (5, 10, 20, 50)
+LORA_STEPS, STEPS = (25, 50, 400), (5, 10, 20, 50)  # `full` has 200 and 30
 REMOVALS = {
     "no_align": Method(aligned=False),
     "no_replace": Method(num_replacement=0),
