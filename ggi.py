@@ -22,7 +22,6 @@ from models.weights import (
     EPOCH,
     GGI_STAGE,
     Preset,
-    add_cache_flag,
     add_memory_flags,
     add_weight_flags,
     caption_source,
@@ -50,11 +49,20 @@ from utils.arcs import (
     resample_indices,
     video_run_name,
 )
-from utils.cli import InputError, Parser, guidance_float, positive_int, run_script, seed, unit_float
+from utils.cli import InputError, Parser, guidance_float, positive_float, positive_int, run_script, seed, unit_float
 from utils.edges import resize_edges
 from utils.images import contact_sheet, read_image, resize_image, write_image, write_video
 from utils.noise import blend_noise, load_or_make_noise
-from utils.runs import Run, atomic_path, derive_seed, files_sha256, open_run, read_json
+from utils.runs import (
+    Run,
+    atomic_path,
+    derive_seed,
+    files_sha256,
+    is_first_process,
+    open_run,
+    read_json,
+    require_distinct,
+)
 
 SHEET_COLUMNS = 8  # frames per arc on the contact sheet
 
@@ -108,7 +116,13 @@ def parse_args() -> argparse.Namespace:
     )
     add("--output_dir", type=Path, help="folder to put the video's folder into (default: RUN)")
     add("--overwrite", action="store_true", help="replace a video of this name that was made with other arguments")
-    add_cache_flag(parser)
+    add(
+        "--cache",
+        type=positive_float,
+        metavar="THRESHOLD",
+        help="skip most of a step that changes the first block's output by less than this share, such as 0.1: faster, "
+        "a little different (default: off)",
+    )
     add_memory_flags(parser)
     add_weight_flags(parser, GGI_STAGE)
     return parser.parse_args()
@@ -179,14 +193,15 @@ def main() -> None:
         raise InputError("--output_dir and --scene go with a single --target")
     transformer = find_inbetween(preset, args.model_path, args.epoch)
     check_size(args, read_json(transformer / "config.json"))
-    jobs = [open_job(args, target) for target in dict.fromkeys(args.target)]
+    jobs = [open_job(args, target) for target in args.target]
+    require_distinct([job.run for job in jobs])
     for job in jobs:
-        if job.run.finished:
+        if job.run.finished and is_first_process():
             require_same_weights(job.run, args, preset, GGI_STAGE, transformer=transformer)
     unfinished = [job for job in jobs if not job.run.finished]
-    if unfinished and not fill_arcs(args, preset, unfinished, transformer):
-        return
-    for job in jobs:
+    if unfinished:
+        fill_arcs(args, preset, unfinished, transformer)
+    for job in jobs if is_first_process() else ():
         if job.run.finished and job.run.manifest.get("fps") == args.fps:
             print(f"{job.run.folder} is finished")
         else:
@@ -194,8 +209,8 @@ def main() -> None:
         print_results(job.run)
 
 
-def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transformer: Path) -> bool:
-    """Generate every arc that is not there yet, shared among all processes; whether this is the first of them."""
+def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transformer: Path) -> None:
+    """Generate every arc that is not there yet, shared among all processes."""
     from tqdm import tqdm
 
     from models.loading import DTYPES, encode_video_prompts, load_inbetween
@@ -204,8 +219,9 @@ def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transfo
     from models.plans import plan_ggi
 
     process, device = open_processes(resolve_device(args.device))
-    caption_model = caption_source(args.caption_model) if any(needs_caption(args, job) for job in jobs) else None
-    paths = locate(args, preset, GGI_STAGE)
+    with process.local_main_process_first():  # it downloads what is missing
+        caption_model = caption_source(args.caption_model) if any(needs_caption(args, job) for job in jobs) else None
+        paths = locate(args, preset, GGI_STAGE)
     dtype, size, tiling = DTYPES[args.dtype], (args.width, args.height), preset.vae_tiling
     guided = args.guidance_scale != 1 and args.prompt != ""
     plan = plan_ggi(paths, transformer, size, args.num_frames, dtype, device, guided=guided, tiling=tiling)
@@ -225,14 +241,13 @@ def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transfo
         for number, arcs in mine:
             for arc in arcs:
                 if not is_done(jobs[number].run, arc):
-                    with naming_smaller_mode(mode):
+                    with naming_smaller_mode("ggi", mode):
                         frames = fill_arc(args, pipe, jobs[number], arc, embeds[prompts[number]], embeds[""])
                     save_arc(jobs[number].run, arc, frames)
                     if process.is_main_process:
                         jobs[number].run.save()
                 progress.update()
     process.wait_for_everyone()
-    return process.is_main_process
 
 
 def needs_caption(args: argparse.Namespace, job: Job) -> bool:

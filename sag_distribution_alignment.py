@@ -162,10 +162,10 @@ def train(
     losses, total = read_losses(run.folder, first_step), args.max_train_steps
     is_first = accelerator.is_main_process
     for step in tqdm(range(first_step, total), "align", total, initial=first_step, disable=not is_first):
-        with naming_smaller_mode(mode):
+        with naming_smaller_mode("alignment", mode):
             losses.append(backward(args, preset, references, step, accelerator, objective, models, texts))
-        accelerator.unscale_gradients()  # float16 scales them
-        norms = optimizer_step(optimizer, loras)
+            accelerator.unscale_gradients()  # float16 scales them
+            norms = optimizer_step(optimizer, loras)
         accelerator.log({"loss": losses[-1], "grad_norm/flux": norms[0], "grad_norm/controlnet": norms[1]}, step + 1)
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == total:
             write_checkpoint(accelerator, run, step + 1, losses, save)

@@ -19,7 +19,6 @@ from pathlib import Path
 from models.weights import (
     FLUX_STAGE,
     Preset,
-    add_cache_flag,
     add_memory_flags,
     add_weight_flags,
     load_preset,
@@ -55,7 +54,16 @@ from utils.cli import (
 from utils.correspondence import read_map
 from utils.edges import resize_edges
 from utils.images import contact_sheet, read_image, write_image
-from utils.runs import MANIFEST, Run, draw_seed, files_sha256, find_unfinished, open_run
+from utils.runs import (
+    MANIFEST,
+    Run,
+    draw_seed,
+    files_sha256,
+    find_unfinished,
+    is_first_process,
+    open_run,
+    require_distinct,
+)
 
 
 @dataclass
@@ -107,7 +115,6 @@ def parse_args() -> argparse.Namespace:
     add("--height", type=positive_int, help="pixels (default: the weights' preset, else the edge frames' height)")
     add("--output_dir", type=Path, help="folder to put the run into (default: SCENE/multiviews)")
     add("--overwrite", action="store_true", help="replace a run of this name that was made with other arguments")
-    add_cache_flag(parser)
     add_memory_flags(parser)
     add_weight_flags(parser, FLUX_STAGE)
     return parser.parse_args()
@@ -166,20 +173,22 @@ def main() -> None:
         raise InputError("--seed -1: several processes need a seed to agree on")
     lora_files = find_lora(args.loras, args.pfix, args.epoch)
     resolve_device(args.device)
-    pairs = dict.fromkeys((target, seed) for target in args.target for seed in args.seed)
+    pairs = [(target, seed) for target in args.target for seed in args.seed]
     jobs = [open_job(args, preset, *pair, lora_files) for pair in pairs]
+    require_distinct([job.run for job in jobs])
     for job in jobs:
-        if job.run.finished:
+        if job.run.finished and is_first_process():
             require_same_weights(job.run, args, preset, FLUX_STAGE)
             print(f"{job.run.folder} is finished")
     unfinished = [job for job in jobs if not job.run.finished]
-    if unfinished and draw_anchors(args, preset, unfinished, lora_files):
-        for job in unfinished:
-            print(job.run.folder)
+    if unfinished:
+        draw_anchors(args, preset, unfinished, lora_files)
+    for job in unfinished if is_first_process() else ():
+        print(job.run.folder)
 
 
-def draw_anchors(args: argparse.Namespace, preset: Preset, jobs: list[Job], lora_files: tuple[Path, Path]) -> bool:
-    """Draw all anchors that are not there yet, shared among all processes; whether this is the first of them."""
+def draw_anchors(args: argparse.Namespace, preset: Preset, jobs: list[Job], lora_files: tuple[Path, Path]) -> None:
+    """Draw all anchors that are not there yet, shared among all processes."""
     from tqdm import tqdm
 
     from models.loading import DTYPES, component_config, encode_flux_prompts, load_flux, place_flux
@@ -189,7 +198,8 @@ def draw_anchors(args: argparse.Namespace, preset: Preset, jobs: list[Job], lora
     from models.plans import plan_anchors
 
     process, device = open_processes(resolve_device(args.device))
-    paths = locate(args, preset, FLUX_STAGE)
+    with process.local_main_process_first():  # it downloads what is missing
+        paths = locate(args, preset, FLUX_STAGE)
     names = ("flux_transformer", "controlnet")
     states = [check_lora(f, component_config(n, paths[n])) for f, n in zip(lora_files, names, strict=True)]
     dtype, length = DTYPES[args.dtype], preset.max_sequence_length
@@ -197,6 +207,9 @@ def draw_anchors(args: argparse.Namespace, preset: Preset, jobs: list[Job], lora
     plan = plan_anchors(paths, largest, lora_rank(states[0]), length, dtype, device)
     mode, kept = settle_memory("anchors", plan, args.memory, device)
     prompts = [prompt for job in jobs for prompt in job.prompts]
+    weights = weight_hashes(paths) | lossy(kept)
+    for job in jobs:
+        job.run.require_begun_with(weights)
     texts = encode_flux_prompts(paths["flux_text"], [*prompts, args.neg_prompt], device, dtype, length)
     models = load_flux(paths, device, dtype)
     for model, state in zip((models.transformer, models.controlnet), states, strict=True):
@@ -206,20 +219,18 @@ def draw_anchors(args: argparse.Namespace, preset: Preset, jobs: list[Job], lora
     steps = sum(len(job.prompts) for job in mine) * args.num_steps
     with tqdm(total=steps, desc="anchors", unit="step", disable=not process.is_main_process) as progress:
         for job in mine:
-            job.run.begin(weights=weight_hashes(paths) | lossy(kept), scene=str(job.scene.folder.resolve()))
-            with naming_smaller_mode(mode):
+            job.run.begin(weights=weights, scene=str(job.scene.folder.resolve()))
+            with naming_smaller_mode("anchors", mode):
                 draw_job(args, preset, job, models, texts, progress)
             write_image(job.run.folder / CONTACT_SHEET, anchor_sheet(job.scene, job.run.folder))
             job.run.finish()
     process.wait_for_everyone()
-    return process.is_main_process
 
 
 def draw_job(args: argparse.Namespace, preset: Preset, job: Job, models, texts: dict, progress) -> None:
     """All anchors of one scene, in order. texts: {prompt: Text}."""
     from models.anchors import AnchorSettings, decode_anchor, encode_warped, sample_anchor, warp_anchor
     from models.latents import draw_noise, to_signed
-    from models.speed import first_block_cache
 
     settings = AnchorSettings(
         args.num_steps,
@@ -245,17 +256,16 @@ def draw_job(args: argparse.Namespace, preset: Preset, job: Job, models, texts: 
             replacement = encode_warped(models, warped, mask, noise_of(k - 1))
             write_image(warped_path(folder, k), warped)
             write_image(mask_path(folder, k), 255 * mask)
-        with first_block_cache(models.transformer, args.cache):
-            latents = sample_anchor(
-                models,
-                noise_of(k),
-                control,
-                texts[job.prompts[k]],
-                texts[args.neg_prompt],
-                settings,
-                replacement,
-                on_step=lambda step: progress.update(),
-            )
+        latents = sample_anchor(
+            models,
+            noise_of(k),
+            control,
+            texts[job.prompts[k]],
+            texts[args.neg_prompt],
+            settings,
+            replacement,
+            on_step=lambda step: progress.update(),
+        )
         write_image(anchor_path(folder, k), decode_anchor(models, latents))
         job.run.save()
 

@@ -11,6 +11,7 @@ memory are counted and the rest is `not measured`; --weights tiny measures the t
 
 import argparse
 import dataclasses
+import gc
 import os
 import sys
 import tempfile
@@ -116,7 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for recipe in ("ours",) if args.no_reference else ("ours", "reference"):
             row = count(setup, phase, recipe, args.memory, device)
             if measured:
-                measure(row, setup, args.memory if recipe == "ours" else "full", device, args.steps)
+                try:
+                    measure(row, setup, args.memory if recipe == "ours" else "full", device, args.steps)
+                except torch.OutOfMemoryError as error:  # the other rows are still worth having
+                    print(f"{phase}, {recipe}: out of memory ({error})", file=sys.stderr)
             rows.append(row)
     card = torch.cuda.get_device_name() if device == "cuda" else "no CUDA device"
     print("\n".join(report(rows, card, ceiling)))
@@ -215,7 +219,10 @@ def count(setup: Setup, phase: str, recipe: str, memory: str, device: str) -> Ro
         _, step = build(setup, phase, recipe, lambda builder: bring_in(outside(empty_model, builder, dtype)))
         with FlopCounterMode(display=False, custom_mapping=cpu_attention()) as counter:
             step()
-    planned = max(p.total for p in plan_of(setup, phase, dtype, device)[memory]) if recipe == "ours" else None
+    planned = None
+    if recipe == "ours":
+        name = "training" if phase == "alignment" else "denoising"
+        planned = next(p.total for p in plan_of(setup, phase, dtype, device)[memory] if p.name == name)
     return Row(phase, recipe, counter.get_total_flops(), planned)
 
 
@@ -288,7 +295,8 @@ def measure(row: Row, setup: Setup, memory: str, device: str, steps: int) -> Non
         row.seconds = (time.perf_counter() - began) / steps
         if row.phase == "ggi" and memory == "full":
             row.loading = loading_seconds(networks[0], device)
-    del networks, step
+    del networks, network, step
+    gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
@@ -327,8 +335,8 @@ def report(rows: Sequence[Row], card: str, ceiling: float | None) -> list[str]:
     """Markdown."""
     lines = [f"card: {card}"]
     lines += [f"matrix product: {ceiling / 1e12:.3g} TFLOP/s" if ceiling else "matrix product: not measured", ""]
-    lines += ["| phase | recipe | PFLOP per step | planned peak | seconds per step | peak | TFLOP/s | of ceiling |"]
-    lines += ["|" + "---|" * 8]
+    head = ("phase", "recipe", "PFLOP per step", "planned, with autoencoder", "seconds per step", "peak", "TFLOP/s")
+    lines += [f"| {' | '.join((*head, 'of ceiling'))} |", "|" + "---|" * 8]
     for row in rows:
         rate = row.flops / row.seconds if row.seconds else None
         cells = (

@@ -101,12 +101,10 @@ def sample_anchor(
         if replacement is not None and 0 < i < settings.num_replacement:
             tokens = keep * tokens + (1 - keep) * ((1 - t) * x1 + t * x0)
         weights = {"guidance": settings.guidance, "control_weight": settings.control_weight * (i < CONTROL_STEPS)}
-        with models.transformer.cache_context("cond"):  # each branch has its own, where there is a cache
-            pred = velocity(models, tokens, t, positive, control, **weights)
+        pred = velocity(models, tokens, t, positive, control, **weights)
         pred_negative = None
         if use_cfg and i >= settings.timestep_to_start_cfg:
-            with models.transformer.cache_context("uncond"):
-                pred_negative = velocity(models, tokens, t, negative, control, **weights)
+            pred_negative = velocity(models, tokens, t, negative, control, **weights)
         following = tokens + (t_next - t) * guided_velocity(pred, pred_negative, settings.true_gs)
         if on_step:
             on_step(Step(i, tokens, pred, pred_negative, following))

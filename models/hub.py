@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what a repo id means, access, disk space, downloads that resume, and damaged files.
+"""The Hugging Face hub: what a repo id means, access, disk space, downloads, and damaged files.
 
 A source is `org/name` or `org/name@revision`, with `/file` behind it when one file of the repository is meant. Files
 go to the hub's own cache (HF_HOME); nothing is asked of the network for what is there. HF_HUB_OFFLINE is honoured.
@@ -17,6 +17,7 @@ from utils.runs import file_sha256, known_sha256, read_json, show_bytes
 
 SPARE = 2**30  # bytes that stay free on the disk of the cache
 WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
+OPTIONAL = ("*.txt", "*.model")  # one tokenizer has the one, another the other
 SOURCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?")
 
 
@@ -39,8 +40,15 @@ class Source:
 
 def parse_source(text: str) -> Source | None:
     """`org/name[@revision][/file]`, or None for what can only be a local path."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     match = SOURCE.fullmatch(text)
     if match is None or text.startswith("."):
+        return None
+    try:
+        validate_repo_id(match["repo"])
+    except HFValidationError:
         return None
     return Source(match["repo"], match["revision"] or "main", match["file"])
 
@@ -50,6 +58,8 @@ def is_whole(folder: Path, patterns: Iterable[str]) -> bool:
     for pattern in patterns:
         files = list(folder.glob(pattern))
         holds_weights = pattern.startswith(WEIGHT_FOLDERS)
+        if pattern in OPTIONAL and not files:
+            continue
         if not files or (holds_weights and not any(file.suffix == ".safetensors" for file in files)):
             return False
         for index in (file for file in files if file.name.endswith(".safetensors.index.json")):
@@ -106,6 +116,7 @@ def check_access(name: str, source: Source) -> None:
 def list_missing(name: str, source: Source, patterns: Sequence[str]) -> dict[Path, int]:
     """{path in the cache: bytes} of what a download would fetch. Raises InputError when the hub does not say."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RevisionNotFoundError
     from huggingface_hub.utils import tqdm
 
     class Silent(tqdm):
@@ -115,6 +126,8 @@ def list_missing(name: str, source: Source, patterns: Sequence[str]) -> dict[Pat
     where = {"revision": source.revision, "allow_patterns": source.patterns(patterns)}
     try:
         files = snapshot_download(source.repo, **where, dry_run=True, tqdm_class=Silent)
+    except RevisionNotFoundError as error:
+        raise InputError(f"{name}: {source.repo} has no revision {source.revision}") from error
     except Exception as error:
         raise _failed(name, source, error) from error
     if source.file and source.file not in {file.filename for file in files}:
@@ -138,7 +151,7 @@ def require_space(missing: Iterable[int]) -> None:
 
 
 def download(name: str, source: Source, patterns: Sequence[str], missing: Iterable[Path]) -> Path:
-    """Fetch a source into the cache, going on where an earlier attempt stopped, and return its folder or file.
+    """Fetch a source into the cache, less what is there already, and return its folder or file.
 
     missing: paths that `list_missing` gave; they are compared with their hashes. Damaged ones are removed again.
     Raises InputError then, and when the network fails.
@@ -154,8 +167,8 @@ def download(name: str, source: Source, patterns: Sequence[str], missing: Iterab
         raise _failed(name, source, error) from error
     if damaged := find_damaged(missing):
         for path in damaged:
-            path.resolve().unlink()
-            path.unlink()
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         raise InputError(f"{name}: {damaged[0].name} arrived damaged and was removed; run the same command again")
     if not is_whole(folder, where["allow_patterns"]):
         raise InputError(f"{name}: {source.repo} lacks files of {where['allow_patterns']} at {source.revision}")
@@ -164,7 +177,8 @@ def download(name: str, source: Source, patterns: Sequence[str], missing: Iterab
 
 def _failed(name: str, source: Source, error: Exception) -> InputError:
     return InputError(
-        f"{name}: the download of {source.repo} failed ({error}); run the same command again, it goes on where it was"
+        f"{name}: the download of {source.repo} failed ({error}); run the same command again: "
+        "files that arrived are kept"
     )
 
 

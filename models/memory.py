@@ -6,11 +6,13 @@ step of the real code on tensors without data. `models/plans.py` puts the counts
 """
 
 import errno
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import psutil
 import torch
@@ -21,9 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from models.weights import MEMORY_MODES
 from utils.cli import InputError
-from utils.runs import show_bytes
+from utils.runs import is_first_process, show_bytes
 
-SPARE = 0.06  # share of a card that a plan leaves to the CUDA context and to fragmentation
+SPARE = 0.06  # share of the free memory that is left to the CUDA context and to fragmentation
+BITSANDBYTES = "bitsandbytes==0.50.2"
 RESIDENT = "resident"  # on the card, as loaded
 FP8 = "fp8"  # on the card, stored in 8 bits, computed in the precision of the rest; for inference
 INT8, NF4 = "int8", "nf4"  # on the card, the blocks' matrices in 8 or 4 bits; gradients pass through
@@ -195,10 +198,20 @@ def count_activations(step: Callable[[], object], *models: torch.nn.Module) -> i
 
 
 def free_memory(device: str) -> int:
-    """Bytes that are free on a torch device."""
+    """Bytes that are free on a torch device; processes of one launch share a CPU's memory."""
     if torch.device(device).type == "cpu":
-        return psutil.virtual_memory().available
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return torch.cuda.mem_get_info(torch.device(device))[0]
+
+
+def find_room(device: str) -> int:
+    """Bytes that a plan may use on the fullest device of a launch, so that all processes choose alike."""
+    room = int((1 - SPARE) * free_memory(device))
+    if torch.distributed.is_initialized():
+        least = torch.tensor([room], device=device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        room = int(least)
+    return room
 
 
 def choose_mode(wanted: str, plans: Mapping[str, Sequence[Phase]], room: int, device: str) -> str:
@@ -207,20 +220,20 @@ def choose_mode(wanted: str, plans: Mapping[str, Sequence[Phase]], room: int, de
     Raises InputError for what does not fit, naming the fastest mode that would.
     """
     peaks = {mode: max(phase.total for phase in plans[mode]) for mode in MEMORY_MODES}
-    fitting = [mode for mode in MEMORY_MODES if peaks[mode] <= (1 - SPARE) * room]
+    fitting = [mode for mode in MEMORY_MODES if peaks[mode] <= room]
     if wanted == "auto" and fitting:
         return fitting[0]
     if wanted in fitting:
         return wanted
     needed = show_bytes(peaks["low" if wanted == "auto" else wanted])
     advice = f"use --memory {fitting[0]}" if fitting else "no mode fits: free some, or use a larger one"
-    raise InputError(f"--memory {wanted} needs {needed}, {device} has {show_bytes(room)} free: {advice}")
+    raise InputError(f"--memory {wanted} needs {needed}, {device} has room for {show_bytes(room)}: {advice}")
 
 
 def describe_plan(mode: str, phases: Sequence[Phase], room: int, device: str) -> str:
     """One line for the user."""
     parts = ", ".join(f"{phase.name} {show_bytes(phase.total)}" for phase in phases)
-    return f"memory {mode}: {parts}; {device} has {show_bytes(room)} free"
+    return f"memory {mode}: {parts}; {device} has room for {show_bytes(room)}"
 
 
 # --- keeping ---
@@ -242,10 +255,8 @@ def keep(model: ModelMixin, how: str, device: str) -> None:
 
 def quantise(model: torch.nn.Module, how: str) -> None:
     """Put bitsandbytes' layers in the place of the blocks' matrices; their weights shrink when they are moved."""
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        raise InputError("this --memory mode needs bitsandbytes: pip install bitsandbytes") from error
+    import bitsandbytes as bnb
+
     for name, layer in block_linears(model).items():
         shape, bias, dtype = (layer.in_features, layer.out_features), layer.bias is not None, layer.weight.dtype
         with torch.device("meta"):  # its own start weights are not wanted
@@ -267,23 +278,34 @@ def settle_memory(
     stage: str, plan: Mapping[str, Sequence[Phase]], wanted: str, device: str
 ) -> tuple[str, dict[str, str]]:
     """Choose a mode for this device, say so on stderr, and return it with {network: how it is kept}."""
-    room = free_memory(device)
+    room = find_room(device)
     mode = choose_mode(wanted, plan, room, device)
-    print(describe_plan(mode, plan[mode], room, device), file=sys.stderr)
-    return mode, kept_on(device, stage, mode)
+    if is_first_process():
+        print(describe_plan(mode, plan[mode], room, device), file=sys.stderr)
+    kept = kept_on(device, stage, mode)
+    if {INT8, NF4} & set(kept.values()) and find_spec("bitsandbytes") is None:
+        raise InputError(f"--memory {mode} needs bitsandbytes: pip install {BITSANDBYTES}")
+    return mode, kept
 
 
 @contextmanager
-def naming_smaller_mode(mode: str) -> Iterator[None]:
-    """Turn running out of memory in the block into an OSError that says which mode needs less."""
+def naming_smaller_mode(stage: str, mode: str) -> Iterator[None]:
+    """Turn running out of memory in the block into an OSError that says which mode needs less.
+
+    The same results come first: a mode that computes as this one does can go on where it stopped.
+    """
     smaller = MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :]
-    advice = f"run the same command again with --memory {smaller[0]}" if smaller else "free some, or use a larger card"
+    alike = [other for other in smaller if lossy(KEPT[stage][other]) == lossy(KEPT[stage][mode])]
+    if alike:
+        advice = f"what is finished is kept: run the same command again with --memory {alike[0]}"
+    elif smaller:
+        advice = f"begin again with --memory {smaller[0]} --overwrite"
+    else:
+        advice = "free some, or use a larger card"
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OSError(
-            errno.ENOMEM, f"out of memory with --memory {mode}; what is finished is kept: {advice}"
-        ) from error
+        raise OSError(errno.ENOMEM, f"out of memory with --memory {mode}; {advice}") from error
 
 
 def kept_on(device: str, stage: str, mode: str) -> dict[str, str]:

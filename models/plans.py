@@ -43,9 +43,10 @@ from models.steps import (
     video_encoding,
 )
 from models.weights import MEMORY_MODES
+from utils.cli import InputError
 from utils.runs import read_json
 
-Build = Callable[[], ModelMixin]
+Build = Callable[[], torch.nn.Module]
 Plan = dict[str, list[Phase]]
 FLUX_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 VIDEO_ENCODERS = {"text_encoder": T5EncoderModel}
@@ -60,22 +61,39 @@ def flux_builders(paths: dict[str, Path]) -> dict[str, Build]:
         "vae": ("flux_vae", AutoencoderKL),
     }
     return {
-        key: lambda name=name, cls=cls: cls.from_config(component_config(name, paths[name]))
+        key: from_files(name, paths[name], lambda n=name, cls=cls: cls.from_config(component_config(n, paths[n])))
         for key, (name, cls) in classes.items()
     }
 
 
 def video_builders(vae: Path, transformer: Path) -> dict[str, Build]:
     """The same of the in-between model. vae: from `locate`. transformer: folder in either layout."""
+    config = transformer / "config.json"
     return {
-        "transformer": lambda: CogVideoXTransformer3DModel.from_config(read_json(transformer / "config.json")),
-        "vae": lambda: AutoencoderKLCogVideoX.from_config(component_config("cogvideox_vae", vae)),
+        "transformer": from_files(
+            "transformer", transformer, lambda: CogVideoXTransformer3DModel.from_config(read_json(config))
+        ),
+        "vae": from_files(
+            "cogvideox_vae", vae, lambda: AutoencoderKLCogVideoX.from_config(component_config("cogvideox_vae", vae))
+        ),
     }
 
 
-def encoder_builder(folder: Path, name: str, cls: type) -> Callable[[], torch.nn.Module]:
+def from_files(name: str, path: Path, build: Build) -> Build:
+    """The same function; what it cannot build is an InputError that names component and path."""
+
+    def build_or_say() -> torch.nn.Module:
+        try:
+            return build()
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{name}: {path} does not describe such a network: {error}") from error
+
+    return build_or_say
+
+
+def encoder_builder(folder: Path, name: str, cls: type) -> Build:
     """How to make an empty text encoder of a pipeline folder."""
-    return lambda: cls(AutoConfig.from_pretrained(folder / name, local_files_only=True))
+    return from_files(name, folder, lambda: cls(AutoConfig.from_pretrained(folder / name, local_files_only=True)))
 
 
 def text_phase(folder: Path, encoders: dict[str, type], dtype: torch.dtype, length: int) -> Phase:

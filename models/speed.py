@@ -1,4 +1,8 @@
-"""Optional shortcuts of the denoising loops that change the result a little."""
+"""An optional shortcut of the in-betweening's denoising, which changes the result a little.
+
+Not for FLUX with a ControlNet: diffusers adds the ControlNet's residuals after skipped blocks, too, on top of the
+cached sum that holds them already.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from models import hub
 from utils.arcs import ggi_transformer_folder
-from utils.cli import InputError, Parser, positive_float, positive_int, run_script
+from utils.cli import InputError, Parser, positive_int, run_script
 from utils.runs import Run, file_sha256, known_sha256, read_json, show_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ CONVERTIBLE = {  # component -> its kind in models.convert
     "inbetween": "ggi",
 }
 EPOCH = 1350  # of the released in-between transformer
-CAPTION_MODEL, CAPTION_FILES = "Salesforce/blip2-opt-2.7b", ["*.json", "*.safetensors", "*.txt"]
+CAPTION_MODEL, CAPTION_FILES = "Salesforce/blip2-opt-2.7b", ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,17 +108,6 @@ def add_memory_flags(parser: argparse.ArgumentParser) -> None:
         help="how networks are kept: full is fastest, low needs least; auto takes the fastest mode that fits",
     )
     parser.add_argument("--offload", dest="memory", action="store_const", const="low", help="the same as --memory low")
-
-
-def add_cache_flag(parser: argparse.ArgumentParser) -> None:
-    """--cache THRESHOLD."""
-    parser.add_argument(
-        "--cache",
-        type=positive_float,
-        metavar="THRESHOLD",
-        help="skip most of a step that changes the first block's output by less than this share, such as 0.1: faster, "
-        "a little different (default: off)",
-    )
 
 
 def add_source_flags(group: argparse._ActionsContainer, components: Sequence[str]) -> None:

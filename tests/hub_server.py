@@ -18,7 +18,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """folder: repositories, org/name/files. asked: all requests so far; resumed: files asked for from the middle on.
+    """folder: repositories, org/name/files. asked: all requests so far.
 
     What goes wrong: gated repositories, whose licence nobody has accepted; torn files, of which half is sent; swapped
     ones, which arrive with other bytes; sizes that are claimed.
@@ -31,7 +31,6 @@ class Hub:
     swapped: set[str] = field(default_factory=set)
     claimed: dict[str, int] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
-    resumed: list[str] = field(default_factory=list)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -88,7 +87,6 @@ class Handler(BaseHTTPRequestHandler):
             data = data[::-1]
         first = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         if first:
-            self.hub.resumed.append(name)
             headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
         return self._send(206 if first else 200, data[first:], headers, torn=name in self.hub.torn)
 

@@ -77,6 +77,8 @@ def files_sent(hub: Hub) -> list[str]:
         ("/org/name", None),
         ("~/name", None),
         ("name", None),
+        ("folder/flux--v2", None),
+        ("größe/flux", None),
     ],
 )
 def test_what_a_source_means(text: str, source: Source | None):
@@ -111,14 +113,14 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(hub: Hub, prepare: Prepare):
     assert not files_sent(hub)
 
 
-@pytest.mark.slow
-def test_a_download_that_breaks_off_goes_on(hub: Hub, prepare: Prepare):
-    hub.torn.add(SHARD)
+def test_after_a_download_that_broke_off_the_rest_is_fetched(hub: Hub, prepare: Prepare):
+    hub.torn.add(CONTROL_FILE)  # FLUX comes before it, CogVideoX after it
     assert "run the same command again" in error(prepare("fetch"))
     hub.torn.clear()
-    hub.resumed.clear()
+    hub.asked.clear()
     assert prepare("fetch").returncode == 0
-    assert hub.resumed == [SHARD]
+    repositories = {request.split()[1].split("/resolve/")[0] for request in files_sent(hub)}
+    assert repositories == {f"/{CONTROLNET}", f"/{COGVIDEOX}"}
     assert prepare("check", "--hashes").returncode == 0
 
 

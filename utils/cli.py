@@ -54,6 +54,10 @@ def run_script(main: Callable[[], None]) -> None:
         hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         where = f": {error.filename}" if error.filename else ""
         _stop(f"{error.strerror or error}{where}{hint}", FAILED)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; not worth importing for this
+            raise
+        _stop(f"out of memory ({error}); try a smaller --memory mode", FAILED)
     except KeyboardInterrupt:
         _stop("interrupted; run the same command again to continue", INTERRUPTED)
 

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -108,6 +108,11 @@ def known_sha256(path: Path) -> str | None:
     return name if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name) else None
 
 
+def is_first_process() -> bool:
+    """Whether this is the first, or the only one, of the processes of a launch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def file_sha256(path: Path, *, trust: bool = True) -> str:
     """SHA-256 of a file. trust: do not read a file whose name says it."""
     if trust and (known := known_sha256(path)):
@@ -147,8 +152,15 @@ class Run:
     def require_begun_with(self, weights: dict) -> None:
         """Raise InputError when this is an interrupted run that was begun with other weights."""
         before = None if self.replaces else self.manifest.get("weights")
-        if before and before != weights:
-            raise InputError(f"{self.folder} was begun with other weights; pass --overwrite to start again")
+        if not before or before == weights:
+            return
+        kept = [entries.get("kept", "as loaded") for entries in (before, weights)]
+        if before | {"kept": kept[1]} == weights | {"kept": kept[1]}:
+            raise InputError(
+                f"{self.folder} was begun with networks kept otherwise ({kept[0]}, now {kept[1]}): pass the --memory "
+                f"of that time, or --overwrite"
+            )
+        raise InputError(f"{self.folder} was begun with other weights; pass --overwrite to start again")
 
     def begin(self, **entries: object) -> None:
         """Make the folder and its manifest. Call it when everything is loaded: a failed load then changes nothing.
@@ -207,6 +219,14 @@ def open_run(
     if owned_paths(folder, owned):
         raise InputError(f"{folder} holds files but no {manifest_name}: pass --overwrite to replace them")
     return fresh
+
+
+def require_distinct(runs: Sequence[Run]) -> None:
+    """Raise InputError when two runs of one command would write to the same folder."""
+    folders = [run.folder.resolve() for run in runs]
+    for i, folder in enumerate(folders):
+        if folder in folders[:i]:
+            raise InputError(f"two runs of this command have the folder {runs[i].folder}: give each of them once")
 
 
 def _require_same_arguments(folder: Path, before: dict, now: dict) -> None:
