@@ -145,12 +145,11 @@ def result_arguments(args: argparse.Namespace, scene: Scene, prompts: list[str],
     return chosen | {"prompt": prompts, "width": size[0], "height": size[1]} | hashes
 
 
-def open_job(args: argparse.Namespace, preset: Preset, target: Path, seed: int, loras: Sequence[Path]) -> Job:
+def open_job(args: argparse.Namespace, preset: Preset, scene: Scene, seed: int, loras: Sequence[Path]) -> Job:
     """The run to continue or begin, for one scene and seed. Raises InputError for what cannot be used."""
-    scene = load_scene(target)
     prompts, size = pad_prompts(args.prompt, len(scene.arcs) + 1), anchor_size(args, preset, scene)
     arguments = result_arguments(args, scene, prompts, size, loras)
-    parent = args.output_dir or target / MULTIVIEWS
+    parent = args.output_dir or scene.folder / MULTIVIEWS
     if seed < 0:
         unfinished = find_unfinished(parent, arguments, "seed")
         seed = draw_seed() if unfinished is None else unfinished
@@ -165,6 +164,7 @@ def open_job(args: argparse.Namespace, preset: Preset, target: Path, seed: int, 
 
 def main() -> None:
     args = parse_args()
+    scenes = [load_scene(target) for target in args.target]
     preset = load_preset(args.weights)
     args.dtype = args.dtype or preset.dtype
     if len(args.target) > 1 and args.output_dir:
@@ -173,8 +173,7 @@ def main() -> None:
         raise InputError("--seed -1: several processes need a seed to agree on")
     lora_files = find_lora(args.loras, args.pfix, args.epoch)
     resolve_device(args.device)
-    pairs = [(target, seed) for target in args.target for seed in args.seed]
-    jobs = [open_job(args, preset, *pair, lora_files) for pair in pairs]
+    jobs = [open_job(args, preset, scene, seed, lora_files) for scene in scenes for seed in args.seed]
     require_distinct([job.run for job in jobs])
     for job in jobs:
         if job.run.finished and is_first_process():
