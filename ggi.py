@@ -22,6 +22,7 @@ from models.weights import (
     EPOCH,
     GGI_STAGE,
     Preset,
+    add_compile_flag,
     add_memory_flags,
     add_weight_flags,
     caption_source,
@@ -123,6 +124,7 @@ def parse_args() -> argparse.Namespace:
         help="skip most of a step that changes the first block's output by less than this share, such as 0.1: faster, "
         "a little different (default: off)",
     )
+    add_compile_flag(parser)
     add_memory_flags(parser)
     add_weight_flags(parser, GGI_STAGE)
     return parser.parse_args()
@@ -217,6 +219,7 @@ def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transfo
     from models.memory import lossy, naming_smaller_mode, settle_memory
     from models.parallel import open_processes
     from models.plans import plan_ggi
+    from models.speed import compile_blocks, require_compilable
 
     process, device = open_processes(resolve_device(args.device))
     with process.local_main_process_first():  # it downloads what is missing
@@ -226,10 +229,14 @@ def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transfo
     guided = args.guidance_scale != 1 and args.prompt != ""
     plan = plan_ggi(paths, transformer, size, args.num_frames, dtype, device, guided=guided, tiling=tiling)
     mode, kept = settle_memory("ggi", plan, args.memory, device)
+    if args.compile:
+        require_compilable(kept["transformer"])
     prompts = find_prompts(args, jobs, caption_model, device, dtype)
     length = read_json(transformer / "config.json")["max_text_seq_length"]
     embeds = encode_video_prompts(paths["cogvideox_text"], [*prompts, ""], device, dtype, length)
     pipe = load_inbetween(paths, transformer, device, dtype, kept, tiling=tiling)
+    if args.compile:
+        compile_blocks(pipe.transformer)
     hashes = weight_hashes(paths | {"transformer": transformer}) | lossy(kept)
     if process.is_main_process:
         for job, prompt in zip(jobs, prompts, strict=True):

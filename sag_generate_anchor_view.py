@@ -19,6 +19,7 @@ from pathlib import Path
 from models.weights import (
     FLUX_STAGE,
     Preset,
+    add_compile_flag,
     add_memory_flags,
     add_weight_flags,
     load_preset,
@@ -115,6 +116,7 @@ def parse_args() -> argparse.Namespace:
     add("--height", type=positive_int, help="pixels (default: the weights' preset, else the edge frames' height)")
     add("--output_dir", type=Path, help="folder to put the run into (default: SCENE/multiviews)")
     add("--overwrite", action="store_true", help="replace a run of this name that was made with other arguments")
+    add_compile_flag(parser)
     add_memory_flags(parser)
     add_weight_flags(parser, FLUX_STAGE)
     return parser.parse_args()
@@ -195,6 +197,7 @@ def draw_anchors(args: argparse.Namespace, preset: Preset, jobs: list[Job], lora
     from models.memory import lossy, naming_smaller_mode, settle_memory
     from models.parallel import open_processes
     from models.plans import plan_anchors
+    from models.speed import compile_blocks, require_compilable
 
     process, device = open_processes(resolve_device(args.device))
     with process.local_main_process_first():  # it downloads what is missing
@@ -205,6 +208,8 @@ def draw_anchors(args: argparse.Namespace, preset: Preset, jobs: list[Job], lora
     largest = max((job.size for job in jobs), key=lambda size: size[0] * size[1])
     plan = plan_anchors(paths, largest, lora_rank(states[0]), length, dtype, device)
     mode, kept = settle_memory("anchors", plan, args.memory, device)
+    if args.compile:
+        require_compilable(kept["transformer"])
     prompts = [prompt for job in jobs for prompt in job.prompts]
     weights = weight_hashes(paths) | lossy(kept)
     for job in jobs:
@@ -214,6 +219,8 @@ def draw_anchors(args: argparse.Namespace, preset: Preset, jobs: list[Job], lora
     for model, state in zip((models.transformer, models.controlnet), states, strict=True):
         load_lora(model, state, args.lora_weight)
     place_flux(models, kept)
+    if args.compile:
+        compile_blocks(models.transformer)
     mine = jobs[process.process_index :: process.num_processes]
     steps = sum(len(job.prompts) for job in mine) * args.num_steps
     with tqdm(total=steps, desc="anchors", unit="step", disable=not process.is_main_process) as progress:

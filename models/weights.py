@@ -110,6 +110,15 @@ def add_memory_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offload", dest="memory", action="store_const", const="low", help="the same as --memory low")
 
 
+def add_compile_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,  # as in the manifests of runs from before the flag
+        help="compile the transformer's blocks: minutes at the start; other rounding; goes with --memory full",
+    )
+
+
 def add_source_flags(group: argparse._ActionsContainer, components: Sequence[str]) -> None:
     """--weights, and where each component comes from."""
     group.add_argument("--weights", choices=["full", "tiny"], default="full", help="weight set")
