@@ -70,12 +70,16 @@ SHEET_COLUMNS = 8  # frames per arc on the contact sheet
 
 @dataclass
 class Job:
-    """The anchors of one scene, and the run of the video to make of them. noises: float32 [13, h, w, 16] per arc."""
+    """The anchors of one scene, and the run of the video to make of them. noises: float32 [13, h, w, 16] per arc.
+
+    prompt: the one given, or the caption that an interrupted run has made; None until there is one.
+    """
 
     scene: Scene
     anchors: list[Path]
     noises: list[np.ndarray]
     run: Run
+    prompt: str | None
 
 
 def parse_args() -> argparse.Namespace:
@@ -182,7 +186,8 @@ def open_job(args: argparse.Namespace, target: Path) -> Job:
     folder = (args.output_dir or target) / video_run_name(args.degradation, args.epoch, args.num_inference_steps)
     noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]
     run = open_run(folder, result_arguments(args, scene, anchors, noises), overwrite=args.overwrite)
-    return Job(scene, anchors, noises, run)
+    prompt = args.prompt if args.prompt is not None else run.manifest.get("prompt")
+    return Job(scene, anchors, noises, run, prompt)
 
 
 def main() -> None:
@@ -215,15 +220,16 @@ def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transfo
     """Generate every arc that is not there yet, shared among all processes."""
     from tqdm import tqdm
 
-    from models.loading import DTYPES, encode_video_prompts, load_inbetween
+    from models.loading import DTYPES, caption_image, encode_video_prompts, load_inbetween
     from models.memory import lossy, naming_smaller_mode, settle_memory
     from models.parallel import open_processes
     from models.plans import plan_ggi
     from models.speed import compile_blocks, require_compilable
 
     process, device = open_processes(resolve_device(args.device))
+    uncaptioned = [job for job in jobs if job.prompt is None]
     with process.local_main_process_first():  # it downloads what is missing
-        caption_model = caption_source(args.caption_model) if any(needs_caption(args, job) for job in jobs) else None
+        caption_model = caption_source(args.caption_model) if uncaptioned else None
         paths = locate(args, preset, GGI_STAGE)
     dtype, size, tiling = DTYPES[args.dtype], (args.width, args.height), preset.vae_tiling
     guided = args.guidance_scale != 1 and args.prompt != ""
@@ -231,57 +237,38 @@ def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transfo
     mode, kept = settle_memory("ggi", plan, args.memory, device)
     if args.compile:
         require_compilable(kept["transformer"])
-    prompts = find_prompts(args, jobs, caption_model, device, dtype)
+    for job in uncaptioned:  # alike in every process: its draws are seeded
+        job.prompt = caption_image(read_image(job.anchors[0]), caption_model, device, dtype, args.seed)
     length = read_json(transformer / "config.json")["max_text_seq_length"]
-    embeds = encode_video_prompts(paths["cogvideox_text"], [*prompts, ""], device, dtype, length)
+    embeds = encode_video_prompts(paths["cogvideox_text"], [*(job.prompt for job in jobs), ""], device, dtype, length)
     pipe = load_inbetween(paths, transformer, device, dtype, kept, tiling=tiling)
     if args.compile:
         compile_blocks(pipe.transformer)
     hashes = weight_hashes(paths | {"transformer": transformer}) | lossy(kept)
     if process.is_main_process:
-        for job, prompt in zip(jobs, prompts, strict=True):
-            job.run.begin(weights=hashes, prompt=prompt, scene=str(job.scene.folder.resolve()))
+        for job in jobs:
+            job.run.begin(weights=hashes, prompt=job.prompt, scene=str(job.scene.folder.resolve()))
     process.wait_for_everyone()
     mine = share_arcs(jobs, args.chain)[process.process_index :: process.num_processes]
     total = sum(len(arcs) for _, arcs in mine)
     with tqdm(total=total, desc="arcs", unit="arc", disable=not process.is_main_process) as progress:
-        for number, arcs in mine:
+        for job, arcs in mine:
             for arc in arcs:
-                if not is_done(jobs[number].run, arc):
+                if not is_done(job.run, arc):
                     with naming_smaller_mode("ggi", mode):
-                        frames = fill_arc(args, pipe, jobs[number], arc, embeds[prompts[number]], embeds[""])
-                    save_arc(jobs[number].run, arc, frames)
+                        frames = fill_arc(args, pipe, job, arc, embeds[job.prompt], embeds[""])
+                    save_arc(job.run, arc, frames)
                     if process.is_main_process:
-                        jobs[number].run.save()
+                        job.run.save()
                 progress.update()
     process.wait_for_everyone()
 
 
-def needs_caption(args: argparse.Namespace, job: Job) -> bool:
-    """Not when a prompt is given; and a caption that an interrupted run has made is kept."""
-    return args.prompt is None and job.run.manifest.get("prompt") is None
-
-
-def find_prompts(
-    args: argparse.Namespace, jobs: list[Job], caption_model: Path | None, device: str, dtype
-) -> list[str]:
-    """The prompt of every job. Captions are the same in every process: their draws are seeded."""
-    from models.loading import caption_image
-
-    prompts = []
-    for job in jobs:
-        if needs_caption(args, job):
-            prompts.append(caption_image(read_image(job.anchors[0]), caption_model, device, dtype, args.seed))
-        else:
-            prompts.append(args.prompt if args.prompt is not None else job.run.manifest["prompt"])
-    return prompts
-
-
-def share_arcs(jobs: Sequence[Job], chain: bool) -> list[tuple[int, list[Arc]]]:
-    """What one process does in one go: (number of a job, arcs). Chained arcs follow each other; others are free."""
+def share_arcs(jobs: Sequence[Job], chain: bool) -> list[tuple[Job, list[Arc]]]:
+    """What one process does in one go. Chained arcs follow each other; others are free."""
     if chain:
-        return [(number, list(job.scene.arcs)) for number, job in enumerate(jobs)]
-    return [(number, [arc]) for number, job in enumerate(jobs) for arc in job.scene.arcs]
+        return [(job, list(job.scene.arcs)) for job in jobs]
+    return [(job, [arc]) for job in jobs for arc in job.scene.arcs]
 
 
 def fill_arc(args: argparse.Namespace, pipe, job: Job, arc: Arc, positive, negative) -> np.ndarray:

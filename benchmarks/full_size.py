@@ -49,8 +49,10 @@ class Setup:
 
 @dataclasses.dataclass
 class Row:
-    """One recipe of one phase. flops: of a step. Seconds per step, bytes at the peak, seconds to load: None = not
-    measured."""
+    """One recipe of one phase. flops: of a step. seconds: per step. None: not measured.
+
+    planned, peak: bytes. loading: seconds.
+    """
 
     phase: str
     recipe: str
@@ -135,15 +137,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def build(setup: Setup, phase: str, recipe: str, make: Callable) -> tuple[list, Callable[[], object]]:
     """(networks, one step) of a phase. make: turns a function that builds a network into a network to use."""
     from models.flux import FluxModels
-    from models.plans import flux_builders, video_builders
+    from models.plans import flux_builders, video_builders, with_lora
     from models.steps import alignment_step, anchor_step, ggi_step
 
     if phase == "ggi":
         builder = video_builders(setup.paths["cogvideox_vae"], setup.inbetween)["transformer"]
         network = make(with_released_lora(builder) if recipe == "reference" else builder)
         return [network], ggi_step(network, setup.video_size, setup.num_frames, 2)
-    from models.plans import with_lora
-
     builders = flux_builders(setup.paths)
     networks = [make(with_lora(builders[name], 16)) for name in ("transformer", "controlnet")]
     models = FluxModels(*networks, None, str(networks[0].device))

@@ -98,7 +98,6 @@ def encoder_builder(folder: Path, name: str, cls: type) -> Build:
 
 def text_phase(folder: Path, encoders: dict[str, type], dtype: torch.dtype, length: int) -> Phase:
     """All text encoders of a pipeline folder at once, on one prompt of `length` tokens."""
-
     models = {cls: empty_model(encoder_builder(folder, name, cls), dtype) for name, cls in encoders.items()}
     weights, model = sum(map(held_bytes, models.values())), models[T5EncoderModel]  # the largest of them
     with without_data(dtype), torch.no_grad():
