@@ -22,6 +22,7 @@ from models.weights import (
     EPOCH,
     GGI_STAGE,
     Preset,
+    add_attention_flag,
     add_compile_flag,
     add_memory_flags,
     add_weight_flags,
@@ -50,6 +51,7 @@ from utils.arcs import (
     resample_indices,
     video_run_name,
 )
+from utils.background import one_beside
 from utils.cli import InputError, Parser, guidance_float, positive_float, positive_int, run_script, seed, unit_float
 from utils.edges import resize_edges
 from utils.images import contact_sheet, read_image, resize_image, write_image, write_video
@@ -128,6 +130,7 @@ def parse_args() -> argparse.Namespace:
         help="skip most of a step that changes the first block's output by less than this share, such as 0.1: faster, "
         "a little different (default: off)",
     )
+    add_attention_flag(parser)
     add_compile_flag(parser)
     add_memory_flags(parser)
     add_weight_flags(parser, GGI_STAGE)
@@ -218,13 +221,11 @@ def main() -> None:
 
 def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transformer: Path) -> None:
     """Generate every arc that is not there yet, shared among all processes."""
-    from tqdm import tqdm
-
     from models.loading import DTYPES, caption_image, encode_video_prompts, load_inbetween
-    from models.memory import lossy, naming_smaller_mode, settle_memory
+    from models.memory import lossy, may_overlap, settle_memory
     from models.parallel import open_processes
     from models.plans import plan_ggi
-    from models.speed import compile_blocks, require_compilable
+    from models.speed import compile_blocks, require_attention, require_compilable
 
     process, device = open_processes(resolve_device(args.device))
     uncaptioned = [job for job in jobs if job.prompt is None]
@@ -232,15 +233,18 @@ def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transfo
         caption_model = caption_source(args.caption_model) if uncaptioned else None
         paths = locate(args, preset, GGI_STAGE)
     dtype, size, tiling = DTYPES[args.dtype], (args.width, args.height), preset.vae_tiling
+    config = read_json(transformer / "config.json")
+    require_attention(args.attention, device, dtype, config["attention_head_dim"])
     guided = args.guidance_scale != 1 and args.prompt != ""
     plan = plan_ggi(paths, transformer, size, args.num_frames, dtype, device, guided=guided, tiling=tiling)
     mode, kept = settle_memory("ggi", plan, args.memory, device)
+    overlap = may_overlap(plan[mode], ("denoising", "decoding"), kept, device)
     if args.compile:
         require_compilable(kept["transformer"])
     for job in uncaptioned:  # alike in every process: its draws are seeded
         job.prompt = caption_image(read_image(job.anchors[0]), caption_model, device, dtype, args.seed)
-    length = read_json(transformer / "config.json")["max_text_seq_length"]
-    embeds = encode_video_prompts(paths["cogvideox_text"], [*(job.prompt for job in jobs), ""], device, dtype, length)
+    prompts, length = [*(job.prompt for job in jobs), ""], config["max_text_seq_length"]
+    embeds = encode_video_prompts(paths["cogvideox_text"], prompts, device, dtype, length)
     pipe = load_inbetween(paths, transformer, device, dtype, kept, tiling=tiling)
     if args.compile:
         compile_blocks(pipe.transformer)
@@ -250,18 +254,55 @@ def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transfo
             job.run.begin(weights=hashes, prompt=job.prompt, scene=str(job.scene.folder.resolve()))
     process.wait_for_everyone()
     mine = share_arcs(jobs, args.chain)[process.process_index :: process.num_processes]
-    total = sum(len(arcs) for _, arcs in mine)
-    with tqdm(total=total, desc="arcs", unit="arc", disable=not process.is_main_process) as progress:
+    fill_shares(args, pipe, mine, embeds, device, mode, overlap)
+    process.wait_for_everyone()
+
+
+def fill_shares(
+    args: argparse.Namespace,
+    pipe,
+    mine: list[tuple[Job, list[Arc]]],
+    embeds: dict,
+    device: str,
+    mode: str,
+    overlap: bool,
+) -> None:
+    """Generate what is this process's to do. Files are written while the next arc is denoised.
+
+    embeds: {prompt: [1, T, D]}. mode: of memory. overlap: an arc whose last frame no other waits for is decoded beside
+    the next one, too.
+    """
+    from tqdm import tqdm
+
+    from models.memory import naming_smaller_mode
+    from models.parallel import side_stream
+
+    first = is_first_process()
+    progress = tqdm(total=sum(len(arcs) for _, arcs in mine), desc="arcs", unit="arc", disable=not first)
+
+    def save(job: Job, arc: Arc, frames: np.ndarray) -> None:
+        save_arc(job.run, arc, frames)
+        if first:
+            job.run.save()
+        progress.update()
+
+    def decode_and_save(job: Job, arc: Arc, latents) -> None:
+        with naming_smaller_mode("ggi", mode), side_stream(device):
+            frames = decode_arc(pipe, job.run, arc, latents)
+        save(job, arc, frames)
+
+    with progress, one_beside() as begin:
         for job, arcs in mine:
             for arc in arcs:
-                if not is_done(job.run, arc):
-                    with naming_smaller_mode("ggi", mode):
-                        frames = fill_arc(args, pipe, job, arc, embeds[job.prompt], embeds[""])
-                    save_arc(job.run, arc, frames)
-                    if process.is_main_process:
-                        job.run.save()
-                progress.update()
-    process.wait_for_everyone()
+                if is_done(job.run, arc):
+                    progress.update()
+                    continue
+                with naming_smaller_mode("ggi", mode):
+                    latents = find_or_denoise(args, pipe, job, arc, embeds[job.prompt], embeds[""])
+                    if not overlap or arc is not arcs[-1]:
+                        begin(save, job, arc, decode_arc(pipe, job.run, arc, latents))
+                        continue
+                begin(decode_and_save, job, arc, latents)
 
 
 def share_arcs(jobs: Sequence[Job], chain: bool) -> list[tuple[Job, list[Arc]]]:
@@ -271,20 +312,20 @@ def share_arcs(jobs: Sequence[Job], chain: bool) -> list[tuple[Job, list[Arc]]]:
     return [(job, [arc]) for job in jobs for arc in job.scene.arcs]
 
 
-def fill_arc(args: argparse.Namespace, pipe, job: Job, arc: Arc, positive, negative) -> np.ndarray:
-    """The frames of one arc, uint8 [num_frames, height, width, 3]. positive, negative: prompt embeddings [1, T, D].
+def find_or_denoise(args: argparse.Namespace, pipe, job: Job, arc: Arc, positive, negative):
+    """Latents of one arc, [1, 13, 16, h, w], on the CPU. positive, negative: prompt embeddings [1, T, D].
 
-    The latents are on disk before they are decoded: what fails then costs no second denoising.
+    They are on disk before they are decoded: what fails then costs no second denoising.
     """
     from safetensors.torch import load_file, save_file
 
     path = latents_path(job.run.folder, arc.index)
     if path.exists():
-        return pipe.decode_video(load_file(path)["latents"])
-    latents = denoise_arc(args, pipe, job, arc, positive, negative)
+        return load_file(path)["latents"]
+    latents = denoise_arc(args, pipe, job, arc, positive, negative).cpu().contiguous()
     with atomic_path(path) as temporary:
-        save_file({"latents": latents.cpu().contiguous()}, temporary)
-    return pipe.decode_video(latents)
+        save_file({"latents": latents}, temporary)
+    return latents
 
 
 def denoise_arc(args: argparse.Namespace, pipe, job: Job, arc: Arc, positive, negative):
@@ -293,7 +334,7 @@ def denoise_arc(args: argparse.Namespace, pipe, job: Job, arc: Arc, positive, ne
 
     from models.inbetween import ConditionEps
     from models.latents import draw_noise, to_signed
-    from models.speed import first_block_cache
+    from models.speed import attention_kernel, first_block_cache
 
     start = chain_path(job.run.folder, arc.index) if args.chain and arc.index else job.anchors[arc.index]
     pictures = (read_image(path) for path in (start, job.anchors[arc.index + 1]))
@@ -304,7 +345,7 @@ def denoise_arc(args: argparse.Namespace, pipe, job: Job, arc: Arc, positive, ne
     conditions = pipe.encode_conditions(*ends, edges, eps)
     background = torch.from_numpy(warped).movedim(-1, 1)[None]
     fresh = draw_noise(background.shape, derive_seed(args.seed, arc.index, 1))
-    with first_block_cache(pipe.transformer, args.cache):
+    with attention_kernel(args.attention), first_block_cache(pipe.transformer, args.cache):
         return pipe(
             conditions,
             blend_noise(background, fresh, args.degradation).to(pipe.transformer.dtype),
@@ -326,14 +367,19 @@ def arc_frame_paths(run: Run, arc: Arc) -> list[Path]:
 
 
 def is_done(run: Run, arc: Arc) -> bool:
-    """The frame that the next arc starts from is written last, so it stands for the whole arc."""
     return chain_path(run.folder, arc.index + 1).exists() and all(p.exists() for p in arc_frame_paths(run, arc))
+
+
+def decode_arc(pipe, run: Run, arc: Arc, latents) -> np.ndarray:
+    """Frames of one arc, uint8 [num_frames, height, width, 3]. The one that the next arc starts from is written."""
+    frames = pipe.decode_video(latents)
+    write_image(chain_path(run.folder, arc.index + 1), frames[-1])
+    return frames
 
 
 def save_arc(run: Run, arc: Arc, frames: np.ndarray) -> None:
     for path, frame in zip(arc_frame_paths(run, arc), frames[:ARC_FRAMES], strict=True):
         write_image(path, frame)
-    write_image(chain_path(run.folder, arc.index + 1), frames[-1])
     latents_path(run.folder, arc.index).unlink(missing_ok=True)
 
 

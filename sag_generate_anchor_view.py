@@ -5,20 +5,21 @@
 Writes image_00.png … into SCENE/multiviews/<run>/, with the warped previous anchor and its mask beside each. Anchors
 depend on the one before, so they are drawn in order; the same command continues an interrupted run.
 
-    accelerate launch --num_processes 4 sag_generate_anchor_view.py --target SCENE_A SCENE_B --seed 1 2 …
+    accelerate launch --num_processes 4 sag_generate_anchor_view.py --target SCENE_A SCENE_B --pfix X Y --seed 1 2 …
 
-shares scenes and seeds among processes; the files do not depend on how many there are.
+draws every scene in every style from every seed. Processes share them; the files do not depend on how many there are.
 """
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from models.weights import (
     FLUX_STAGE,
     Preset,
+    add_attention_flag,
     add_compile_flag,
     add_memory_flags,
     add_weight_flags,
@@ -69,9 +70,10 @@ from utils.runs import (
 
 @dataclass
 class Job:
-    """The anchors of one scene from one seed. size: width, height in pixels."""
+    """The anchors of one scene in one style from one seed. pfix: name of the LoRA. size: width, height in pixels."""
 
     scene: Scene
+    pfix: str
     size: tuple[int, int]
     seed: int
     prompts: list[str]
@@ -82,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--target", type=Path, nargs="+", required=True, metavar="SCENE", help="scene folders with arc0, arc1, …")
-    add("--pfix", type=folder_name, required=True, metavar="NAME", help="name of the LoRA")
+    add("--pfix", type=folder_name, nargs="+", required=True, metavar="NAME", help="names of LoRAs, all of one rank")
     add("--epoch", type=positive_int, default=400, help="training step of the LoRA's checkpoint")
     add("--loras", type=Path, default=Path("loras"), help="folder of all LoRAs")
     add(
@@ -116,6 +118,7 @@ def parse_args() -> argparse.Namespace:
     add("--height", type=positive_int, help="pixels (default: the weights' preset, else the edge frames' height)")
     add("--output_dir", type=Path, help="folder to put the run into (default: SCENE/multiviews)")
     add("--overwrite", action="store_true", help="replace a run of this name that was made with other arguments")
+    add_attention_flag(parser)
     add_compile_flag(parser)
     add_memory_flags(parser)
     add_weight_flags(parser, FLUX_STAGE)
@@ -138,30 +141,34 @@ def anchor_size(args: argparse.Namespace, preset: Preset, scene: Scene) -> tuple
     return size
 
 
-def result_arguments(args: argparse.Namespace, scene: Scene, prompts: list[str], size, loras: Sequence[Path]) -> dict:
+def result_arguments(
+    args: argparse.Namespace, scene: Scene, pfix: str, prompts: list[str], size: tuple[int, int], loras: Sequence[Path]
+) -> dict:
     """What decides the pictures, but the seed: arguments, and files by their content. Where they are put does not."""
     elsewhere = {"output_dir", "overwrite", "device", "memory", "loras", "target"}
     chosen = {key: value for key, value in vars(args).items() if key not in elsewhere}
     inputs = [*scene.anchor_edge_paths, *(arc.corres_end_path for arc in scene.arcs)]
     hashes = {"scene_sha256": files_sha256(inputs), "loras_sha256": files_sha256(loras)}
-    return chosen | {"prompt": prompts, "width": size[0], "height": size[1]} | hashes
+    return chosen | {"pfix": pfix, "prompt": prompts, "width": size[0], "height": size[1]} | hashes
 
 
-def open_job(args: argparse.Namespace, preset: Preset, scene: Scene, seed: int, loras: Sequence[Path]) -> Job:
-    """The run to continue or begin, for one scene and seed. Raises InputError for what cannot be used."""
+def open_job(
+    args: argparse.Namespace, preset: Preset, scene: Scene, pfix: str, loras: Sequence[Path], seed: int
+) -> Job:
+    """The run to continue or begin, for one scene, LoRA and seed. Raises InputError for what cannot be used."""
     prompts, size = pad_prompts(args.prompt, len(scene.arcs) + 1), anchor_size(args, preset, scene)
-    arguments = result_arguments(args, scene, prompts, size, loras)
+    arguments = result_arguments(args, scene, pfix, prompts, size, loras)
     parent = args.output_dir or scene.folder / MULTIVIEWS
     if seed < 0:
         unfinished = find_unfinished(parent, arguments, "seed")
         seed = draw_seed() if unfinished is None else unfinished
         print(f"seed {seed}" + ("" if unfinished is None else ", continuing an unfinished run"))
-    name = anchor_run_name(args.pfix, prompts, args.epoch, seed, args.num_replacement)
+    name = anchor_run_name(pfix, prompts, args.epoch, seed, args.num_replacement)
     # Videos of these anchors are folders of their own, which stay when the anchors are drawn anew.
     run = open_run(
         parent / name, arguments | {"seed": seed}, overwrite=args.overwrite, owned=(*ANCHOR_FILES, MANIFEST)
     )
-    return Job(scene, size, seed, prompts, run)
+    return Job(scene, pfix, size, seed, prompts, run)
 
 
 def main() -> None:
@@ -173,9 +180,14 @@ def main() -> None:
         raise InputError("--output_dir goes with a single --target")
     if -1 in args.seed and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("--seed -1: several processes need a seed to agree on")
-    lora_files = find_lora(args.loras, args.pfix, args.epoch)
+    loras = {pfix: find_lora(args.loras, pfix, args.epoch) for pfix in args.pfix}
     resolve_device(args.device)
-    jobs = [open_job(args, preset, scene, seed, lora_files) for scene in scenes for seed in args.seed]
+    jobs = [
+        open_job(args, preset, scene, pfix, loras[pfix], seed)
+        for pfix in args.pfix
+        for scene in scenes
+        for seed in args.seed
+    ]
     require_distinct([job.run for job in jobs])
     for job in jobs:
         if job.run.finished and is_first_process():
@@ -183,60 +195,89 @@ def main() -> None:
             print(f"{job.run.folder} is finished")
     unfinished = [job for job in jobs if not job.run.finished]
     if unfinished:
-        draw_anchors(args, preset, unfinished, lora_files)
+        draw_anchors(args, preset, unfinished, loras)
     for job in unfinished if is_first_process() else ():
         print(job.run.folder)
 
 
-def draw_anchors(args: argparse.Namespace, preset: Preset, jobs: list[Job], lora_files: tuple[Path, Path]) -> None:
-    """Draw all anchors that are not there yet, shared among all processes."""
-    from tqdm import tqdm
-
+def draw_anchors(
+    args: argparse.Namespace, preset: Preset, jobs: list[Job], loras: Mapping[str, tuple[Path, Path]]
+) -> None:
+    """Draw all anchors that are not there yet, shared among all processes. loras: files of each --pfix."""
     from models.loading import DTYPES, component_config, encode_flux_prompts, load_flux, place_flux
-    from models.lora import check_lora, load_lora, lora_rank
-    from models.memory import lossy, naming_smaller_mode, settle_memory
+    from models.lora import add_lora, common_ranks
+    from models.memory import lossy, settle_memory
     from models.parallel import open_processes
     from models.plans import plan_anchors
-    from models.speed import compile_blocks, require_compilable
+    from models.speed import compile_blocks, require_attention, require_compilable
 
     process, device = open_processes(resolve_device(args.device))
     with process.local_main_process_first():  # it downloads what is missing
         paths = locate(args, preset, FLUX_STAGE)
-    names = ("flux_transformer", "controlnet")
-    states = [check_lora(f, component_config(n, paths[n])) for f, n in zip(lora_files, names, strict=True)]
+    states = read_loras(paths, {job.pfix: loras[job.pfix] for job in jobs})
+    ranks, config = common_ranks(states), component_config("flux_transformer", paths["flux_transformer"])
     dtype, length = DTYPES[args.dtype], preset.max_sequence_length
+    require_attention(args.attention, device, dtype, config["attention_head_dim"])
+    prompts = [prompt for job in jobs for prompt in job.prompts]
+    guided = args.true_gs != 1 and {*prompts} != {args.neg_prompt}
     largest = max((job.size for job in jobs), key=lambda size: size[0] * size[1])
-    plan = plan_anchors(paths, largest, lora_rank(states[0]), length, dtype, device)
+    plan = plan_anchors(paths, largest, max(ranks), length, dtype, device, guided=guided)
     mode, kept = settle_memory("anchors", plan, args.memory, device)
     if args.compile:
         require_compilable(kept["transformer"])
-    prompts = [prompt for job in jobs for prompt in job.prompts]
     weights = weight_hashes(paths) | lossy(kept)
     for job in jobs:
         job.run.require_begun_with(weights)
     texts = encode_flux_prompts(paths["flux_text"], [*prompts, args.neg_prompt], device, dtype, length)
     models = load_flux(paths, device, dtype)
-    for model, state in zip((models.transformer, models.controlnet), states, strict=True):
-        load_lora(model, state, args.lora_weight)
+    for model, rank in zip((models.transformer, models.controlnet), ranks, strict=True):
+        add_lora(model, rank)
     place_flux(models, kept)
     if args.compile:
         compile_blocks(models.transformer)
-    mine = jobs[process.process_index :: process.num_processes]
-    steps = sum(len(job.prompts) for job in mine) * args.num_steps
-    with tqdm(total=steps, desc="anchors", unit="step", disable=not process.is_main_process) as progress:
-        for job in mine:
+    draw_jobs(args, preset, jobs[process.process_index :: process.num_processes], models, states, texts, weights, mode)
+    process.wait_for_everyone()
+
+
+def read_loras(paths: Mapping[str, Path], loras: Mapping[str, tuple[Path, Path]]) -> dict[str, list[dict]]:
+    """{name: values (peft names) of transformer and ControlNet} of LoRAs that fit the networks in `paths`."""
+    from models.loading import component_config
+    from models.lora import check_lora
+
+    configs = [component_config(name, paths[name]) for name in ("flux_transformer", "controlnet")]
+    return {
+        name: [check_lora(file, config) for file, config in zip(files, configs, strict=True)]
+        for name, files in loras.items()
+    }
+
+
+def draw_jobs(
+    args, preset: Preset, jobs: list[Job], models, states: dict, texts: dict, weights: dict, mode: str
+) -> None:
+    """Draw this process's part. states: from `read_loras`. texts: {prompt: Text}. weights: for the manifests."""
+    from tqdm import tqdm
+
+    from models.lora import set_lora
+    from models.memory import naming_smaller_mode
+
+    steps, styles = sum(len(job.prompts) for job in jobs) * args.num_steps, [job.pfix for job in jobs]
+    with tqdm(total=steps, desc="anchors", unit="step", disable=not is_first_process()) as progress:
+        for job, before in zip(jobs, [None, *styles], strict=False):
+            if job.pfix != before:
+                for model, state in zip((models.transformer, models.controlnet), states[job.pfix], strict=True):
+                    set_lora(model, state, args.lora_weight)
             job.run.begin(weights=weights, scene=str(job.scene.folder.resolve()))
             with naming_smaller_mode("anchors", mode):
                 draw_job(args, preset, job, models, texts, progress)
             write_image(job.run.folder / CONTACT_SHEET, anchor_sheet(job.scene, job.run.folder))
             job.run.finish()
-    process.wait_for_everyone()
 
 
 def draw_job(args: argparse.Namespace, preset: Preset, job: Job, models, texts: dict, progress) -> None:
     """All anchors of one scene, in order. texts: {prompt: Text}."""
     from models.anchors import AnchorSettings, decode_anchor, encode_warped, sample_anchor, warp_anchor
     from models.latents import draw_noise, to_signed
+    from models.speed import attention_kernel
 
     settings = AnchorSettings(
         args.num_steps,
@@ -262,16 +303,17 @@ def draw_job(args: argparse.Namespace, preset: Preset, job: Job, models, texts: 
             replacement = encode_warped(models, warped, mask, noise_of(k - 1))
             write_image(warped_path(folder, k), warped)
             write_image(mask_path(folder, k), 255 * mask)
-        latents = sample_anchor(
-            models,
-            noise_of(k),
-            control,
-            texts[job.prompts[k]],
-            texts[args.neg_prompt],
-            settings,
-            replacement,
-            on_step=lambda step: progress.update(),
-        )
+        with attention_kernel(args.attention):
+            latents = sample_anchor(
+                models,
+                noise_of(k),
+                control,
+                texts[job.prompts[k]],
+                texts[args.neg_prompt],
+                settings,
+                replacement,
+                on_step=lambda step: progress.update(),
+            )
         write_image(anchor_path(folder, k), decode_anchor(models, latents))
         job.run.save()
 

@@ -259,7 +259,7 @@ def plan_of(setup: Setup, phase: str, dtype, device: str) -> dict:
         size, frames = setup.video_size, setup.num_frames
         return plan_ggi(setup.paths, setup.inbetween, size, frames, dtype, device, guided=True, tiling=True)
     if phase == "anchors":
-        return plan_anchors(setup.paths, setup.anchor_size, 16, setup.text_length, dtype, device)
+        return plan_anchors(setup.paths, setup.anchor_size, 16, setup.text_length, dtype, device, guided=False)
     return plan_alignment(setup.paths, setup.crop, 1, 16, setup.text_length, dtype, device)
 
 

@@ -18,6 +18,7 @@ from models.flux import (
     decode_latents,
     encode_image,
     guided_velocity,
+    stack_texts,
     to_bytes,
     velocity,
 )
@@ -89,11 +90,14 @@ def sample_anchor(
     """Denoise one anchor; returns float32 latents [1, 16, h, w].
 
     noise: x_0 ~ N(0, 1), float32 [1, 16, h, w], h and w even. control: edges [1, 3, 8 h, 8 w] in [-1, 1]. When both
-    prompts are equal, or its scale is 1, true CFG changes nothing, and its second pass is left out.
+    prompts are equal, or its scale is 1, true CFG changes nothing, and its second branch is left out; else both go
+    in one batch, whose activations are fewer than the decoder's (`plan_anchors`).
     """
     height, width = noise.shape[-2:]
     schedule = anchor_schedule(settings.num_steps, 8 * width, 8 * height)
     use_cfg = settings.true_gs != 1 and not positive.same_as(negative)
+    both = stack_texts([positive, negative]).to(models.device) if use_cfg else None
+    positive, control = positive.to(models.device), control.to(models.device)  # once, not in every step
     x0 = tokens = pack(noise).to(models.device)
     if replacement is not None:
         x1, keep = pack(replacement.latents), pack(replacement.mask)
@@ -101,10 +105,12 @@ def sample_anchor(
         if replacement is not None and 0 < i < settings.num_replacement:
             tokens = keep * tokens + (1 - keep) * ((1 - t) * x1 + t * x0)
         weights = {"guidance": settings.guidance, "control_weight": settings.control_weight * (i < CONTROL_STEPS)}
-        pred = velocity(models, tokens, t, positive, control, **weights)
         pred_negative = None
         if use_cfg and i >= settings.timestep_to_start_cfg:
-            pred_negative = velocity(models, tokens, t, negative, control, **weights)
+            batch = tokens.expand(2, -1, -1), t, both, control.expand(2, -1, -1, -1)
+            pred, pred_negative = velocity(models, *batch, **weights).chunk(2)
+        else:
+            pred = velocity(models, tokens, t, positive, control, **weights)
         following = tokens + (t_next - t) * guided_velocity(pred, pred_negative, settings.true_gs)
         if on_step:
             on_step(Step(i, tokens, pred, pred_negative, following))

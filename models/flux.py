@@ -38,6 +38,9 @@ class Text:
     def same_as(self, other: "Text") -> bool:
         return torch.equal(self.tokens, other.tokens) and torch.equal(self.pooled, other.pooled)
 
+    def to(self, device: str) -> "Text":
+        return Text(self.tokens.to(device), self.pooled.to(device))
+
 
 def stack_texts(texts: Sequence[Text]) -> Text:
     """One batch of prompts that were encoded one by one."""

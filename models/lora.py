@@ -57,6 +57,15 @@ def lora_rank(state: Mapping[str, torch.Tensor]) -> int:
     return next(tensor.shape[0] for key, tensor in state.items() if "lora_A" in key)
 
 
+def common_ranks(loras: Mapping[str, Sequence[Mapping[str, torch.Tensor]]]) -> list[int]:
+    """Rank of each network's LoRA, the same in all of them ({name: values of each network}), else an InputError."""
+    ranks = {name: [lora_rank(state) for state in states] for name, states in loras.items()}
+    first, *others = ranks.values()
+    if any(other != first for other in others):
+        raise InputError(f"LoRAs of several ranks ({ranks}): draw each in a command of its own")
+    return first
+
+
 def require_fit(source: object, state: Mapping[str, torch.Tensor], config: Mapping) -> None:
     """Raise InputError unless `state` (peft's names) is a whole LoRA for a model of this config."""
     rank, wanted = lora_rank(state), {}
@@ -91,13 +100,21 @@ def _fuse(attention: torch.nn.Module) -> None:
 def load_lora(model: FluxModel, state: Mapping[str, torch.Tensor], weight: float = 1.0) -> list[torch.nn.Parameter]:
     """Add LoRA layers holding `state` (peft names, as `check_lora` returns them) and return their parameters.
 
-    weight: `--lora_weight`. It multiplies both factors, as in the reference, so the strength is its square.
+    weight: see `set_lora`.
     """
     parameters = add_lora(model, lora_rank(state))
+    set_lora(model, state, weight)
+    return parameters
+
+
+def set_lora(model: FluxModel, state: Mapping[str, torch.Tensor], weight: float = 1.0) -> None:
+    """Put values (peft names) into LoRA layers that exist already, wherever the model is kept.
+
+    weight: `--lora_weight`. It multiplies both factors, as in the reference, so the strength is its square.
+    """
     result = set_peft_model_state_dict(model, {key: weight * tensor for key, tensor in state.items()})
     if result.unexpected_keys:
         raise ValueError(f"LoRA keys that the model does not have: {result.unexpected_keys[:3]}")
-    return parameters
 
 
 def lora_state(model: FluxModel) -> dict[str, torch.Tensor]:
@@ -113,13 +130,6 @@ def save_lora(model: FluxModel, path: Path, dtype: torch.dtype = torch.bfloat16)
         save_file({key: tensor.to("cpu", dtype) for key, tensor in lora_state(model).items()}, temporary)
 
 
-def set_lora_state(model: FluxModel, state: Mapping[str, torch.Tensor]) -> None:
-    """Put values under the reference's names (`lora_state`) into LoRA layers that exist already."""
-    result = set_peft_model_state_dict(model, lora_to_peft(state))
-    if result.unexpected_keys:
-        raise ValueError(f"LoRA keys that the model does not have: {result.unexpected_keys[:3]}")
-
-
 def save_loras_only(accelerator: Accelerator, models: Sequence[FluxModel]) -> None:
     """Make `save_state` and `load_state` of `accelerator` carry the LoRAs alone, in the dtype they are trained in."""
 
@@ -132,7 +142,7 @@ def save_loras_only(accelerator: Accelerator, models: Sequence[FluxModel]) -> No
     def load(modules: list, folder: str) -> None:
         modules.clear()
         for i, model in enumerate(models):
-            set_lora_state(model, load_file(Path(folder) / f"lora_{i}.safetensors"))
+            set_lora(model, lora_to_peft(load_file(Path(folder) / f"lora_{i}.safetensors")))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

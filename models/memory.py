@@ -288,6 +288,16 @@ def settle_memory(
     return mode, kept
 
 
+def may_overlap(phases: Sequence[Phase], names: Sequence[str], kept: Mapping[str, str], device: str) -> bool:
+    """Whether these phases of a plan can be at work at once: there is room, and no network gives way to another.
+
+    kept: as `settle_memory` returns it. Call it in every process: they choose alike.
+    """
+    both = [phase for phase in phases if phase.name in names]
+    needed = max(phase.weights for phase in both) + sum(phase.activations for phase in both)
+    return AT_WORK not in kept.values() and needed <= find_room(device)
+
+
 @contextmanager
 def naming_smaller_mode(stage: str, mode: str) -> Iterator[None]:
     """Turn running out of memory in the block into an OSError that says which mode needs less.

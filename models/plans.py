@@ -127,15 +127,26 @@ def _plan(
 
 
 def plan_anchors(
-    paths: dict[str, Path], size: tuple[int, int], rank: int, length: int, dtype: torch.dtype, device: str
+    paths: dict[str, Path],
+    size: tuple[int, int],
+    rank: int,
+    length: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    guided: bool,
 ) -> Plan:
-    """Stage 2. size: width, height of an anchor in pixels. rank: of the LoRAs. length: tokens of a prompt."""
+    """Stage 2. size: width, height of an anchor in pixels. rank: of the LoRAs. length: tokens of a prompt.
+
+    guided: both branches of true CFG go in one batch.
+    """
     builders = flux_builders(paths)
     builders |= {name: with_lora(builders[name], rank) for name in ("transformer", "controlnet")}
     networks = [empty_model(build, dtype) for build in builders.values()]
     with without_data(dtype), torch.no_grad():
         models = FluxModels(*map(bring_in, networks))
-        denoising = count_activations(anchor_step(models, size, length), models.transformer, models.controlnet)
+        step = anchor_step(models, size, length, 2 if guided else 1)
+        denoising = count_activations(step, models.transformer, models.controlnet)
         decoding = count_activations(anchor_decoding(models, size), models.vae)
     phases = {
         "denoising": (("transformer", "controlnet"), denoising, 0),

@@ -1,4 +1,6 @@
-"""What makes denoising faster: compiled blocks, and a cache for the in-betweening, which changes the result a little.
+"""What makes denoising faster: compiled blocks, another attention kernel, and a cache for the in-betweening.
+
+The cache changes the result a little, the others its rounding.
 
 The cache is not for FLUX with a ControlNet: diffusers adds the ControlNet's residuals after skipped blocks, too, on
 top of the cached sum that holds them already.
@@ -8,11 +10,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from diffusers import FirstBlockCacheConfig
 from diffusers.models.cache_utils import CacheMixin
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.memory import RESIDENT
 from utils.cli import InputError
+
+KERNELS = {  # --attention
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@contextmanager
+def attention_kernel(name: str | None) -> Iterator[None]:
+    """Attention in the block is computed by this kernel of torch alone; None leaves the choice to torch.
+
+    diffusers' `set_attention_backend` would do for FLUX, but has no effect on CogVideoX.
+    """
+    if name is None:
+        yield
+        return
+    with sdpa_kernel(KERNELS[name]):
+        yield
+
+
+def require_attention(name: str | None, device: str, dtype: torch.dtype, head_size: int) -> None:
+    """Raise InputError unless this device can compute attention with that kernel. head_size: of the transformer."""
+    query = torch.zeros(1, 1, 8, head_size, device=device, dtype=dtype)
+    try:
+        with attention_kernel(name):
+            F.scaled_dot_product_attention(query, query, query)
+    except RuntimeError as error:
+        raise InputError(f"--attention {name}: {device} has no such kernel for {dtype}; leave the flag out") from error
 
 
 @contextmanager

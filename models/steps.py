@@ -22,11 +22,12 @@ def _text(models: FluxModels, batch: int, length: int) -> Text:
     return Text(tokens, torch.randn(batch, config.pooled_projection_dim, device=device))
 
 
-def anchor_step(models: FluxModels, size: tuple[int, int], length: int) -> Step:
-    """The velocity of one branch. size: width, height in pixels. length: tokens of the prompt."""
+def anchor_step(models: FluxModels, size: tuple[int, int], length: int, branches: int = 1) -> Step:
+    """The velocity. size: width, height in pixels. length: tokens of the prompt. branches: 2 with true CFG."""
     width, height = size
-    text, tokens = _text(models, 1, length), torch.randn(1, width * height // 256, 64, device=models.device)
-    control = torch.randn(1, 3, height, width, device=models.device)
+    text = _text(models, branches, length)
+    tokens = torch.randn(branches, width * height // 256, 64, device=models.device)
+    control = torch.randn(branches, 3, height, width, device=models.device)
     return lambda: velocity(models, tokens, 0.5, text, control, guidance=4.0)
 
 

@@ -41,6 +41,7 @@ COMPONENTS = {
     "cogvideox_text": ("cogvideox", None, ["model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/*"]),
 }
 MEMORY_MODES = ("full", "balanced", "low")  # from fast and large to slow and small
+ATTENTION_KERNELS = ("cudnn", "flash", "efficient", "math")  # of torch (`models/speed.py`)
 FLUX_STAGE = ("flux_transformer", "flux_vae", "flux_text", "controlnet")
 GGI_STAGE = ("cogvideox_vae", "cogvideox_text")
 CONVERTIBLE = {  # component -> its kind in models.convert
@@ -116,6 +117,14 @@ def add_compile_flag(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         default=None,  # as in the manifests of runs from before the flag
         help="compile the transformer's blocks: minutes at the start; other rounding; goes with --memory full",
+    )
+
+
+def add_attention_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--attention",
+        choices=ATTENTION_KERNELS,
+        help="torch's attention kernel for the transformers: other speed and rounding (default: torch chooses)",
     )
 
 

@@ -178,7 +178,7 @@ def full_size_plans() -> dict[str, dict[str, list[Phase]]]:
     bf16 = torch.bfloat16
     return {
         "alignment": plan_alignment(PATHS, 1024, 1, 16, 512, bf16, "cuda"),
-        "anchors": plan_anchors(PATHS, (1072, 720), 16, 512, bf16, "cuda"),
+        "anchors": plan_anchors(PATHS, (1072, 720), 16, 512, bf16, "cuda", guided=True),
         "ggi": plan_ggi(PATHS, FULL / "inbetween", (720, 480), 49, bf16, "cuda", guided=True, tiling=True),
     }
 
