@@ -14,6 +14,7 @@ import argparse
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,6 @@ from utils.images import contact_sheet, read_image, resize_image, write_image, w
 from utils.noise import blend_noise, load_or_make_noise
 from utils.runs import (
     Run,
-    atomic_path,
     derive_seed,
     files_sha256,
     is_first_process,
@@ -274,6 +274,7 @@ def fill_shares(
     """
     from tqdm import tqdm
 
+    from models.latents import find_or_make
     from models.memory import naming_smaller_mode
     from models.parallel import side_stream
 
@@ -298,7 +299,9 @@ def fill_shares(
                     progress.update()
                     continue
                 with naming_smaller_mode("ggi", mode):
-                    latents = find_or_denoise(args, pipe, job, arc, embeds[job.prompt], embeds[""])
+                    texts = embeds[job.prompt], embeds[""]
+                    path = latents_path(job.run.folder, arc.index)
+                    latents = find_or_make(path, partial(denoise_arc, args, pipe, job, arc, *texts))
                     if not overlap or arc is not arcs[-1]:
                         begin(save, job, arc, decode_arc(pipe, job.run, arc, latents))
                         continue
@@ -312,24 +315,8 @@ def share_arcs(jobs: Sequence[Job], chain: bool) -> list[tuple[Job, list[Arc]]]:
     return [(job, [arc]) for job in jobs for arc in job.scene.arcs]
 
 
-def find_or_denoise(args: argparse.Namespace, pipe, job: Job, arc: Arc, positive, negative):
-    """Latents of one arc, [1, 13, 16, h, w], on the CPU. positive, negative: prompt embeddings [1, T, D].
-
-    They are on disk before they are decoded: what fails then costs no second denoising.
-    """
-    from safetensors.torch import load_file, save_file
-
-    path = latents_path(job.run.folder, arc.index)
-    if path.exists():
-        return load_file(path)["latents"]
-    latents = denoise_arc(args, pipe, job, arc, positive, negative).cpu().contiguous()
-    with atomic_path(path) as temporary:
-        save_file({"latents": latents}, temporary)
-    return latents
-
-
 def denoise_arc(args: argparse.Namespace, pipe, job: Job, arc: Arc, positive, negative):
-    """Latents of one arc between its two end pictures, [1, 13, 16, h, w]."""
+    """Latents of one arc between its two end pictures, [1, 13, 16, h, w]. positive, negative: embeddings [1, T, D]."""
     import torch
 
     from models.inbetween import ConditionEps

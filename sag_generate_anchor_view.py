@@ -14,6 +14,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from models.weights import (
@@ -34,6 +35,7 @@ from utils.arcs import (
     CONTACT_SHEET,
     MULTIVIEWS,
     Scene,
+    anchor_latents_path,
     anchor_path,
     anchor_run_name,
     find_lora,
@@ -275,7 +277,23 @@ def draw_jobs(
 
 def draw_job(args: argparse.Namespace, preset: Preset, job: Job, models, texts: dict, progress) -> None:
     """All anchors of one scene, in order. texts: {prompt: Text}."""
-    from models.anchors import AnchorSettings, decode_anchor, encode_warped, sample_anchor, warp_anchor
+    from models.anchors import decode_anchor
+    from models.latents import find_or_make
+
+    for k in range(len(job.prompts)):
+        end = progress.n + args.num_steps
+        path, kept = anchor_path(job.run.folder, k), anchor_latents_path(job.run.folder, k)
+        if not path.exists():
+            latents = find_or_make(kept, partial(denoise_anchor, args, preset, job, k, models, texts, progress))
+            write_image(path, decode_anchor(models, latents))
+            job.run.save()
+        kept.unlink(missing_ok=True)
+        progress.update(end - progress.n)
+
+
+def denoise_anchor(args: argparse.Namespace, preset: Preset, job: Job, k: int, models, texts: dict, progress):
+    """Latents [1, 16, h, w] of anchor k. Writes the warped anchor before it and its mask."""
+    from models.anchors import AnchorSettings, encode_warped, sample_anchor, warp_anchor
     from models.latents import draw_noise, to_signed
     from models.speed import attention_kernel
 
@@ -289,33 +307,27 @@ def draw_job(args: argparse.Namespace, preset: Preset, job: Job, models, texts: 
     )
     (width, height), folder = job.size, job.run.folder
     noise_of = lambda k: draw_noise((1, 16, height // 8, width // 8), job.seed + k * args.use_else_noise)  # noqa: E731
-    for k, edge_path in enumerate(job.scene.anchor_edge_paths):
-        if anchor_path(folder, k).exists():
-            progress.update(args.num_steps)
-            continue
-        control = to_signed(resize_edges(read_image(edge_path), width, height))[None]
-        replacement = None
-        if k:
-            previous = read_image(anchor_path(folder, k - 1))
-            code = read_map(job.scene.arcs[k - 1].corres_end_path)
-            warped, mask = warp_anchor(previous, code, preset.mask_dilations)
-            # The reference's posterior draw is the first after seeding the previous anchor: its noise, bit for bit.
-            replacement = encode_warped(models, warped, mask, noise_of(k - 1))
-            write_image(warped_path(folder, k), warped)
-            write_image(mask_path(folder, k), 255 * mask)
-        with attention_kernel(args.attention):
-            latents = sample_anchor(
-                models,
-                noise_of(k),
-                control,
-                texts[job.prompts[k]],
-                texts[args.neg_prompt],
-                settings,
-                replacement,
-                on_step=lambda step: progress.update(),
-            )
-        write_image(anchor_path(folder, k), decode_anchor(models, latents))
-        job.run.save()
+    control = to_signed(resize_edges(read_image(job.scene.anchor_edge_paths[k]), width, height))[None]
+    replacement = None
+    if k:
+        previous = read_image(anchor_path(folder, k - 1))
+        code = read_map(job.scene.arcs[k - 1].corres_end_path)
+        warped, mask = warp_anchor(previous, code, preset.mask_dilations)
+        # The reference's posterior draw is the first after seeding the previous anchor: its noise, bit for bit.
+        replacement = encode_warped(models, warped, mask, noise_of(k - 1))
+        write_image(warped_path(folder, k), warped)
+        write_image(mask_path(folder, k), 255 * mask)
+    with attention_kernel(args.attention):
+        return sample_anchor(
+            models,
+            noise_of(k),
+            control,
+            texts[job.prompts[k]],
+            texts[args.neg_prompt],
+            settings,
+            replacement,
+            on_step=lambda step: progress.update(),
+        )
 
 
 def anchor_sheet(scene: Scene, folder: Path):

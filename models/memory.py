@@ -95,7 +95,12 @@ def without_data(dtype: torch.dtype) -> Iterator[None]:
 def empty_model(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> torch.nn.Module:
     """A model of this dtype on the meta device, frozen."""
     with torch.device("meta"), default_dtype(dtype):
-        return build().eval().requires_grad_(False)
+        model = build().eval().requires_grad_(False)
+    for module in model.modules():  # loading casts buffers, too
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
+    return model
 
 
 def bring_in(model: torch.nn.Module) -> torch.nn.Module:
@@ -242,8 +247,9 @@ def describe_plan(mode: str, phases: Sequence[Phase], room: int, device: str) ->
 def keep(model: ModelMixin, how: str, device: str) -> None:
     """Bring a loaded network to `device`, or make it come when it is needed. AT_WORK is the pipeline's to do."""
     if how == STREAMED:
+        streams = torch.device(device).type == "cuda"
         model.enable_group_offload(
-            onload_device=torch.device(device), offload_type="leaf_level", use_stream=True, record_stream=True
+            onload_device=torch.device(device), offload_type="leaf_level", use_stream=streams, record_stream=streams
         )
         return
     if how == FP8:

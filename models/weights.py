@@ -41,7 +41,7 @@ COMPONENTS = {
     "cogvideox_text": ("cogvideox", None, ["model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/*"]),
 }
 MEMORY_MODES = ("full", "balanced", "low")  # from fast and large to slow and small
-ATTENTION_KERNELS = ("cudnn", "flash", "efficient", "math")  # of torch (`models/speed.py`)
+ATTENTION_KERNELS = ("cudnn", "flash", "efficient")  # of torch (`models/speed.py`)
 FLUX_STAGE = ("flux_transformer", "flux_vae", "flux_text", "controlnet")
 GGI_STAGE = ("cogvideox_vae", "cogvideox_text")
 CONVERTIBLE = {  # component -> its kind in models.convert

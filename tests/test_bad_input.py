@@ -168,6 +168,13 @@ def test_lora_of_another_shape(scene: Path, loras: Path, tmp_path: Path, refuse:
     refuse(*anchors(scene, tmp_path / "swapped"), telling=("does not fit",))
 
 
+def test_loras_of_several_ranks(scene: Path, tmp_path: Path, refuse: Refuse):
+    for name, rank in (("a", 4), ("b", 8)):
+        write_lora(tmp_path / "loras" / name / "checkpoint-400", rank)
+    command = anchors(scene, tmp_path / "loras", "--pfix", "a", "b")
+    refuse(*command, telling=("LoRAs of several ranks ({'a': [4, 4], 'b': [8, 8]})",))
+
+
 @pytest.mark.parametrize("case", ["no tensors", "other tensors", "cut", "no safetensors"])
 def test_lora_that_is_none(scene: Path, loras: Path, tmp_path: Path, case: str, refuse: Refuse):
     copy = shutil.copytree(loras, tmp_path / "loras")
@@ -355,6 +362,12 @@ def test_transformer_without_edge_channels(scene: Path, views: Path, tmp_path: P
 def test_device_that_is_not_there(scene: Path, views: Path, loras: Path, picture: Path, device: str, refuse: Refuse):
     for command in (anchors(scene, loras), video(scene, views), align(picture)):
         refuse(*command, "--device", device, telling=(f"--device {device}",))
+
+
+@NO_CUDA
+def test_attention_kernel_that_the_device_lacks(scene: Path, views: Path, loras: Path, refuse: Refuse):
+    for command in (anchors(scene, loras), video(scene, views)):
+        refuse(*command, "--attention", "cudnn", telling=("--attention cudnn: cpu has no such kernel",))
 
 
 def test_edge_detector_that_is_not_installed(picture: Path, monkeypatch: pytest.MonkeyPatch, refuse: Refuse):

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
+from peft import get_peft_model_state_dict
 
 from models.flux import FluxModels, Text, velocity
 from models.latents import draw_noise, pack
 from models.loading import component_config, encode_flux_prompts, load_flux, place_flux
-from models.lora import add_lora
+from models.lora import add_lora, set_lora
 from models.memory import (
+    AT_WORK,
     FP8,
     INT8,
     KEPT,
@@ -20,6 +22,7 @@ from models.memory import (
     RESIDENT,
     STREAMED,
     Phase,
+    block_linears,
     bring_in,
     choose_mode,
     count_activations,
@@ -29,10 +32,11 @@ from models.memory import (
     kept_bytes,
     kept_on,
     lossy,
+    may_overlap,
     quantise,
     without_data,
 )
-from models.plans import plan_alignment, plan_anchors, plan_ggi
+from models.plans import flux_builders, plan_alignment, plan_anchors, plan_ggi, video_builders, with_lora
 from models.weights import FLUX_STAGE, MEMORY_MODES, load_preset, locate
 from tests.helpers import ROOT
 from utils.cli import InputError
@@ -80,17 +84,28 @@ def test_configurations_are_those_of_the_released_files(config: str, cls: type, 
     assert held_bytes(model) == kept_bytes(model, RESIDENT) == 2 * wanted
 
 
-def test_weights_of_every_mode_are_sums_over_the_configuration():
-    """Counted again from names and shapes alone."""
-    shapes = {name: parameter.shape for name, parameter in empty_flux().named_parameters()}
-    matrices = {n for n, s in shapes.items() if len(s) == 2 and n.startswith(("transformer_", "single_transformer_"))}
+def bytes_by_hand(model: torch.nn.Module, how: str) -> int:
+    """Counted again from names and shapes alone, in bfloat16. model: empty."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    blocks = ("transformer_blocks.", "single_transformer_blocks.")
+    matrices = {n for n, s in shapes.items() if len(s) == 2 and n.startswith(blocks) and ".lora_" not in n}
     other = sum(2 * shape.numel() for name, shape in shapes.items() if name not in matrices)
-    eight = sum(shapes[name].numel() + 4 * shapes[name][0] for name in matrices)
-    four = sum(shapes[name].numel() // 2 + 4 * shapes[name].numel() // 64 + 64 for name in matrices)
-    cast = sum((2 if "norm" in n or n.startswith("proj_out.") else 1) * shape.numel() for n, shape in shapes.items())
-    assert kept_bytes(empty_flux(), INT8) == other + eight
-    assert kept_bytes(empty_flux(), NF4) == other + four
-    assert kept_bytes(empty_flux(), FP8) == cast
+    if how == INT8:
+        return other + sum(shapes[name].numel() + 4 * shapes[name][0] for name in matrices)
+    if how == NF4:
+        return other + sum(shapes[name].numel() // 2 + 4 * shapes[name].numel() // 64 + 64 for name in matrices)
+    if how == FP8:
+        wide = {n for n in shapes if "norm" in n or n.startswith("proj_out.") or ".lora_" in n}
+        return sum((2 if name in wide else 1) * shape.numel() for name, shape in shapes.items())
+    return sum(2 * shape.numel() for shape in shapes.values())
+
+
+@pytest.mark.parametrize("how", [RESIDENT, FP8, INT8, NF4])
+def test_weights_of_every_mode_are_sums_over_the_configuration(how: str):
+    assert kept_bytes(empty_flux(), how) == bytes_by_hand(empty_flux(), how)
+
+
+def test_three_layers_of_a_streamed_network_are_on_the_card():
     assert kept_bytes(empty_flux(), STREAMED) == 3 * 2 * (3072 * 18432 + 18432)
 
 
@@ -193,6 +208,29 @@ def test_full_size_plans_meet_the_targets():
             assert peak < limit * GB, (stage, peaks)
 
 
+@slow
+def test_weights_of_every_phase_are_sums_over_the_configurations():
+    """Of every stage and mode at full size; what is streamed is counted in a test of its own."""
+    flux, video = flux_builders(PATHS), video_builders(FULL / "cogvideox", FULL / "inbetween")
+    flux |= {name: with_lora(flux[name], 16) for name in ("transformer", "controlnet")}
+    built = {"alignment": flux, "anchors": flux, "ggi": video}
+    at_work = {"encoding": "vae", "denoising": "transformer", "decoding": "vae"}
+    for stage, plan in full_size_plans().items():
+        for mode in MEMORY_MODES:
+            kept = KEPT[stage][mode]
+            for phase in plan[mode][1:]:
+                present = [n for n, how in kept.items() if how != AT_WORK or n == at_work[phase.name]]
+                wanted = 0
+                for name in present:
+                    model = empty_model(built[stage][name], torch.bfloat16)
+                    needed = phase.name == "training" or name == at_work[phase.name] or name == "controlnet"
+                    if kept[name] != STREAMED:
+                        wanted += bytes_by_hand(model, kept[name]) + sum(2 * b.numel() for b in model.buffers())
+                    elif needed and not (name == "controlnet" and phase.name == "decoding"):
+                        wanted += kept_bytes(model, STREAMED)
+                assert phase.weights == wanted, (stage, mode, phase)
+
+
 PLAN = {
     "full": [Phase("text", 1 * GB, 0), Phase("work", 20 * GB, 4 * GB)],
     "balanced": [Phase("text", 1 * GB, 0), Phase("work", 10 * GB, 4 * GB, 1 * GB)],
@@ -228,6 +266,16 @@ def test_what_does_not_fit_names_the_mode_that_would(wanted: str, room: int, sai
         choose_mode(wanted, PLAN, room * GB, "cuda")
 
 
+@pytest.mark.parametrize(
+    ("room", "kept", "together"),
+    [(33, RESIDENT, True), (31, RESIDENT, False), (33, AT_WORK, False)],
+)
+def test_phases_overlap_where_there_is_room(monkeypatch: pytest.MonkeyPatch, room: int, kept: str, together: bool):
+    monkeypatch.setattr("models.memory.find_room", lambda device: room * GB)
+    phases = [Phase("text", 40 * GB, 0), Phase("denoising", 20 * GB, 4 * GB), Phase("decoding", 18 * GB, 8 * GB)]
+    assert may_overlap(phases, ("denoising", "decoding"), {"transformer": kept}, "cuda") == together
+
+
 def test_a_cpu_streams_nothing():
     assert set(kept_on("cuda", "anchors", "low").values()) == {STREAMED}
     assert kept_on("cpu:0", "anchors", "low") == kept_on("cpu", "anchors", "low") == KEPT["anchors"]["full"]
@@ -258,6 +306,27 @@ def test_lossy_modes_stay_near(how: str, most: float, tiny_paths: dict[str, Path
     place_flux(models, {"transformer": how, "controlnet": how})
     distance = ((predict(models) - before).norm() / before.norm()).item()
     assert 1e-4 < distance < most
+
+
+def test_streamed_networks_compute_the_same_and_take_other_loras(tmp_path: Path, tiny_paths: dict[str, Path]):
+    """diffusers' hooks with this machine as the card: streams apart, what a GPU runs."""
+    _, tokens, control, text = _inputs(tiny_paths, torch.float32)
+    found = []
+    for how in (RESIDENT, STREAMED):
+        models = load_flux(tiny_paths, "cpu", torch.float32)
+        networks = (models.transformer, models.controlnet)
+        for model in networks:
+            add_lora(model, 4)
+        place_flux(models, {"transformer": how, "controlnet": how, "vae": how})
+        for seed in (1, 2):
+            for model in networks:
+                shapes = {n: p.shape for n, p in get_peft_model_state_dict(model).items()}
+                set_lora(model, {name: 0.1 * draw_noise(tuple(shape), seed) for name, shape in shapes.items()})
+            with torch.no_grad():
+                found.append(velocity(models, tokens, 0.7, text, control, guidance=4.0))
+    hooked = [m for m in models.transformer.modules() if getattr(m, "_diffusers_hook", None)]
+    assert len(hooked) >= len(block_linears(models.transformer))
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3]) and not torch.equal(*found[:2])
 
 
 def test_gradients_pass_through_quantised_blocks(tiny_paths: dict[str, Path]):

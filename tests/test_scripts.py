@@ -12,13 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
+from diffusers import CogVideoXTransformer3DModel, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
-from transformers import T5EncoderModel
 
-import models.loading
+import models.anchors
 from models.inbetween import CogVideoXInbetweenPipeline
 from models.weights import WEIGHTS, load_preset
 from tests.helpers import (
@@ -36,89 +35,29 @@ from tests.helpers import (
     kill_at,
     probe_video,
     run,
-    wait_for,
     words,
     write_picture,
 )
 from tests.scenes import make_scene
+from tests.stages import (
+    NUM_ARCS,
+    PROMPT,
+    QUICK_LORA,
+    QUICK_VIDEO,
+    RUN,
+    STATE,
+    VIDEO,
+    anchor_run,
+    draw,
+    last_line,
+    new_scene,
+    train,
+)
 from utils.arcs import anchor_run_name
 from utils.images import read_image, write_image
 from utils.runs import MANIFEST, read_json
 
 pytestmark = pytest.mark.slow
-
-STATE = "/state/"  # what alignment needs to go on; its LoRAs are the result
-PROMPT, NUM_ARCS = "a town", 2
-QUICK_LORA = ("--max_train_steps", 4, "--checkpointing_steps", 2, "--learning_rate", 0.01)
-QUICK_ANCHORS = ("--epoch", 4, "--prompt", PROMPT, "--neg_prompt", "fog", "--num_steps", 3, "--num_replacement", 2)
-QUICK_VIDEO = ("--prompt", PROMPT, "--num_inference_steps", 2)
-VIDEO = "d0.5_e1350_n2"
-
-
-def anchor_run(num_arcs: int, seed: int = 1) -> str:
-    return anchor_run_name("town", [PROMPT] * (num_arcs + 1), 4, seed, 2)
-
-
-RUN = anchor_run(NUM_ARCS)
-
-
-def new_scene(folder: Path, num_arcs: int = NUM_ARCS) -> Path:
-    return make_scene(folder, num_arcs, edge_size=(144, 96))
-
-
-def train(folder: Path, *arguments: object) -> tuple:
-    """Arguments that train the LoRA `town` into `folder`."""
-    picture = folder.parent / "picture.png"
-    if not picture.exists():
-        write_picture(picture)
-    return ("--path_image", picture, "--pfix", "town", "--output_dir", folder, *QUICK_LORA, *arguments)
-
-
-def draw(scene: Path, loras: Path, *arguments: object) -> tuple:
-    """Arguments that draw the anchors of a scene."""
-    return ("--target", scene, "--pfix", "town", "--loras", loras, "--seed", 1, *QUICK_ANCHORS, *arguments)
-
-
-def last_line(text: str) -> str:
-    return text.splitlines()[-1]
-
-
-@pytest.fixture(scope="module")
-def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained LoRA, `town`, with checkpoints 2 and 4; made by the real command."""
-    folder = tmp_path_factory.mktemp("stage1") / "loras"
-    result = run(ALIGN, *train(folder))
-    assert (result.returncode, last_line(result.stdout)) == (0, str(folder / "town" / "checkpoint-4")), result.stderr
-    return folder
-
-
-@pytest.fixture(scope="module")
-def anchored(tmp_path_factory: pytest.TempPathFactory, loras: Path) -> Path:
-    """A scene of two arcs with its anchors; made by the real command."""
-    scene = new_scene(tmp_path_factory.mktemp("stage2") / "scene")
-    result = run(ANCHORS, *draw(scene, loras))
-    assert (result.returncode, result.stdout.strip()) == (0, str(scene / "multiviews" / RUN)), result.stderr
-    return scene
-
-
-@pytest.fixture(scope="module")
-def filmed(tmp_path_factory: pytest.TempPathFactory, anchored: Path) -> Path:
-    """The same with its video; made by the real command."""
-    scene = shutil.copytree(anchored, tmp_path_factory.mktemp("stage3") / "scene")
-    result = run(GGI, "--target", scene / "multiviews" / RUN, *QUICK_VIDEO)
-    folder = scene / "multiviews" / RUN / VIDEO
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == [str(folder / "video.mp4"), str(folder / "contact_sheet.png")]
-    return scene
-
-
-@pytest.fixture(scope="module")
-def one_arc(tmp_path_factory: pytest.TempPathFactory, loras: Path) -> Path:
-    """A scene of one arc with its anchors, for tests that only need something to run on."""
-    scene = new_scene(tmp_path_factory.mktemp("one") / "scene", num_arcs=1)
-    assert call(ANCHORS, *draw(scene, loras)) == 0
-    return scene
-
 
 # What each script writes
 
@@ -626,15 +565,6 @@ def test_video_flag(
     assert probe_video(tmp_path / name / "video.mp4")[0]["fps"] == (24 if "--fps" in flags else 12)
 
 
-@pytest.fixture(scope="module")
-def unchained(tmp_path_factory: pytest.TempPathFactory, anchored: Path) -> Path:
-    """A folder with the video of arcs that do not depend on each other."""
-    folder = tmp_path_factory.mktemp("unchained")
-    command = ("--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--no-chain", "--output_dir", folder)
-    assert call(GGI, *command) == 0
-    return folder
-
-
 def test_chain_changes_later_arcs_only(unchained: Path, filmed: Path):
     target = filmed / "multiviews" / RUN
     changed = [
@@ -663,30 +593,42 @@ def test_a_failed_decode_costs_no_denoising(
     assert_same(contents(tmp_path / VIDEO), contents(filmed / "multiviews" / RUN / VIDEO))
 
 
-def test_networks_and_prompts_are_loaded_once_for_all_targets(
-    tmp_path: Path, one_arc: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failed_decode_of_an_anchor_costs_no_denoising(
+    tmp_path: Path, anchored: Path, loras: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    """Two runs, one prompt: one pipeline, one pass of the text encoder for each text, one denoising per arc."""
-    calls = {"load": 0, "encode": 0, "denoise": 0}
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("a decoder that needs too much")
 
-    def count(name: str, owner: object, attribute: str) -> None:
-        original = getattr(owner, attribute)
+    command = draw(anchored, loras, "--output_dir", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(models.anchors, "decode_anchor", fail)
+        assert call(ANCHORS, *command, "--memory", "full") == 3
+    assert "--memory low" in last_line(capsys.readouterr().err)  # balanced would draw other pictures
+    assert (tmp_path / RUN / "latents_00.safetensors").exists()
+    denoised, sample = [], models.anchors.sample_anchor
+    monkeypatch.setattr(models.anchors, "sample_anchor", lambda *a, **k: denoised.append(1) or sample(*a, **k))
+    assert call(ANCHORS, *command) == 0
+    assert len(denoised) == NUM_ARCS
+    assert_same(contents(tmp_path / RUN), contents(anchored / "multiviews" / RUN))
 
-        def counted(*arguments, **options):
-            calls[name] += 1
-            return original(*arguments, **options)
 
-        monkeypatch.setattr(owner, attribute, counted)
+@pytest.mark.parametrize("script", [ANCHORS, GGI])
+def test_attention_flag(script: str, tmp_path: Path, loras: Path, one_arc: Path, monkeypatch: pytest.MonkeyPatch):
+    """That kernel and no other is allowed while the transformer works."""
+    owner, command = {
+        ANCHORS: (FluxTransformer2DModel, draw(one_arc, loras)),
+        GGI: (CogVideoXTransformer3DModel, ("--target", one_arc / "multiviews" / anchor_run(1), *QUICK_VIDEO)),
+    }[script]
+    allowed, forward = [], owner.forward
 
-    count("load", models.loading, "load_ggi_transformer")
-    count("encode", T5EncoderModel, "forward")
-    count("denoise", CogVideoXInbetweenPipeline, "__call__")
-    scenes = [shutil.copytree(one_arc, tmp_path / name) for name in ("first", "second")]
-    targets = [scene / "multiviews" / anchor_run(1) for scene in scenes]
-    assert call(GGI, "--target", *targets, *QUICK_VIDEO) == 0
-    assert calls == {"load": 1, "encode": 3, "denoise": 2}  # one of the three without data, for the plan
-    first, second = (contents(target / VIDEO) for target in targets)
-    assert_same(first, second)
+    def watched(*arguments, **options):
+        allowed.append((torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()))
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(owner, "forward", watched)
+    assert call(script, *command, "--attention", "flash", "--output_dir", tmp_path) == 0
+    planned, *used = allowed  # the plan's step has no data
+    assert planned == (True, True) and set(used) == {(False, True)}
 
 
 def test_scene_flag_and_given_noise(tmp_path: Path, one_arc: Path, flag_video: dict[str, bytes]):
@@ -752,43 +694,6 @@ def test_two_processes_write_one_checkpoint(tmp_path: Path):
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
 
 
-def launch(processes: int, script: str, *arguments: object) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), f"{script}.py"]
-    return [sys.executable, *launcher, *words(*arguments)]
-
-
-def test_arcs_are_shared_among_processes(tmp_path: Path, anchored: Path, unchained: Path):
-    arguments = ("--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--no-chain", "--output_dir", tmp_path)
-    command, folder = launch(2, GGI, *arguments), tmp_path / VIDEO
-    begun = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(folder / "0046.png", begun)  # the first frame of the second process
-    os.kill(next(child.pid for child in psutil.Process(begun.pid).children() if child.environ()["RANK"] != "0"), 9)
-    begun.communicate(timeout=SECONDS)
-    assert begun.returncode != 0 and not (folder / "video.mp4").exists()
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == [str(folder / "video.mp4"), str(folder / "contact_sheet.png")]
-    assert_same(contents(folder), contents(unchained / VIDEO))
-
-
-def test_scenes_and_seeds_are_shared_among_processes(tmp_path: Path, loras: Path):
-    """Three runs for two processes: the same files as one by one."""
-    scenes = [new_scene(tmp_path / name, num_arcs=1) for name in ("first", "second")]
-    shared = ("--pfix", "town", "--loras", loras, *QUICK_ANCHORS, "--target")
-    command = launch(2, ANCHORS, *shared, *scenes, "--seed", 1, 2)
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
-    assert result.returncode == 0, result.stderr
-    folders = [scene / "multiviews" / anchor_run(1, seed) for scene in scenes for seed in (1, 2)]
-    assert result.stdout.split() == [str(folder) for folder in folders]
-    assert_same(contents(folders[0]), contents(folders[2]))
-    for seed, folder in zip((1, 2), folders, strict=False):
-        alone = tmp_path / f"alone{seed}"
-        assert call(ANCHORS, *shared, scenes[0], "--seed", seed, "--output_dir", alone) == 0
-        assert_same(contents(folder), contents(alone / anchor_run(1, seed)))
-    result = subprocess.run(launch(2, ANCHORS, *shared, *scenes), cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode != 0 and "error: --seed -1: several processes need a seed to agree on" in result.stderr
-
-
 # The published example
 
 
@@ -810,43 +715,3 @@ def test_published_example(tmp_path: Path):
         assert probe_video(views / VIDEO / "video.mp4")[1] == 136
         made.append(contents(tmp_path / name))
     assert_same(*made)
-
-
-# --- memory modes ---
-
-
-def test_the_plan_comes_before_any_model(anchored: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """A machine with room for nothing."""
-    monkeypatch.setattr("models.memory.free_memory", lambda device: 10**6)
-    forbid_models(monkeypatch)
-    video = anchored.parent / "video"
-    assert call(GGI, "--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--output_dir", video) == 2
-    assert "cpu has room for 0.9 MB: no mode fits" in capsys.readouterr().err
-    assert not video.exists()
-
-
-def test_low_memory_changes_no_frame(filmed: Path, anchored: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    assert (
-        call(GGI, "--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--offload", "--output_dir", tmp_path) == 0
-    )
-    assert "memory low: text " in capsys.readouterr().err
-    assert_same(contents(tmp_path / VIDEO), contents(filmed / "multiviews" / RUN / VIDEO))
-
-
-def test_anchors_in_eight_bits_stay_near(anchored: Path, loras: Path, tmp_path: Path):
-    assert call(ANCHORS, *draw(anchored, loras, "--memory", "balanced", "--output_dir", tmp_path)) == 0
-    assert read_json(tmp_path / RUN / MANIFEST)["weights"]["kept"] == {"transformer": "fp8"}
-    exact, near = (
-        read_image(folder / RUN / "image_00.png").astype(int) for folder in (anchored / "multiviews", tmp_path)
-    )
-    assert 0 < abs(exact - near).mean() < 5
-
-
-def test_a_quantised_alignment_is_not_continued_in_full(tmp_path: Path, capsys: pytest.CaptureFixture):
-    folder = tmp_path / "loras"
-    assert call(ALIGN, *train(folder, "--memory", "low")) == 0
-    assert read_json(folder / "town" / MANIFEST)["weights"]["kept"] == {"transformer": "nf4", "controlnet": "nf4"}
-    more = train(folder, "--max_train_steps", 6)
-    assert call(ALIGN, *more, "--memory", "full") == 2
-    assert "was begun with networks kept otherwise" in capsys.readouterr().err
-    assert call(ALIGN, *more, "--memory", "low") == 0

@@ -1,4 +1,4 @@
-"""The first-block cache and compiled blocks on the tiny in-between transformer: what they change."""
+"""What makes denoising faster, on the tiny networks: that it is in effect, and what it changes."""
 
 import argparse
 from collections.abc import Callable
@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from models.anchors import AnchorSettings, sample_anchor
+from models.flux import FluxModels, Text, anchor_schedule, guided_velocity, velocity
 from models.inbetween import CogVideoXInbetweenPipeline
-from models.latents import draw_noise
-from models.loading import load_inbetween
+from models.latents import draw_noise, pack, unpack
+from models.loading import load_flux, load_inbetween
 from models.memory import FP8, RESIDENT
-from models.speed import compile_blocks, first_block_cache, require_compilable
+from models.speed import attention_kernel, compile_blocks, first_block_cache, require_attention, require_compilable
 from models.steps import ggi_step
-from models.weights import GGI_STAGE, load_preset, locate
+from models.weights import FLUX_STAGE, GGI_STAGE, load_preset, locate
 from utils.cli import InputError
 
 Fill = Callable[..., tuple[torch.Tensor, int]]
@@ -77,3 +80,67 @@ def test_blocks_that_are_not_as_loaded_are_not_compiled():
     require_compilable(RESIDENT)
     with pytest.raises(InputError, match="--compile goes with --memory full: the transformer would be kept fp8"):
         require_compilable(FP8)
+
+
+# --- true CFG in one batch ---
+
+
+@pytest.fixture(scope="module")
+def flux() -> FluxModels:
+    return load_flux(locate(argparse.Namespace(), load_preset("tiny"), FLUX_STAGE), "cpu", torch.float32)
+
+
+def random_text(models: FluxModels, seed: int) -> Text:
+    config, length = models.transformer.config, load_preset("tiny").max_sequence_length
+    shapes = (1, length, config.joint_attention_dim), (1, config.pooled_projection_dim)
+    return Text(*(draw_noise(shape, seed + i) for i, shape in enumerate(shapes)))
+
+
+@pytest.mark.parametrize(("scale", "passes"), [(3.5, [1, 2, 2]), (1.0, [1, 1, 1])])
+def test_both_branches_go_in_one_batch(flux: FluxModels, scale: float, passes: list[int]):
+    """As many passes as steps, each with one branch or both, and the latents of two separate passes."""
+    noise, control = draw_noise((1, 16, 12, 18), 1), draw_noise((1, 3, 96, 144), 2).clamp(-1, 1)
+    positive, negative = random_text(flux, 3), random_text(flux, 5)
+    batches: dict[str, list[int]] = {"transformer": [], "controlnet": []}
+    hooks = [
+        getattr(flux, name).register_forward_pre_hook(
+            lambda module, args, kwargs, sizes=sizes: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
+        )
+        for name, sizes in batches.items()
+    ]
+    found = sample_anchor(flux, noise, control, positive, negative, AnchorSettings(num_steps=3, true_gs=scale))
+    for hook in hooks:
+        hook.remove()
+    assert batches == {"transformer": passes, "controlnet": passes}
+
+    tokens, schedule = pack(noise), anchor_schedule(3, 144, 96).tolist()
+    with torch.no_grad():
+        for i in range(3):
+            branches = [
+                velocity(flux, tokens, schedule[i], text, control, guidance=4.0, control_weight=0.8)
+                for text in (positive, negative)
+            ]
+            pred = guided_velocity(branches[0], branches[1] if i and scale != 1 else None, scale)
+            tokens = tokens + (schedule[i + 1] - schedule[i]) * pred
+    torch.testing.assert_close(found, unpack(tokens, 12, 18), rtol=0, atol=1e-4)
+
+
+# --- attention kernels ---
+
+
+def test_a_kernel_is_in_effect_inside_its_block():
+    """A mask with gradients goes to torch's plain kernel, unless that is not allowed."""
+    query, mask = draw_noise((1, 3, 200, 64), 0), torch.zeros(200, 200, requires_grad=True)
+    F.scaled_dot_product_attention(query, query, query, mask)
+    with attention_kernel("flash"):
+        F.scaled_dot_product_attention(query, query, query)
+        with pytest.raises(RuntimeError, match="No available kernel"):
+            F.scaled_dot_product_attention(query, query, query, mask)
+    F.scaled_dot_product_attention(query, query, query, mask)
+
+
+def test_a_kernel_that_the_device_lacks_is_refused():
+    for name in (None, "flash"):
+        require_attention(name, "cpu", torch.float32, 64)
+    with pytest.raises(InputError, match="--attention cudnn: cpu has no such kernel"):
+        require_attention("cudnn", "cpu", torch.float32, 64)

@@ -184,7 +184,8 @@ CONTACT_SHEET, VIDEO_FILE = "contact_sheet.png", "video.mp4"
 LOSS_FILE, LOSS_CURVE = "loss.csv", "loss.png"
 SAMPLES_FOLDER = "samples"  # of a training run: sample sheets
 STATE_FOLDER = "state"  # in a checkpoint: what an interrupted training goes on from
-ANCHOR_FILES = ("image_*.png", "warped_x_*.png", "mask_*.png", CONTACT_SHEET)  # of a run; its videos are folders
+# Of a run; its videos are folders.
+ANCHOR_FILES = ("image_*.png", "warped_x_*.png", "mask_*.png", "latents_*.safetensors", CONTACT_SHEET)
 
 
 def pad_prompts(prompts: Sequence[str], count: int) -> list[str]:
@@ -256,6 +257,11 @@ def frame_path(run: Path, index: int) -> Path:
 def chain_path(run: Path, arc: int) -> Path:
     """The generated frame that arc `arc` starts from when arcs are chained."""
     return run / "chain" / f"start_{arc:02d}.png"
+
+
+def anchor_latents_path(run: Path, k: int) -> Path:
+    """Latents of anchor k, from the end of its denoising until its picture is written."""
+    return run / f"latents_{k:02d}.safetensors"
 
 
 def latents_path(run: Path, arc: int) -> Path:

@@ -1,0 +1,146 @@
+"""Several runs, scenes, styles and seeds in one command, alone or among processes."""
+
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from diffusers import FluxControlNetModel, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, T5EncoderModel
+
+import models.loading
+from models.inbetween import CogVideoXInbetweenPipeline
+from tests.helpers import ANCHORS, GGI, ROOT, SECONDS, assert_same, call, contents, wait_for
+from tests.stages import NUM_ARCS, QUICK_ANCHORS, QUICK_VIDEO, RUN, VIDEO, anchor_run, draw, launch, new_scene
+from utils.arcs import anchor_run_name, lora_paths
+
+pytestmark = pytest.mark.slow
+
+Count = Callable[[str, object, str], None]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, int], Count]:
+    """(calls so far, count(name, owner, attribute)), which has calls of a function counted under a name."""
+    calls: dict[str, int] = {}
+
+    def count(name: str, owner: object, attribute: str) -> None:
+        original, calls[name] = getattr(owner, attribute), 0
+
+        def counted(*arguments, **options):
+            calls[name] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, attribute, counted)
+
+    return calls, count
+
+
+@pytest.fixture(scope="module")
+def styles(tmp_path_factory: pytest.TempPathFactory, loras: Path) -> Path:
+    """A folder with two LoRAs, `town` and `village`."""
+    folder = shutil.copytree(loras, tmp_path_factory.mktemp("styles") / "loras")
+    shutil.copytree(folder / "town", folder / "village")
+    for path in lora_paths(folder, "village", 4):
+        save_file({key: -tensor if ".up." in key else tensor for key, tensor in load_file(path).items()}, path)
+    return folder
+
+
+def test_networks_and_prompts_are_loaded_once_for_all_targets(tmp_path: Path, one_arc: Path, calls):
+    """Two runs, one prompt: one pipeline, one pass of the text encoder for each text, one denoising per arc."""
+    calls, count = calls
+    count("load", models.loading, "load_ggi_transformer")
+    count("encode", T5EncoderModel, "forward")
+    count("denoise", CogVideoXInbetweenPipeline, "__call__")
+    scenes = [shutil.copytree(one_arc, tmp_path / name) for name in ("first", "second")]
+    targets = [scene / "multiviews" / anchor_run(1) for scene in scenes]
+    assert call(GGI, "--target", *targets, *QUICK_VIDEO) == 0
+    assert calls == {"load": 1, "encode": 3, "denoise": 2}  # one of the three without data, for the plan
+    first, second = (contents(target / VIDEO) for target in targets)
+    assert_same(first, second)
+
+
+def test_networks_are_loaded_once_for_all_scenes_and_styles(tmp_path: Path, styles: Path, calls):
+    """Two scenes in two styles, two prompts: one pass of each text encoder for each, one of the others per step."""
+    calls, count = calls
+    scenes = [new_scene(tmp_path / name, num_arcs=1) for name in ("first", "second")]
+    count("load", models.loading, "load_model")
+    for name, cls in (("t5", T5EncoderModel), ("clip", CLIPTextModel)):
+        count(name, cls, "forward")
+    for name, cls in (("transformer", FluxTransformer2DModel), ("controlnet", FluxControlNetModel)):
+        count(name, cls, "forward")
+    shared = ("--loras", styles, "--seed", 1, *QUICK_ANCHORS)
+    assert call(ANCHORS, "--target", *scenes, "--pfix", "town", "village", *shared) == 0
+    passes = 3 * 2 * 2 * 2 + 1  # steps, anchors, scenes, styles; one without data, for the plan
+    assert calls == {"load": 3, "t5": 3, "clip": 2, "transformer": passes, "controlnet": passes}
+    for pfix in ("town", "village"):
+        folder = anchor_run_name(pfix, ["a town"] * 2, 4, 1, 2)
+        assert call(ANCHORS, "--target", scenes[0], "--pfix", pfix, *shared, "--output_dir", tmp_path / "alone") == 0
+        found = [contents(scene / "multiviews" / folder) for scene in scenes]
+        assert_same(*found)
+        assert_same(found[0], contents(tmp_path / "alone" / folder))
+    town, village = (path.read_bytes() for path in sorted((tmp_path / "alone").glob("*/image_00.png")))
+    assert town != village
+
+
+@pytest.mark.parametrize(("flags", "beside"), [(("--chain",), [False, True]), (("--no-chain",), [True, True])])
+def test_arcs_are_decoded_beside_the_next_one(
+    flags: tuple, beside: list[bool], tmp_path: Path, anchored: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """But not an arc whose last frame the next one starts from."""
+    threads, decode = [], CogVideoXInbetweenPipeline.decode_video
+
+    def decode_video(*arguments):
+        threads.append(threading.current_thread() is not threading.main_thread())
+        return decode(*arguments)
+
+    monkeypatch.setattr(CogVideoXInbetweenPipeline, "decode_video", decode_video)
+    command = ("--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, *flags, "--output_dir", tmp_path)
+    assert call(GGI, *command) == 0
+    assert threads == beside and len(beside) == NUM_ARCS
+
+
+def test_arcs_are_shared_among_processes(tmp_path: Path, anchored: Path, unchained: Path):
+    """One of two processes is killed; three do the rest: the same files as one makes."""
+    arguments = ("--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--no-chain", "--output_dir", tmp_path)
+    command, folder = launch(2, GGI, *arguments), tmp_path / VIDEO
+    begun = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(folder / "0046.png", begun)  # the first frame of the second process
+    os.kill(next(child.pid for child in psutil.Process(begun.pid).children() if child.environ()["RANK"] != "0"), 9)
+    begun.communicate(timeout=SECONDS)
+    assert begun.returncode != 0 and not (folder / "video.mp4").exists()
+    again = launch(3, GGI, *arguments)
+    result = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(folder / "video.mp4"), str(folder / "contact_sheet.png")]
+    assert_same(contents(folder), contents(unchained / VIDEO))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_scenes_styles_and_seeds_are_shared_among_processes(processes: int, tmp_path: Path, styles: Path):
+    """Four runs: the same files as one by one."""
+    scenes = [new_scene(tmp_path / name, num_arcs=1) for name in ("first", "second")]
+    shared = ("--loras", styles, *QUICK_ANCHORS)
+    pfixes, seeds = (["town"], [1, 2]) if processes == 2 else (["town", "village"], [1])
+    command = launch(processes, ANCHORS, *shared, "--target", *scenes, "--pfix", *pfixes, "--seed", *seeds)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    assert result.returncode == 0, result.stderr
+    names = {(p, seed): anchor_run_name(p, ["a town"] * 2, 4, seed, 2) for p in pfixes for seed in seeds}
+    folders = [scene / "multiviews" / names[p, seed] for p in pfixes for scene in scenes for seed in seeds]
+    assert result.stdout.split() == [str(folder) for folder in folders]
+    for (pfix, seed), name in names.items():
+        alone = ("--target", scenes[0], "--pfix", pfix, "--seed", seed, "--output_dir", tmp_path / "alone")
+        assert call(ANCHORS, *shared, *alone) == 0
+        for scene in scenes:
+            assert_same(contents(scene / "multiviews" / name), contents(tmp_path / "alone" / name))
+
+
+def test_processes_need_a_seed_to_agree_on(tmp_path: Path, loras: Path):
+    command = launch(2, ANCHORS, *draw(new_scene(tmp_path / "scene"), loras, "--seed", -1))
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    assert result.returncode != 0 and "error: --seed -1: several processes need a seed to agree on" in result.stderr
