@@ -4,9 +4,9 @@
     python benchmarks/full_size.py --phases ggi --steps 5 --memory low --json full_size.json
 
 Speed and memory do not depend on the values of weights, so nothing is downloaded: the networks are built from
-configs/full. Beside our recipe runs the reference's: GGI with its LoRA of rank 2048 unmerged, a second pass for equal
-prompts, text encoded in every training step, networks loaded anew for every arc. Without a CUDA device, operations and
-memory are counted and the rest is `not measured`; --weights tiny measures the tiny networks anywhere.
+configs/full. Beside our recipe runs the reference's (benchmarks/recipes.py), whose networks are loaded anew for every
+arc. Without a CUDA device, operations and memory are counted, those of a card, and the rest is `not measured`;
+--weights tiny measures the tiny networks anywhere.
 """
 
 import argparse
@@ -23,28 +23,20 @@ if not __package__:  # started as a file: its imports begin at the repository's 
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     os.execve(sys.executable, [sys.executable, "-m", "benchmarks.full_size", *sys.argv[1:]], environment)
 
-from models.weights import FLUX_STAGE, GGI_STAGE, MEMORY_MODES, ROOT, load_preset, locate
+from benchmarks.recipes import Setup, build, setup_of
+from models.weights import MEMORY_MODES
 from utils.cli import Parser, positive_int, require_writable, run_script
 from utils.runs import show_bytes, write_json
 
-PHASES = ("alignment", "anchors", "ggi")
+RECIPES = {  # of each phase
+    "alignment": ("ours", "reference"),
+    "anchors": ("ours", "decoding", "reference"),
+    "ggi": ("ours", "decoding", "reference"),
+}
+PHASES = tuple(RECIPES)
 ARCS, ARC_PASSES = 10, 30  # arcs of a scene; denoising steps of each, both branches of guidance in one batch
 WARM_UP = 2  # steps that are not timed
 CEILING_SIZE = {"cuda": 8192, "cpu": 512}  # sides of the matrices whose product gives the ceiling
-RELEASED_RANK = 2048  # of the LoRA in the released in-between transformer
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What is built. paths: folders with config.json. sizes: width, height in pixels."""
-
-    paths: dict[str, Path]
-    inbetween: Path
-    anchor_size: tuple[int, int]
-    crop: int
-    video_size: tuple[int, int]
-    num_frames: int
-    text_length: int
 
 
 @dataclasses.dataclass
@@ -84,27 +76,6 @@ def phases(text: str) -> list[str]:
     return [name for name in PHASES if name in names]
 
 
-def setup_of(weights: str) -> Setup:
-    """Configurations of a weight set; those of the full one are in configs/full."""
-    preset = load_preset(weights)
-    if weights == "tiny":
-        paths = locate(argparse.Namespace(), preset, (*FLUX_STAGE, *GGI_STAGE))
-        inbetween, anchors = Path(preset.ggi_transformer), preset.image_size
-    else:
-        folder = ROOT / "configs" / "full"
-        paths = {name: folder / name.split("_")[0] for name in (*FLUX_STAGE, *GGI_STAGE)}
-        inbetween, anchors = folder / "inbetween", (1072, 720)
-    return Setup(
-        paths,
-        inbetween,
-        anchors,
-        preset.resolution,
-        preset.video_size,
-        preset.num_frames,
-        preset.max_sequence_length,
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if args.json:
@@ -116,11 +87,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     ceiling = matrix_ceiling(device) if measured else None
     rows = []
     for phase in args.phases:
-        for recipe in ("ours",) if args.no_reference else ("ours", "reference"):
-            row = count(setup, phase, recipe, args.memory, device)
+        for recipe in RECIPES[phase]:
+            if recipe == "reference" and args.no_reference:
+                continue
+            row = count(setup, phase, recipe, args.memory, device if measured else "cuda")
             if measured:
                 try:
-                    measure(row, setup, args.memory if recipe == "ours" else "full", device, args.steps)
+                    measure(row, setup, "full" if recipe == "reference" else args.memory, device, args.steps)
                 except torch.OutOfMemoryError as error:  # the other rows are still worth having
                     print(f"{phase}, {recipe}: out of memory ({error})", file=sys.stderr)
             rows.append(row)
@@ -129,79 +102,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         numbers = [dataclasses.asdict(row) for row in rows]
         write_json(args.json, {"card": card, "matrix_ceiling_flops": ceiling, "rows": numbers})
-
-
-# --- what is built ---
-
-
-def build(setup: Setup, phase: str, recipe: str, make: Callable) -> tuple[list, Callable[[], object]]:
-    """(networks, one step) of a phase. make: turns a function that builds a network into a network to use."""
-    from models.flux import FluxModels
-    from models.plans import flux_builders, video_builders, with_lora
-    from models.steps import alignment_step, anchor_step, ggi_step
-
-    if phase == "ggi":
-        builder = video_builders(setup.paths["cogvideox_vae"], setup.inbetween)["transformer"]
-        network = make(with_released_lora(builder) if recipe == "reference" else builder)
-        return [network], ggi_step(network, setup.video_size, setup.num_frames, 2)
-    builders = flux_builders(setup.paths)
-    networks = [make(with_lora(builders[name], 16)) for name in ("transformer", "controlnet")]
-    models = FluxModels(*networks, None, str(networks[0].device))
-    if phase == "anchors":
-        step = anchor_step(models, setup.anchor_size, setup.text_length)
-        return networks, twice(step) if recipe == "reference" else step
-    for network in networks:
-        network.enable_gradient_checkpointing()
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(".lora_" in name)
-    step = alignment_step(models, setup.crop, 1, setup.text_length)
-    if recipe == "ours":
-        return networks, step
-    encoders, encode = text_step(setup, make)
-    return [*networks, *encoders], lambda: (encode(), step())
-
-
-def twice(step: Callable[[], object]) -> Callable[[], object]:
-    return lambda: (step(), step())
-
-
-def with_released_lora(builder: Callable) -> Callable:
-    """The LoRA of the released transformer beside the weights, as the reference runs it."""
-
-    def build_with_lora():
-        from peft import LoraConfig
-
-        network = builder()
-        names = ["to_q", "to_k", "to_v", "to_out.0"]
-        network.add_adapter(LoraConfig(r=RELEASED_RANK, target_modules=names, init_lora_weights=False))
-        return network
-
-    return build_with_lora
-
-
-def text_step(setup: Setup, make: Callable) -> tuple[list, Callable[[], object]]:
-    """FLUX's text encoders on one prompt."""
-    import torch
-
-    from models.plans import FLUX_ENCODERS, encoder_builder
-
-    encoders = {n: make(encoder_builder(setup.paths["flux_text"], n, c)) for n, c in FLUX_ENCODERS.items()}
-    prompts = {
-        name: torch.zeros(
-            1,
-            getattr(encoder.config, "max_position_embeddings", setup.text_length),  # T5 has no such limit
-            dtype=torch.long,
-            device=encoder.device,
-        )
-        for name, encoder in encoders.items()
-    }
-
-    def encode() -> None:
-        with torch.no_grad():
-            for name, encoder in encoders.items():
-                encoder(prompts[name])
-
-    return list(encoders.values()), encode
 
 
 # --- counting and measuring ---
@@ -220,8 +120,8 @@ def count(setup: Setup, phase: str, recipe: str, memory: str, device: str) -> Ro
         with FlopCounterMode(display=False, custom_mapping=cpu_attention()) as counter:
             step()
     planned = None
-    if recipe == "ours":
-        name = "training" if phase == "alignment" else "denoising"
+    if recipe != "reference":
+        name = recipe if recipe == "decoding" else "training" if phase == "alignment" else "denoising"
         planned = next(p.total for p in plan_of(setup, phase, dtype, device)[memory] if p.name == name)
     return Row(phase, recipe, counter.get_total_flops(), planned)
 
@@ -271,14 +171,15 @@ def measure(row: Row, setup: Setup, memory: str, device: str, steps: int) -> Non
 
     dtype = torch.bfloat16
     kept = kept_on(device, row.phase, memory)
+    ways = [kept[name] for name in ("transformer", "controlnet") if name in kept]
 
     def make(builder: Callable):
         with torch.device(device), default_dtype(dtype):
-            return builder().requires_grad_(False)
+            return builder().requires_grad_(False).to(dtype)  # buffers, too, as loading does
 
     with default_dtype(dtype), torch.set_grad_enabled(row.phase == "alignment"):
         networks, step = build(setup, row.phase, row.recipe, make)
-        for network, how in zip(networks, (kept["transformer"], kept.get("controlnet", RESIDENT)), strict=False):
+        for network, how in zip(networks, [kept["vae"]] if row.recipe == "decoding" else ways, strict=False):
             if how != RESIDENT:
                 keep(network.to("cpu"), how, device)
         for _ in range(WARM_UP):
@@ -293,7 +194,7 @@ def measure(row: Row, setup: Setup, memory: str, device: str, steps: int) -> Non
             torch.cuda.synchronize()
             row.peak = torch.cuda.max_memory_allocated()
         row.seconds = (time.perf_counter() - began) / steps
-        if row.phase == "ggi" and memory == "full":
+        if row.phase == "ggi" and row.recipe != "decoding" and memory == "full":
             row.loading = loading_seconds(networks[0], device)
     del networks, network, step
     gc.collect()
@@ -335,7 +236,7 @@ def report(rows: Sequence[Row], card: str, ceiling: float | None) -> list[str]:
     """Markdown."""
     lines = [f"card: {card}"]
     lines += [f"matrix product: {ceiling / 1e12:.3g} TFLOP/s" if ceiling else "matrix product: not measured", ""]
-    head = ("phase", "recipe", "PFLOP per step", "planned, with autoencoder", "seconds per step", "peak", "TFLOP/s")
+    head = ("phase", "recipe", "PFLOP per step", "planned, all networks", "seconds per step", "peak", "TFLOP/s")
     lines += [f"| {' | '.join((*head, 'of ceiling'))} |", "|" + "---|" * 8]
     for row in rows:
         rate = row.flops / row.seconds if row.seconds else None
@@ -354,7 +255,7 @@ def report(rows: Sequence[Row], card: str, ceiling: float | None) -> list[str]:
 
 
 def ratios(rows: Sequence[Row]) -> list[str]:
-    """The reference's time over ours, per step and, for GGI, for a scene of ten arcs with loading."""
+    """The reference's time over ours, per step and, for GGI, for a scene of ten arcs with loading and decoding."""
     lines = []
     for phase in dict.fromkeys(row.phase for row in rows):
         found = {row.recipe: row for row in rows if row.phase == phase}
@@ -364,10 +265,10 @@ def ratios(rows: Sequence[Row]) -> list[str]:
         text = f"{phase}: the reference computes {theirs.flops / ours.flops:.2f} times as much per step"
         if ours.seconds and theirs.seconds:
             text += f" and takes {theirs.seconds / ours.seconds:.2f} times as long"
-        if ours.loading and theirs.loading:
-            mine = ours.loading + ARCS * ARC_PASSES * ours.seconds
-            other = ARCS * (theirs.loading + ARC_PASSES * theirs.seconds)
-            text += f"; {other / mine:.2f} times for {ARCS} arcs with loading"
+        if ours.loading and theirs.loading and (decoding := found["decoding"].seconds):
+            mine = ours.loading + ARCS * (ARC_PASSES * ours.seconds + decoding)
+            other = ARCS * (theirs.loading + ARC_PASSES * theirs.seconds + decoding)
+            text += f"; {other / mine:.2f} times for {ARCS} arcs with loading and decoding"
         lines.append(text)
     return lines
 

@@ -7,7 +7,7 @@ torch's default dtype; made inside `without_data` they have no values.
 from collections.abc import Callable
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel, ModelMixin
 
 from models.alignment import FlowObjective, FlowSample
 from models.flux import FluxModels, Text, decode_latents, velocity
@@ -60,8 +60,8 @@ def ggi_step(network: CogVideoXTransformer3DModel, size: tuple[int, int], num_fr
     return lambda: network(**arguments)
 
 
-def latent_shape(network: CogVideoXTransformer3DModel, size: tuple[int, int], num_frames: int) -> tuple[int, int, int]:
-    """Frames, height, width of a video's latents. size: width, height in pixels."""
+def latent_shape(network: ModelMixin, size: tuple[int, int], num_frames: int) -> tuple[int, int, int]:
+    """Frames, height, width of a video's latents. network: CogVideoX's transformer or VAE. size: width, height."""
     return (num_frames - 1) // network.config.temporal_compression_ratio + 1, size[1] // 8, size[0] // 8
 
 
