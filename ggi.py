@@ -244,7 +244,7 @@ def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transfo
     for job in uncaptioned:  # alike in every process: its draws are seeded
         job.prompt = caption_image(read_image(job.anchors[0]), caption_model, device, dtype, args.seed)
     prompts, length = [*(job.prompt for job in jobs), ""], config["max_text_seq_length"]
-    embeds = encode_video_prompts(paths["cogvideox_text"], prompts, device, dtype, length)
+    embeds = encode_video_prompts(paths["cogvideox_text"], prompts, device, dtype, length, kept["text"])
     pipe = load_inbetween(paths, transformer, device, dtype, kept, tiling=tiling)
     if args.compile:
         compile_blocks(pipe.transformer)

@@ -142,7 +142,7 @@ def train(
     plan = plan_alignment(paths, args.resolution, args.train_batch_size, args.rank, length, dtype, str(device))
     mode, kept = settle_memory("alignment", plan, args.memory, str(device))
     prompts = [reference.prompt for reference in references]
-    texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, length)
+    texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, length, kept["text"])
     models, loras = load_trainable(paths, device, dtype, args.rank, args.seed, kept)
     networks = (models.transformer, models.controlnet)
     optimizer = lora_optimizer([p for group in loras for p in group], args.learning_rate)

@@ -230,7 +230,8 @@ def draw_anchors(
     weights = weight_hashes(paths) | lossy(kept)
     for job in jobs:
         job.run.require_begun_with(weights)
-    texts = encode_flux_prompts(paths["flux_text"], [*prompts, args.neg_prompt], device, dtype, length)
+    prompts.append(args.neg_prompt)
+    texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, length, kept["text"])
     models = load_flux(paths, device, dtype)
     for model, rank in zip((models.transformer, models.controlnet), ranks, strict=True):
         add_lora(model, rank)

@@ -25,7 +25,7 @@ from PIL import Image
 from models.convert import load_ggi_transformer, load_reference_file, reference_config
 from models.flux import FluxModels, Text
 from models.inbetween import CogVideoXInbetweenPipeline
-from models.memory import AT_WORK, KEPT, keep
+from models.memory import AT_WORK, KEPT, RESIDENT, keep
 from models.weights import CONVERTIBLE, component_folder
 from utils.cli import InputError
 from utils.runs import read_json
@@ -71,8 +71,8 @@ def load_flux(paths: dict[str, Path], device: str, dtype: torch.dtype) -> FluxMo
 
 def place_flux(models: FluxModels, kept: Mapping[str, str]) -> None:
     """Bring the networks to their device as `kept` says; call it after LoRA layers were added."""
-    for name, how in kept.items():
-        keep(getattr(models, name), how, models.device)
+    for name in kept.keys() & {"transformer", "controlnet", "vae"}:
+        keep(getattr(models, name), kept[name], models.device)
 
 
 def load_pipeline(name: str, cls: type, path: Path, dtype: torch.dtype, **parts) -> diffusers.DiffusionPipeline:
@@ -84,11 +84,22 @@ def load_pipeline(name: str, cls: type, path: Path, dtype: torch.dtype, **parts)
         raise InputError(f"{name}: {path} cannot be loaded: {error}") from error
 
 
+def load_encoders(
+    name: str, cls: type, path: Path, device: str, dtype: torch.dtype, how: str
+) -> diffusers.DiffusionPipeline:
+    """A pipeline with its text encoders alone. how: they are kept on the device (`models/memory.py`)."""
+    pipeline = load_pipeline(name, cls, path, dtype)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            keep(part, how, device)
+    return pipeline
+
+
 def encode_flux_prompts(
-    path: Path, prompts: Iterable[str], device: str, dtype: torch.dtype, max_length: int
+    path: Path, prompts: Iterable[str], device: str, dtype: torch.dtype, max_length: int, how: str = RESIDENT
 ) -> dict[str, Text]:
     """{prompt: Text} from the text encoders of the pipeline folder `path`, which are freed again. On the CPU."""
-    pipeline = load_pipeline("flux_text", FluxPipeline, path, dtype).to(device)
+    pipeline = load_encoders("flux_text", FluxPipeline, path, device, dtype, how)
     texts = {}
     with torch.no_grad():
         for prompt in dict.fromkeys(prompts):
@@ -100,10 +111,10 @@ def encode_flux_prompts(
 
 
 def encode_video_prompts(
-    path: Path, prompts: Iterable[str], device: str, dtype: torch.dtype, max_length: int
+    path: Path, prompts: Iterable[str], device: str, dtype: torch.dtype, max_length: int, how: str = RESIDENT
 ) -> dict[str, torch.Tensor]:
     """{prompt: T5 embedding [1, T, D]} for CogVideoX; the text encoder is freed again. Tensors on the CPU."""
-    pipeline = load_pipeline("cogvideox_text", CogVideoXInbetweenPipeline, path, dtype).to(device)
+    pipeline = load_encoders("cogvideox_text", CogVideoXInbetweenPipeline, path, device, dtype, how)
     with torch.no_grad():
         embeds = {
             prompt: pipeline.encode_prompt(prompt, None, False, max_sequence_length=max_length)[0].cpu()
@@ -160,8 +171,8 @@ def load_inbetween(
     if AT_WORK in kept.values():
         pipeline.enable_model_cpu_offload(device=device)
     else:
-        for name, how in kept.items():
-            keep(getattr(pipeline, name), how, device)
+        for name in networks:
+            keep(getattr(pipeline, name), kept[name], device)
     pipeline.set_progress_bar_config(leave=False, desc="steps")
     return pipeline
 

@@ -12,11 +12,13 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import psutil
 import torch
 from diffusers import ModelMixin
+from diffusers.hooks import apply_group_offloading
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,22 +39,22 @@ STREAMED_LAYERS = 3  # on the card at once: at work, on its way, not yet release
 NF4_BLOCK = 64  # weights that share a scale
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
-# stage -> mode -> network -> how it is kept
+# stage -> mode -> network -> how it is kept; text: the text encoders, which are freed before the others are loaded
 KEPT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "alignment": {
-        "full": {"transformer": RESIDENT, "controlnet": RESIDENT, "vae": RESIDENT},
-        "balanced": {"transformer": INT8, "controlnet": INT8, "vae": RESIDENT},
-        "low": {"transformer": NF4, "controlnet": NF4, "vae": RESIDENT},
+        "full": {"text": RESIDENT, "transformer": RESIDENT, "controlnet": RESIDENT, "vae": RESIDENT},
+        "balanced": {"text": RESIDENT, "transformer": INT8, "controlnet": INT8, "vae": RESIDENT},
+        "low": {"text": STREAMED, "transformer": NF4, "controlnet": NF4, "vae": RESIDENT},
     },
     "anchors": {
-        "full": {"transformer": RESIDENT, "controlnet": RESIDENT, "vae": RESIDENT},
-        "balanced": {"transformer": FP8, "controlnet": RESIDENT, "vae": RESIDENT},
-        "low": {"transformer": STREAMED, "controlnet": STREAMED, "vae": STREAMED},
+        "full": {"text": RESIDENT, "transformer": RESIDENT, "controlnet": RESIDENT, "vae": RESIDENT},
+        "balanced": {"text": RESIDENT, "transformer": FP8, "controlnet": RESIDENT, "vae": RESIDENT},
+        "low": {"text": STREAMED, "transformer": STREAMED, "controlnet": STREAMED, "vae": STREAMED},
     },
     "ggi": {
-        "full": {"transformer": RESIDENT, "vae": RESIDENT},
-        "balanced": {"transformer": AT_WORK, "vae": AT_WORK},
-        "low": {"transformer": STREAMED, "vae": RESIDENT},
+        "full": {"text": RESIDENT, "transformer": RESIDENT, "vae": RESIDENT},
+        "balanced": {"text": RESIDENT, "transformer": AT_WORK, "vae": AT_WORK},
+        "low": {"text": STREAMED, "transformer": STREAMED, "vae": RESIDENT},
     },
 }
 
@@ -141,7 +143,7 @@ def block_linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     }
 
 
-def kept_bytes(model: ModelMixin, how: str) -> int:
+def kept_bytes(model: torch.nn.Module, how: str) -> int:
     """Bytes on the card while an empty model (`empty_model`) is in use. For FP8 it is changed."""
     if how == STREAMED:
         own = [sum(p.numel() * p.element_size() for p in m.parameters(recurse=False)) for m in model.modules()]
@@ -244,11 +246,14 @@ def describe_plan(mode: str, phases: Sequence[Phase], room: int, device: str) ->
 # --- keeping ---
 
 
-def keep(model: ModelMixin, how: str, device: str) -> None:
+def keep(model: torch.nn.Module, how: str, device: str) -> None:
     """Bring a loaded network to `device`, or make it come when it is needed. AT_WORK is the pipeline's to do."""
     if how == STREAMED:
         streams = torch.device(device).type == "cuda"
-        model.enable_group_offload(
+        offload = (
+            model.enable_group_offload if isinstance(model, ModelMixin) else partial(apply_group_offloading, model)
+        )
+        offload(
             onload_device=torch.device(device), offload_type="leaf_level", use_stream=streams, record_stream=streams
         )
         return

@@ -23,12 +23,12 @@ from models.loading import component_config
 from models.lora import add_lora
 from models.memory import (
     AT_WORK,
+    RESIDENT,
     STREAMED,
     Phase,
     bring_in,
     count_activations,
     empty_model,
-    held_bytes,
     kept_bytes,
     kept_on,
     without_data,
@@ -96,14 +96,16 @@ def encoder_builder(folder: Path, name: str, cls: type) -> Build:
     return from_files(name, folder, lambda: cls(AutoConfig.from_pretrained(folder / name, local_files_only=True)))
 
 
-def text_phase(folder: Path, encoders: dict[str, type], dtype: torch.dtype, length: int) -> Phase:
-    """All text encoders of a pipeline folder at once, on one prompt of `length` tokens."""
+def text_phases(folder: Path, encoders: dict[str, type], dtype: torch.dtype, length: int) -> dict[str, Phase]:
+    """{how they are kept: the text encoders of a pipeline folder, all at once, on one prompt of `length` tokens}."""
     models = {cls: empty_model(encoder_builder(folder, name, cls), dtype) for name, cls in encoders.items()}
-    weights, model = sum(map(held_bytes, models.values())), models[T5EncoderModel]  # the largest of them
+    held = {how: sum(kept_bytes(model, how) for model in models.values()) for how in (RESIDENT, STREAMED)}
+    model = models[T5EncoderModel]  # the largest of them
     with without_data(dtype), torch.no_grad():
         bring_in(model)
         tokens = torch.empty(1, length, dtype=torch.long)
-        return Phase("text", weights, count_activations(lambda: model(tokens), model))
+        activations = count_activations(lambda: model(tokens), model)
+    return {how: Phase("text", weights, activations) for how, weights in held.items()}
 
 
 def _plan(
@@ -111,15 +113,15 @@ def _plan(
     builders: dict[str, Build],
     dtype: torch.dtype,
     phases: dict[str, tuple[Sequence[str], int, int]],
-    text: Phase,
+    text: dict[str, Phase],
     device: str,
 ) -> Plan:
-    """phases: name -> (networks at work, bytes of activations, bytes of the optimizer)."""
+    """phases: name -> (networks at work, bytes of activations, bytes of the optimizer). text: from `text_phases`."""
     plan = {}
     for mode in MEMORY_MODES:
         kept = kept_on(device, stage, mode)
         held = {name: kept_bytes(empty_model(build, dtype), kept[name]) for name, build in builders.items()}
-        plan[mode] = [text]
+        plan[mode] = [text[kept["text"]]]
         for phase, (at_work, activations, optimizer) in phases.items():
             present = [name for name in builders if name in at_work or kept[name] not in (STREAMED, AT_WORK)]
             plan[mode].append(Phase(phase, sum(held[name] for name in present), activations, optimizer))
@@ -153,7 +155,7 @@ def plan_anchors(
         "decoding": (("vae",), decoding, 0),
     }
     return _plan(
-        "anchors", builders, dtype, phases, text_phase(paths["flux_text"], FLUX_ENCODERS, dtype, length), device
+        "anchors", builders, dtype, phases, text_phases(paths["flux_text"], FLUX_ENCODERS, dtype, length), device
     )
 
 
@@ -192,7 +194,7 @@ def plan_alignment(
     master = 4 - torch.empty((), dtype=dtype).element_size()  # LoRA is trained in float32
     phases = {"training": (("transformer", "controlnet", "vae"), training, count * (LORA_STATE + master))}
     return _plan(
-        "alignment", builders, dtype, phases, text_phase(paths["flux_text"], FLUX_ENCODERS, dtype, length), device
+        "alignment", builders, dtype, phases, text_phases(paths["flux_text"], FLUX_ENCODERS, dtype, length), device
     )
 
 
@@ -225,5 +227,5 @@ def plan_ggi(
         "decoding": (("vae",), decoding, 0),
     }
     return _plan(
-        "ggi", builders, dtype, phases, text_phase(paths["cogvideox_text"], VIDEO_ENCODERS, dtype, length), device
+        "ggi", builders, dtype, phases, text_phases(paths["cogvideox_text"], VIDEO_ENCODERS, dtype, length), device
     )
