@@ -52,7 +52,7 @@ from utils.arcs import (
     resample_indices,
     video_run_name,
 )
-from utils.background import one_beside
+from utils.background import Beside
 from utils.cli import InputError, Parser, guidance_float, positive_float, positive_int, run_script, seed, unit_float
 from utils.edges import resize_edges
 from utils.images import contact_sheet, read_image, resize_image, write_image, write_video
@@ -222,28 +222,28 @@ def main() -> None:
 def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transformer: Path) -> None:
     """Generate every arc that is not there yet, shared among all processes."""
     from models.loading import DTYPES, caption_image, encode_video_prompts, load_inbetween
-    from models.memory import lossy, may_overlap, settle_memory
+    from models.memory import lossy, settle_memory, settle_overlap
     from models.parallel import open_processes
     from models.plans import plan_ggi
     from models.speed import compile_blocks, require_attention, require_compilable
 
     process, device = open_processes(resolve_device(args.device))
+    require_attention(args.attention, device, DTYPES[args.dtype])
     uncaptioned = [job for job in jobs if job.prompt is None]
     with process.local_main_process_first():  # it downloads what is missing
         caption_model = caption_source(args.caption_model) if uncaptioned else None
         paths = locate(args, preset, GGI_STAGE)
     dtype, size, tiling = DTYPES[args.dtype], (args.width, args.height), preset.vae_tiling
-    config = read_json(transformer / "config.json")
-    require_attention(args.attention, device, dtype, config["attention_head_dim"])
     guided = args.guidance_scale != 1 and args.prompt != ""
     plan = plan_ggi(paths, transformer, size, args.num_frames, dtype, device, guided=guided, tiling=tiling)
     mode, kept = settle_memory("ggi", plan, args.memory, device)
-    overlap = may_overlap(plan[mode], ("denoising", "decoding"), kept, device)
+    overlap = settle_overlap(plan[mode], "decoding", ("encoding", "denoising"), kept, device)
     if args.compile:
         require_compilable(kept["transformer"])
     for job in uncaptioned:  # alike in every process: its draws are seeded
         job.prompt = caption_image(read_image(job.anchors[0]), caption_model, device, dtype, args.seed)
-    prompts, length = [*(job.prompt for job in jobs), ""], config["max_text_seq_length"]
+    length = read_json(transformer / "config.json")["max_text_seq_length"]
+    prompts = [*(job.prompt for job in jobs), ""]
     embeds = encode_video_prompts(paths["cogvideox_text"], prompts, device, dtype, length, kept["text"])
     pipe = load_inbetween(paths, transformer, device, dtype, kept, tiling=tiling)
     if args.compile:
@@ -270,16 +270,18 @@ def fill_shares(
     """Generate what is this process's to do. Files are written while the next arc is denoised.
 
     embeds: {prompt: [1, T, D]}. mode: of memory. overlap: an arc whose last frame no other waits for is decoded beside
-    the next one, too.
+    the next one, too, until that turns out to need more memory than was planned.
     """
+    from torch import OutOfMemoryError
     from tqdm import tqdm
 
-    from models.latents import find_or_make
+    from models.kept_latents import find_or_make
     from models.memory import naming_smaller_mode
-    from models.parallel import side_stream
+    from models.parallel import use_own_stream
 
     first = is_first_process()
     progress = tqdm(total=sum(len(arcs) for _, arcs in mine), desc="arcs", unit="arc", disable=not first)
+    undecoded: list[tuple[Job, Arc, object]] = []
 
     def save(job: Job, arc: Arc, frames: np.ndarray) -> None:
         save_arc(job.run, arc, frames)
@@ -287,25 +289,35 @@ def fill_shares(
             job.run.save()
         progress.update()
 
-    def decode_and_save(job: Job, arc: Arc, latents) -> None:
-        with naming_smaller_mode("ggi", mode), side_stream(device):
+    def decode_beside(job: Job, arc: Arc, latents) -> None:
+        try:
             frames = decode_arc(pipe, job.run, arc, latents)
-        save(job, arc, frames)
+        except OutOfMemoryError:
+            undecoded.append((job, arc, latents))
+        else:
+            save(job, arc, frames)
 
-    with progress, one_beside() as begin:
+    with progress, Beside(use_own_stream(device)) as beside, naming_smaller_mode("ggi", mode):
         for job, arcs in mine:
             for arc in arcs:
                 if is_done(job.run, arc):
                     progress.update()
                     continue
-                with naming_smaller_mode("ggi", mode):
-                    texts = embeds[job.prompt], embeds[""]
-                    path = latents_path(job.run.folder, arc.index)
-                    latents = find_or_make(path, partial(denoise_arc, args, pipe, job, arc, *texts))
-                    if not overlap or arc is not arcs[-1]:
-                        begin(save, job, arc, decode_arc(pipe, job.run, arc, latents))
-                        continue
-                begin(decode_and_save, job, arc, latents)
+                make = partial(denoise_arc, args, pipe, job, arc, embeds[job.prompt], embeds[""])
+                path = latents_path(job.run.folder, arc.index)
+                try:
+                    latents = find_or_make(path, make)
+                except OutOfMemoryError:
+                    if not beside.wait():
+                        raise
+                    overlap, latents = False, find_or_make(path, make)  # alone
+                if overlap and not undecoded and arc is arcs[-1]:
+                    beside.begin(decode_beside, job, arc, latents)
+                else:
+                    beside.begin(save, job, arc, decode_arc(pipe, job.run, arc, latents))
+        beside.wait()
+        for job, arc, latents in undecoded:
+            save(job, arc, decode_arc(pipe, job.run, arc, latents))
 
 
 def share_arcs(jobs: Sequence[Job], chain: bool) -> list[tuple[Job, list[Arc]]]:

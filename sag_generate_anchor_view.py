@@ -113,7 +113,7 @@ def parse_args() -> argparse.Namespace:
         type=seed_or_draw,
         nargs="+",
         default=[-1],
-        help="noise seeds; -1 continues the newest unfinished run, else draws one",
+        help="noise seeds; -1 continues the newest unfinished run, else draws one, for each scene and LoRA",
     )
     add("--use_else_noise", action="store_true", help="a different noise for every anchor: seed, seed + 1, …")
     add("--width", type=positive_int, help="pixels (default: the weights' preset, else the edge frames' width)")
@@ -206,7 +206,7 @@ def draw_anchors(
     args: argparse.Namespace, preset: Preset, jobs: list[Job], loras: Mapping[str, tuple[Path, Path]]
 ) -> None:
     """Draw all anchors that are not there yet, shared among all processes. loras: files of each --pfix."""
-    from models.loading import DTYPES, component_config, encode_flux_prompts, load_flux, place_flux
+    from models.loading import DTYPES, encode_flux_prompts, load_flux, place_flux
     from models.lora import add_lora, common_ranks
     from models.memory import lossy, settle_memory
     from models.parallel import open_processes
@@ -214,12 +214,12 @@ def draw_anchors(
     from models.speed import compile_blocks, require_attention, require_compilable
 
     process, device = open_processes(resolve_device(args.device))
+    dtype, length = DTYPES[args.dtype], preset.max_sequence_length
+    require_attention(args.attention, device, dtype)
     with process.local_main_process_first():  # it downloads what is missing
         paths = locate(args, preset, FLUX_STAGE)
     states = read_loras(paths, {job.pfix: loras[job.pfix] for job in jobs})
-    ranks, config = common_ranks(states), component_config("flux_transformer", paths["flux_transformer"])
-    dtype, length = DTYPES[args.dtype], preset.max_sequence_length
-    require_attention(args.attention, device, dtype, config["attention_head_dim"])
+    ranks = common_ranks(states)
     prompts = [prompt for job in jobs for prompt in job.prompts]
     guided = args.true_gs != 1 and {*prompts} != {args.neg_prompt}
     largest = max((job.size for job in jobs), key=lambda size: size[0] * size[1])
@@ -279,7 +279,7 @@ def draw_jobs(
 def draw_job(args: argparse.Namespace, preset: Preset, job: Job, models, texts: dict, progress) -> None:
     """All anchors of one scene, in order. texts: {prompt: Text}."""
     from models.anchors import decode_anchor
-    from models.latents import find_or_make
+    from models.kept_latents import find_or_make
 
     for k in range(len(job.prompts)):
         end = progress.n + args.num_steps

@@ -30,7 +30,7 @@ from utils.runs import show_bytes, write_json
 
 RECIPES = {  # of each phase
     "alignment": ("ours", "reference"),
-    "anchors": ("ours", "decoding", "reference"),
+    "anchors": ("ours", "both branches", "decoding", "reference"),
     "ggi": ("ours", "decoding", "reference"),
 }
 PHASES = tuple(RECIPES)
@@ -122,7 +122,8 @@ def count(setup: Setup, phase: str, recipe: str, memory: str, device: str) -> Ro
     planned = None
     if recipe != "reference":
         name = recipe if recipe == "decoding" else "training" if phase == "alignment" else "denoising"
-        planned = next(p.total for p in plan_of(setup, phase, dtype, device)[memory] if p.name == name)
+        plan = plan_of(setup, phase, dtype, device, guided=phase == "ggi" or recipe == "both branches")
+        planned = next(p.total for p in plan[memory] if p.name == name)
     return Row(phase, recipe, counter.get_total_flops(), planned)
 
 
@@ -152,14 +153,14 @@ def outside(function: Callable, *arguments: object) -> object:
         return function(*arguments)
 
 
-def plan_of(setup: Setup, phase: str, dtype, device: str) -> dict:
+def plan_of(setup: Setup, phase: str, dtype, device: str, *, guided: bool) -> dict:
     from models.plans import plan_alignment, plan_anchors, plan_ggi
 
     if phase == "ggi":
         size, frames = setup.video_size, setup.num_frames
-        return plan_ggi(setup.paths, setup.inbetween, size, frames, dtype, device, guided=True, tiling=True)
+        return plan_ggi(setup.paths, setup.inbetween, size, frames, dtype, device, guided=guided, tiling=True)
     if phase == "anchors":
-        return plan_anchors(setup.paths, setup.anchor_size, 16, setup.text_length, dtype, device, guided=False)
+        return plan_anchors(setup.paths, setup.anchor_size, 16, setup.text_length, dtype, device, guided=guided)
     return plan_alignment(setup.paths, setup.crop, 1, 16, setup.text_length, dtype, device)
 
 

@@ -52,6 +52,8 @@ def setup_of(weights: str) -> Setup:
 def build(setup: Setup, phase: str, recipe: str, make: Callable) -> tuple[list, Callable[[], object]]:
     """(networks, one step) of a phase: of `ours`, of the `reference`, or `decoding`, which is done once.
 
+    Of anchors `ours` is the default, equal prompts, whose one branch is enough; `both branches` go in one batch.
+
     make: turns a function that builds a network into a network to use.
     """
     if phase == "ggi":
@@ -94,7 +96,7 @@ def build_flux(setup: Setup, phase: str, recipe: str, make: Callable) -> tuple[l
     networks = [make(with_lora(builders[name], 16)) for name in ("transformer", "controlnet")]
     models = FluxModels(*networks, None, str(networks[0].device))
     if phase == "anchors":
-        step = anchor_step(models, setup.anchor_size, setup.text_length)
+        step = anchor_step(models, setup.anchor_size, setup.text_length, 2 if recipe == "both branches" else 1)
         return networks, twice(step) if recipe == "reference" else step
     for network in networks:
         network.enable_gradient_checkpointing()

@@ -1,14 +1,8 @@
-"""What both diffusion models do with latents: posterior samples, FLUX's token packing, colour ranges, keeping them."""
-
-from collections.abc import Callable
-from pathlib import Path
+"""Small tensor maths shared by both diffusion models: posterior samples, FLUX's token packing, colour ranges."""
 
 import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from safetensors.torch import load_file, save_file
-
-from utils.runs import atomic_path
 
 
 def posterior_sample(posterior: DiagonalGaussianDistribution, eps: torch.Tensor | None = None) -> torch.Tensor:
@@ -48,16 +42,3 @@ def to_signed(images: np.ndarray) -> torch.Tensor:
     if images.dtype != np.uint8 or images.shape[-1] != 3:
         raise ValueError(f"expected uint8 [..., H, W, 3], got {images.dtype} {images.shape}")
     return torch.tensor(images).movedim(-1, -3).float() / 127.5 - 1
-
-
-def find_or_make(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Latents from the file `path`; without one they are made and written there first. On the CPU.
-
-    Written before they are decoded: a decode that fails costs no second denoising.
-    """
-    if path.exists():
-        return load_file(path)["latents"]
-    latents = make().cpu().contiguous()
-    with atomic_path(path) as temporary:
-        save_file({"latents": latents}, temporary)
-    return latents

@@ -299,14 +299,21 @@ def settle_memory(
     return mode, kept
 
 
-def may_overlap(phases: Sequence[Phase], names: Sequence[str], kept: Mapping[str, str], device: str) -> bool:
-    """Whether these phases of a plan can be at work at once: there is room, and no network gives way to another.
+def settle_overlap(
+    phases: Sequence[Phase], late: str, early: Sequence[str], kept: Mapping[str, str], device: str
+) -> bool:
+    """Whether the phase `late` may be at work beside any of `early`, those of the next item; said on stderr if so.
 
-    kept: as `settle_memory` returns it. Call it in every process: they choose alike.
+    There must be room for both, and no network that gives way to another. kept: as `settle_memory` returns it. Call
+    it in every process: they choose alike.
     """
-    both = [phase for phase in phases if phase.name in names]
-    needed = max(phase.weights for phase in both) + sum(phase.activations for phase in both)
-    return AT_WORK not in kept.values() and needed <= find_room(device)
+    by_name = {phase.name: phase for phase in phases}
+    weights = max(by_name[name].weights for name in (late, *early))
+    needed = weights + by_name[late].activations + max(by_name[name].activations for name in early)
+    fits = AT_WORK not in kept.values() and needed <= find_room(device)
+    if fits and is_first_process():
+        print(f"{late} runs beside what follows: {show_bytes(needed)} together", file=sys.stderr)
+    return fits
 
 
 @contextmanager

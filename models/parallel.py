@@ -1,6 +1,7 @@
 """Processes that share independent work, as `accelerate launch --num_processes N` starts them; streams of a GPU."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -19,6 +20,17 @@ def open_processes(device: str) -> tuple[PartialState, str]:
     return process, str(process.device) if process.num_processes > 1 else device
 
 
-def side_stream(device: str) -> torch.cuda.StreamContext:
-    """A block whose work on a GPU does not wait for that of other threads. On a CPU it changes nothing."""
-    return torch.cuda.stream(torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None)
+def use_own_stream(device: str) -> Callable[[], None]:
+    """What a thread calls first, so that its work on this GPU does not wait for other threads'; nothing on a CPU.
+
+    One stream for all that the thread does: torch keeps free memory by stream.
+    """
+    if torch.device(device).type == "cpu":
+        return lambda: None
+    stream = torch.cuda.Stream(device)
+
+    def prepare() -> None:
+        torch.cuda.set_device(stream.device)  # a new thread begins on the first GPU
+        torch.cuda.set_stream(stream)
+
+    return prepare

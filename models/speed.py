@@ -16,20 +16,20 @@ from diffusers.models.cache_utils import CacheMixin
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.memory import RESIDENT
+from models.weights import ATTENTION_KERNELS
 from utils.cli import InputError
 
-KERNELS = {  # --attention; torch's plain one is left out: it needs all scores at once, 30 GB for a video
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+# torch's plain kernel is left out: it needs all scores at once, 30 GB for a video.
+KERNELS = {name: getattr(SDPBackend, f"{name.upper()}_ATTENTION") for name in ATTENTION_KERNELS}
+HEAD_SIZE = 128  # FLUX's, the largest
 
 
 @contextmanager
 def attention_kernel(name: str | None) -> Iterator[None]:
     """Attention in the block is computed by this kernel of torch alone; None leaves the choice to torch.
 
-    diffusers' `set_attention_backend` would do for FLUX, but has no effect on CogVideoX.
+    In all threads: what runs beside the block must have no attention that the kernel cannot do. (diffusers'
+    `set_attention_backend` would do for FLUX, but has no effect on CogVideoX.)
     """
     if name is None:
         yield
@@ -38,13 +38,17 @@ def attention_kernel(name: str | None) -> Iterator[None]:
         yield
 
 
-def require_attention(name: str | None, device: str, dtype: torch.dtype, head_size: int) -> None:
-    """Raise InputError unless this device can compute attention with that kernel. head_size: of the transformer."""
-    query = torch.zeros(1, 1, 8, head_size, device=device, dtype=dtype)
+def require_attention(name: str | None, device: str, dtype: torch.dtype) -> None:
+    """Raise InputError unless this device can compute attention with that kernel."""
+    if name is None:
+        return
+    query = torch.zeros(1, 1, 8, HEAD_SIZE, device=device, dtype=dtype)
     try:
         with attention_kernel(name):
             F.scaled_dot_product_attention(query, query, query)
     except RuntimeError as error:
+        if not str(error).startswith(("No available kernel", "No viable backend")):
+            raise
         raise InputError(f"--attention {name}: {device} has no such kernel for {dtype}; leave the flag out") from error
 
 
@@ -74,7 +78,7 @@ def require_compilable(how: str) -> None:
 
 
 def compile_blocks(transformer: torch.nn.Module) -> None:
-    """Compile the blocks of a transformer, not the whole: they share one program."""
+    """Compile the blocks of a transformer, not the whole: they share one program for each shape of their inputs."""
     for name in ("transformer_blocks", "single_transformer_blocks"):
         for block in getattr(transformer, name, ()):
-            block.compile()
+            block.compile(dynamic=False)  # with true CFG batches of one and of two

@@ -58,7 +58,7 @@ def test_measuring_the_tiny_networks(tmp_path: Path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     found = rows(tmp_path / "o")
-    assert all(row["seconds"] > 0 for row in found.values()) and len(found) == 8
+    assert all(row["seconds"] > 0 for row in found.values()) and len(found) == 9
     assert found["anchors", "reference"]["flops"] == 2 * found["anchors", "ours"]["flops"]
     assert found["ggi", "ours"]["loading"] < found["ggi", "reference"]["loading"]
     assert "for 10 arcs with loading and decoding" in result.stdout

@@ -8,12 +8,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxControlNetModel, FluxTransformer2DModel
+from diffusers import FluxControlNetModel, FluxPipeline, FluxTransformer2DModel
 from peft import get_peft_model_state_dict
 
 from models.flux import FluxModels, Text, velocity
 from models.latents import draw_noise, pack, to_signed
-from models.loading import component_config, encode_flux_prompts, load_flux, load_inbetween, place_flux
+from models.loading import component_config, encode_flux_prompts, load_encoders, load_flux, load_inbetween, place_flux
 from models.lora import add_lora, set_lora
 from models.memory import (
     AT_WORK,
@@ -34,8 +34,8 @@ from models.memory import (
     kept_bytes,
     kept_on,
     lossy,
-    may_overlap,
     quantise,
+    settle_overlap,
     without_data,
 )
 from models.plans import flux_builders, plan_alignment, plan_anchors, plan_ggi, video_builders, with_lora
@@ -270,13 +270,21 @@ def test_what_does_not_fit_names_the_mode_that_would(wanted: str, room: int, sai
 
 
 @pytest.mark.parametrize(
-    ("room", "kept", "together"),
-    [(33, RESIDENT, True), (31, RESIDENT, False), (33, AT_WORK, False)],
+    ("room", "encoding", "kept", "together"),
+    [(33, 1, RESIDENT, True), (31, 1, RESIDENT, False), (33, 6, RESIDENT, False), (33, 1, AT_WORK, False)],
 )
-def test_phases_overlap_where_there_is_room(monkeypatch: pytest.MonkeyPatch, room: int, kept: str, together: bool):
+def test_phases_overlap_where_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, room: int, encoding: int, kept: str, together: bool
+):
     monkeypatch.setattr("models.memory.find_room", lambda device: room * GB)
-    phases = [Phase("text", 40 * GB, 0), Phase("denoising", 20 * GB, 4 * GB), Phase("decoding", 18 * GB, 8 * GB)]
-    assert may_overlap(phases, ("denoising", "decoding"), {"transformer": kept}, "cuda") == together
+    phases = [
+        Phase("text", 40 * GB, 0),
+        Phase("encoding", 18 * GB, encoding * GB),
+        Phase("denoising", 20 * GB, 4 * GB),
+        Phase("decoding", 18 * GB, 8 * GB),
+    ]
+    early = ("encoding", "denoising")
+    assert settle_overlap(phases, "decoding", early, {"transformer": kept}, "cuda") == together
 
 
 def test_a_cpu_streams_nothing():
@@ -313,7 +321,7 @@ def test_lossy_modes_stay_near(how: str, most: float, tiny_paths: dict[str, Path
 
 
 def test_streamed_networks_compute_the_same_and_take_other_loras(tmp_path: Path, tiny_paths: dict[str, Path]):
-    """diffusers' hooks with this machine as the card: streams apart, what a GPU runs."""
+    """With diffusers' hooks, and this machine as the card: there are no streams here, and no pinned copies."""
     _, tokens, control, text = _inputs(tiny_paths, torch.float32)
     found = []
     for how in (RESIDENT, STREAMED):
@@ -334,6 +342,9 @@ def test_streamed_networks_compute_the_same_and_take_other_loras(tmp_path: Path,
 
 
 def test_streamed_text_encoders_compute_the_same(tiny_paths: dict[str, Path]):
+    encoders = load_encoders("flux_text", FluxPipeline, tiny_paths["flux_text"], "cpu", torch.float32, STREAMED)
+    for encoder in (encoders.text_encoder, encoders.text_encoder_2):
+        assert any(getattr(module, "_diffusers_hook", None) for module in encoder.modules())
     arguments = tiny_paths["flux_text"], ["a town", ""], "cpu", torch.float32, 32
     whole, streamed = (encode_flux_prompts(*arguments, how) for how in (RESIDENT, STREAMED))
     assert all(whole[prompt].same_as(streamed[prompt]) for prompt in whole)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, T5EncoderModel
@@ -103,6 +104,45 @@ def test_arcs_are_decoded_beside_the_next_one(
     command = ("--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, *flags, "--output_dir", tmp_path)
     assert call(GGI, *command) == 0
     assert threads == beside and len(beside) == NUM_ARCS
+
+
+def test_an_arc_that_finds_no_room_beside_the_next_is_decoded_after_it(
+    tmp_path: Path, anchored: Path, unchained: Path, monkeypatch: pytest.MonkeyPatch
+):
+    decode = CogVideoXInbetweenPipeline.decode_video
+
+    def decode_video(*arguments):
+        if threading.current_thread() is not threading.main_thread():
+            raise torch.OutOfMemoryError("both at once")
+        return decode(*arguments)
+
+    monkeypatch.setattr(CogVideoXInbetweenPipeline, "decode_video", decode_video)
+    command = ("--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--no-chain", "--output_dir", tmp_path)
+    assert call(GGI, *command) == 0
+    assert_same(contents(tmp_path / VIDEO), contents(unchained / VIDEO))
+
+
+def test_an_arc_that_is_denoised_without_room_is_denoised_again_alone(
+    tmp_path: Path, anchored: Path, unchained: Path, monkeypatch: pytest.MonkeyPatch
+):
+    failed, denoised = threading.Event(), []
+    decode, denoise = CogVideoXInbetweenPipeline.decode_video, CogVideoXInbetweenPipeline.__call__
+
+    def denoise_once(*arguments, **options):
+        denoised.append(1)
+        if len(denoised) == 2:
+            failed.set()
+            raise torch.OutOfMemoryError("both at once")
+        return denoise(*arguments, **options)
+
+    monkeypatch.setattr(CogVideoXInbetweenPipeline, "__call__", denoise_once)
+    monkeypatch.setattr(
+        CogVideoXInbetweenPipeline, "decode_video", lambda *arguments: failed.wait(60) and decode(*arguments)
+    )
+    command = ("--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--no-chain", "--output_dir", tmp_path)
+    assert call(GGI, *command) == 0
+    assert len(denoised) == NUM_ARCS + 1
+    assert_same(contents(tmp_path / VIDEO), contents(unchained / VIDEO))
 
 
 def test_arcs_are_shared_among_processes(tmp_path: Path, anchored: Path, unchained: Path):

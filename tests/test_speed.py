@@ -141,6 +141,6 @@ def test_a_kernel_is_in_effect_inside_its_block():
 
 def test_a_kernel_that_the_device_lacks_is_refused():
     for name in (None, "flash"):
-        require_attention(name, "cpu", torch.float32, 64)
+        require_attention(name, "cpu", torch.float32)
     with pytest.raises(InputError, match="--attention cudnn: cpu has no such kernel"):
-        require_attention("cudnn", "cpu", torch.float32, 64)
+        require_attention("cudnn", "cpu", torch.float32)

@@ -256,7 +256,11 @@ def peak_memory_mib() -> dict[str, int]:
 
 def find_unfinished(parent: Path, arguments: dict, free: str) -> object | None:
     """Value of argument `free` in the newest unfinished run below `parent` that agrees in all other arguments."""
-    wanted = {key: value for key, value in json.loads(json.dumps(arguments, default=str)).items() if key != free}
+
+    def given(values: dict) -> dict:  # a manifest may be older than a flag
+        return {key: value for key, value in values.items() if key != free and value is not None}
+
+    wanted = given(json.loads(json.dumps(arguments, default=str)))
     candidates = []
     for path in parent.glob(f"*/{MANIFEST}"):
         try:
@@ -264,7 +268,6 @@ def find_unfinished(parent: Path, arguments: dict, free: str) -> object | None:
         except InputError:  # a damaged neighbour is no reason to stop
             continue
         found = manifest.get("arguments", {})
-        same = {key: value for key, value in found.items() if key != free} == wanted
-        if same and not manifest.get("finished"):
+        if given(found) == wanted and not manifest.get("finished"):
             candidates.append((path.stat().st_mtime_ns, found[free]))
     return max(candidates)[1] if candidates else None
