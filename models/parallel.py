@@ -3,11 +3,21 @@
 import os
 from datetime import timedelta
 
+import torch
 from accelerate import PartialState
 
 from utils.cli import InputError
 
 WAIT = timedelta(days=7)  # of processes for one another: encoding a large dataset takes hours
+
+
+def in_any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true in one process of the launch, or more. Call it in all of them."""
+    if not torch.distributed.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return bool(flags)
 
 
 def open_processes(device: str) -> tuple[PartialState, str]:

@@ -118,23 +118,26 @@ def fit(
     *,
     device: str = "cpu",
     weights: dict | None = None,
+    moments: str | None = None,
 ) -> None:
     """Train the parameters of `objective` that require gradients, and leave checkpoint-<step>/ folders in the run.
 
     objective(**batch) returns scalars with the key `loss`. draw(step_seed, items) gives the batch of one process.
     save(folder) writes the weights for use; sheet() paints samples, uint8 [H, W, 3]. Both see the averaged weights.
     weights: hashes of what the training starts from, for the manifest; a run is not continued with others.
+    moments: how AdamW's are kept (`models/optimizers.py`; default: 32 bits).
     """
-    import torch
     from diffusers.training_utils import EMAModel
     from tqdm import tqdm
+
+    from models.memory import RESIDENT
+    from models.optimizers import make_optimizer, page_moments
 
     accelerator = open_accelerator(run, settings, device)
     objective.to(accelerator.device)
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay
-    )
+    betas = (0.9, settings.beta2)
+    optimizer = make_optimizer(parameters, settings.learning_rate, betas, settings.weight_decay, moments or RESIDENT)
     average = EMAModel(parameters, decay=settings.ema_decay, foreach=True) if settings.ema_decay else None
     module, optimizer = accelerator.prepare(objective, optimizer)
     if average:
@@ -143,6 +146,7 @@ def fit(
     first = max((step for step, path in checkpoints.items() if (path / STATE_FOLDER).is_dir()), default=0)
     if first:
         accelerator.load_state(checkpoints[first] / STATE_FOLDER)
+        page_moments(optimizer)
         if average:
             average.to(accelerator.device)
     if accelerator.is_main_process:
