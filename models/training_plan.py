@@ -43,6 +43,7 @@ def trained_builder(
 
     def build() -> torch.nn.Module:
         model = CogVideoXTransformer3DModel.from_config({**config, "in_channels": CHANNELS})
+        model.to(torch.float32)  # positions are made in float64, and loaded in float32
         if lora_ranks:
             model.add_adapter(LoraConfig(r=1, rank_pattern=dict(lora_ranks), target_modules=list(lora_ranks)))
         for name, parameter in model.named_parameters():
