@@ -8,6 +8,7 @@ sqrt(ᾱ) x_t - sqrt(1 - ᾱ) v, weighted by 1/(1 - ᾱ), as in diffusers' CogVi
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from models.convert import Shards, build, load_ggi_transformer, read_weights
 from models.inbetween import LATENT_CHANNELS, CogVideoXInbetweenPipeline
 from models.keymaps import merge_tensor, merged_names
 from models.latents import draw_noise
+from models.sharding import whole_state
 from utils.arcs import LATENT_FRAMES, resample_indices
 from utils.cli import InputError
 from utils.images import contact_sheet
@@ -119,8 +121,12 @@ def add_frozen_lora(transformer: CogVideoXTransformer3DModel, state: Tensors, dt
 
 
 def save_transformer(transformer: CogVideoXTransformer3DModel, folder: Path, dtype: torch.dtype) -> None:
-    """Write a plain CogVideoX transformer with the LoRA merged in, as ggi.py loads it."""
-    state = transformer.state_dict()
+    """Write a plain CogVideoX transformer with the LoRA merged in, as ggi.py loads it.
+
+    Call it in every process if the transformer is sharded; the first one writes.
+    """
+    if not (state := whole_state(transformer)):
+        return
     merged = {name: merge_tensor(state, name).to("cpu", dtype, copy=True) for name in merged_names(state)}
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     build(CogVideoXTransformer3DModel, config, merged).save_pretrained(folder)
@@ -155,6 +161,8 @@ def uncached_casts() -> Iterator[None]:
 
 class InbetweenObjective(torch.nn.Module):
     """Transformer and noise schedule: the loss of a batch."""
+
+    _no_split_modules: ClassVar = ["CogVideoXBlock"]  # what FSDP gathers together
 
     def __init__(self, transformer: CogVideoXTransformer3DModel, scheduler: CogVideoXDDIMScheduler):
         super().__init__()
