@@ -214,6 +214,7 @@ def settle_training(
     from models.loading import DTYPES
     from models.memory import settle_memory
     from models.parallel import in_any_process
+    from models.sharding import require_full_memory, sharding_wanted
     from models.training_plan import TrainingSetup, plan_training, trained_builder
 
     device, autocast = str(process.device), autocast_dtype(args)
@@ -229,9 +230,14 @@ def settle_training(
         tiling=preset.vae_tiling,
         encoding=in_any_process(bool(missing), process.device),
         processes=process.num_processes,
+        sharded=sharding_wanted(),
     )
     build = trained_builder(config, lora_ranks(lora or {}), DTYPES[args.dtype if autocast else "float32"])
-    return settle_memory("training", plan_training(paths, build, setup, device), args.memory, device)
+    plan = plan_training(paths, build, setup, device)
+    if setup.sharded:
+        require_full_memory(args.memory)
+        plan = {"full": plan["full"]}
+    return settle_memory("training", plan, args.memory, device)
 
 
 def open_cache(args, preset: Preset, source: ClipSource, paths: dict[str, Path], weights: dict, length: int):

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -136,7 +137,8 @@ def load_state(accelerator: Accelerator, folder: Path, module, optimizer, averag
         accelerator.load_state(folder)
         return
     state = _sharded_state(module, optimizer, average)
-    dcp.load(state, checkpoint_id=folder)  # in place
+    # In place. A parameter that never got a gradient, such as of the ControlNet's last block, has no moments there.
+    dcp.load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
     states.set_model_state_dict(module, state["model"], options=TRAINED)
     states.set_optimizer_state_dict(module, optimizer.optimizer, state["optimizer"], options=TRAINED)
     if average:

@@ -34,6 +34,7 @@ class TrainingSetup:
     tiling: bool  # of the VAE
     encoding: bool  # clips are missing from the cache
     processes: int = 1
+    sharded: bool = False  # weights, gradients and moments are divided among the processes
 
 
 def trained_builder(
@@ -73,6 +74,10 @@ def plan_training(
     weights, gradients = held_bytes(transformer), gradient_bytes(trained)
     average = gradients if setup.ema_decay else 0  # float32 as well
     standing = gradients if setup.processes > 1 else 0  # in DDP's buckets, also between steps
+    shards = setup.processes if setup.sharded else 1
+    if setup.sharded:
+        weights, gradients = (sharded_bytes(transformer, trained_only, shards) for trained_only in (False, True))
+        average, standing = average // shards, 0
     length = transformer.config.max_text_seq_length
     vae_weights, encoding, decoding = count_vae(paths["cogvideox_vae"], transformer, setup)
     text = text_phase(paths["cogvideox_text"], VIDEO_ENCODERS, setup.dtype, length)
@@ -80,8 +85,8 @@ def plan_training(
     plan = {}
     for mode in MEMORY_MODES:
         moments = kept_on(device, "training", mode)["optimizer"]
-        state = moment_bytes(trained, moments) + average
-        update = update_bytes(trained, moments, device)
+        state = moment_bytes(trained, moments) // shards + average
+        update = update_bytes(trained, moments, device) // shards
         if average:
             update = max(update, average - gradients + standing)  # the average takes a temporary copy of itself
         plan[mode] = [Phase("encoding", vae_weights, encoding)] if setup.encoding else []
@@ -92,6 +97,20 @@ def plan_training(
             Phase("sheets", weights + vae_weights, max(denoising, decoding), standing + state),
         ]
     return plan
+
+
+def sharded_bytes(transformer: torch.nn.Module, trained_only: bool, processes: int) -> int:
+    """Bytes of weights, or of the gradients of those that are trained, in one process with FSDP.
+
+    Its part; whole: what lies outside the blocks, and two blocks, one at work and one on its way.
+    """
+
+    def size(module: torch.nn.Module) -> int:
+        return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad or not trained_only)
+
+    blocks, total = [size(block) for block in transformer.transformer_blocks], size(transformer)
+    buffers = 0 if trained_only else held_bytes(transformer) - total
+    return -(-total // processes) + total - sum(blocks) + 2 * max(blocks) + buffers
 
 
 def count_vae(vae: Path, transformer: torch.nn.Module, setup: TrainingSetup) -> tuple[int, int, int]:
