@@ -138,11 +138,11 @@ def train(
     from models.plans import plan_alignment
     from models.sharding import load_state, require_full_memory, save_state
 
+    require_full_memory(args.memory)
     accelerator = open_accelerator(run, args, device)
     dtype, device, length = DTYPES[args.dtype], accelerator.device, preset.max_sequence_length
     plan = plan_alignment(paths, args.resolution, args.train_batch_size, args.rank, length, dtype, str(device))
     if accelerator.is_fsdp2:  # before it is divided, each process holds all of it
-        require_full_memory(args.memory)
         plan = {"full": plan["full"]}
     mode, kept = settle_memory("alignment", plan, args.memory, str(device))
     prompts = [reference.prompt for reference in references]

@@ -152,7 +152,9 @@ def train(
     from models.loading import DTYPES
     from models.memory import lossy, naming_smaller_mode
     from models.parallel import open_processes
+    from models.sharding import require_full_memory
 
+    require_full_memory(args.memory)
     config = read_json(paths["start"] / "config.json")
     training.check_start(config, preset.video_size, preset.num_frames)
     lora = training.read_frozen_lora(args.lora, config) if args.lora else None
@@ -214,7 +216,7 @@ def settle_training(
     from models.loading import DTYPES
     from models.memory import settle_memory
     from models.parallel import in_any_process
-    from models.sharding import require_full_memory, sharding_wanted
+    from models.sharding import sharding_wanted
     from models.training_plan import TrainingSetup, plan_training, trained_builder
 
     device, autocast = str(process.device), autocast_dtype(args)
@@ -235,7 +237,6 @@ def settle_training(
     build = trained_builder(config, lora_ranks(lora or {}), DTYPES[args.dtype if autocast else "float32"])
     plan = plan_training(paths, build, setup, device)
     if setup.sharded:
-        require_full_memory(args.memory)
         plan = {"full": plan["full"]}
     return settle_memory("training", plan, args.memory, device)
 

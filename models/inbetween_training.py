@@ -275,7 +275,7 @@ def paint_sheet(
     )
     pipe.set_progress_bar_config(disable=True)
     rows = []
-    with torch.autocast(vae.device.type, autocast, enabled=autocast is not None):
+    with torch.autocast(vae.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
         for number in numbers:
             clip, text = cache.clip(number), cache.text(cache.caption(number))[None]
             noise = blend_noise(clip["noise"], draw_noise(clip["noise"].shape, number), SHEET_ALPHA)

@@ -32,11 +32,10 @@ def sharding_wanted() -> bool:
 
 def sharding_plugin() -> FullyShardedDataParallelPlugin:
     """The launcher's settings, weights and gradients travel in float32, and autocast computes as in one process."""
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
-    if plugin.fsdp_version != 2:
+    if os.environ.get("FSDP_VERSION") != "2":
         raise InputError("sharded training needs fsdp_version: 2, as in configs/fsdp.yaml")
-    return plugin
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
 
 
 def require_shards(accelerator: Accelerator) -> None:
@@ -48,8 +47,8 @@ def require_shards(accelerator: Accelerator) -> None:
 
 
 def require_full_memory(wanted: str) -> None:
-    """Raise InputError unless `--memory` suits sharded training, which keeps networks and moments as they are."""
-    if wanted not in ("auto", "full"):
+    """Raise InputError unless `--memory` suits the launch: sharded training keeps networks and moments as they are."""
+    if sharding_wanted() and wanted not in ("auto", "full"):
         raise InputError(f"--memory {wanted} does not go with sharded training (FSDP): leave it out, or use full")
 
 

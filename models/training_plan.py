@@ -44,7 +44,8 @@ def trained_builder(
 
     def build() -> torch.nn.Module:
         model = CogVideoXTransformer3DModel.from_config({**config, "in_channels": CHANNELS})
-        model.to(torch.float32)  # positions are made in float64, and loaded in float32
+        for buffer in model.buffers():
+            buffer.data = buffer.data.float()  # positions are made in float64, and loaded in float32
         if lora_ranks:
             model.add_adapter(LoraConfig(r=1, rank_pattern=dict(lora_ranks), target_modules=list(lora_ranks)))
         for name, parameter in model.named_parameters():
@@ -81,6 +82,8 @@ def plan_training(
     length = transformer.config.max_text_seq_length
     vae_weights, encoding, decoding = count_vae(paths["cogvideox_vae"], transformer, setup)
     text = text_phase(paths["cogvideox_text"], VIDEO_ENCODERS, setup.dtype, length)
+    if setup.autocast and torch.device(device).type != "cpu":
+        norms_as_on_card(transformer)
     training, denoising = count_transformer(transformer, trained, setup)
     plan = {}
     for mode in MEMORY_MODES:
@@ -142,5 +145,12 @@ def count_transformer(
     return training, denoising
 
 
+def norms_as_on_card(transformer: torch.nn.Module) -> None:
+    """Let layer norms give float32 under autocast, as on a GPU; a CPU's autocast, which counts, leaves their dtype."""
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+
 def autocast(setup: TrainingSetup) -> torch.autocast:
-    return torch.autocast("cpu", setup.autocast, enabled=setup.autocast is not None)
+    return torch.autocast("cpu", setup.autocast, enabled=setup.autocast is not None, cache_enabled=False)
