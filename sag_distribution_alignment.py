@@ -5,6 +5,7 @@
 
     accelerate launch … sag_distribution_alignment.py --path_image A.png B.png --prompt 'exterior' 'interior' --pfix
     school
+    accelerate launch --config_file configs/ddp.yaml sag_distribution_alignment.py …    # or configs/fsdp.yaml
 
 Writes loras/NAME/checkpoint-<step>/{lora,controlnet.lora}.safetensors every --checkpointing_steps steps, the loss
 curve, and a copy of the references. The same command continues an interrupted run, to the same weights as an
@@ -136,9 +137,9 @@ def train(
     from models.lora import lora_parameters, save_lora, save_loras_only
     from models.memory import lossy, naming_smaller_mode, settle_memory
     from models.plans import plan_alignment
-    from models.sharding import load_state, require_full_memory, save_state
+    from models.sharding import load_state, require_shardable, save_state
 
-    require_full_memory(args.memory)
+    require_shardable(args.memory, args.mixed_precision)
     accelerator = open_accelerator(run, args, device)
     dtype, device, length = DTYPES[args.dtype], accelerator.device, preset.max_sequence_length
     plan = plan_alignment(paths, args.resolution, args.train_batch_size, args.rank, length, dtype, str(device))
@@ -168,7 +169,7 @@ def train(
     losses, total = read_losses(run.folder, first_step), args.max_train_steps
     is_first = accelerator.is_main_process
     for step in tqdm(range(first_step, total), "align", total, initial=first_step, disable=not is_first):
-        with naming_smaller_mode("alignment", mode):
+        with naming_smaller_mode("alignment", mode, sharded=accelerator.is_fsdp2):
             losses.append(backward(args, preset, references, step, accelerator, objective, models, texts))
             accelerator.unscale_gradients()  # float16 scales them
             norms = optimizer_step(optimizer, loras)

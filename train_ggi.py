@@ -1,7 +1,7 @@
 """Training of the in-between transformer: CogVideoX between two images, along edges and warped noise.
 
     python train_ggi.py --weights full --dataset DL3DV-10K --captions captions.json --lora go_with_the_flow.safetensors
-    accelerate launch --num_processes 8 train_ggi.py --weights full --dataset DL3DV-10K …
+    accelerate launch --config_file configs/fsdp.yaml --num_processes 8 train_ggi.py …    # or configs/ddp.yaml
     python train_ggi.py --weights tiny --dataset synthetic --from_scratch
     python -m torch.distributed.run --nproc_per_node 2 train_ggi.py --weights tiny …      # two processes on a CPU
 
@@ -152,9 +152,9 @@ def train(
     from models.loading import DTYPES
     from models.memory import lossy, naming_smaller_mode
     from models.parallel import open_processes
-    from models.sharding import require_full_memory
+    from models.sharding import require_shardable, sharding_wanted
 
-    require_full_memory(args.memory)
+    require_shardable(args.memory, args.mixed_precision)
     config = read_json(paths["start"] / "config.json")
     training.check_start(config, preset.video_size, preset.num_frames)
     lora = training.read_frozen_lora(args.lora, config) if args.lora else None
@@ -188,7 +188,7 @@ def train(
         numbers = range(min(SHEET_CLIPS, len(cache)))
         return training.paint_sheet(transformer, vae, scheduler, cache, numbers, autocast)
 
-    with naming_smaller_mode("training", mode):
+    with naming_smaller_mode("training", mode, sharded=sharding_wanted()):
         fit(
             run,
             training.InbetweenObjective(transformer, scheduler),

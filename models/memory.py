@@ -296,19 +296,20 @@ def settle_memory(
 
 
 @contextmanager
-def naming_smaller_mode(stage: str, mode: str) -> Iterator[None]:
+def naming_smaller_mode(stage: str, mode: str, *, sharded: bool = False) -> Iterator[None]:
     """Turn running out of memory in the block into an OSError that says which mode needs less.
 
-    The same results come first: a mode that computes as this one does can go on where it stopped.
+    The same results come first: a mode that computes as this one does can go on where it stopped. sharded: over
+    several processes, for which there is no other mode.
     """
-    smaller = MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :]
+    smaller = () if sharded else MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :]
     alike = [other for other in smaller if lossy(KEPT[stage][other]) == lossy(KEPT[stage][mode])]
     if alike:
         advice = f"what is finished is kept: run the same command again with --memory {alike[0]}"
     elif smaller:
         advice = f"begin again with --memory {smaller[0]} --overwrite"
     else:
-        advice = "free some, or use a larger card"
+        advice = f"free some, or use a larger card{' or more of them' if sharded else ''}"
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -46,10 +46,18 @@ def require_shards(accelerator: Accelerator) -> None:
         )
 
 
-def require_full_memory(wanted: str) -> None:
-    """Raise InputError unless `--memory` suits the launch: sharded training keeps networks and moments as they are."""
-    if sharding_wanted() and wanted not in ("auto", "full"):
-        raise InputError(f"--memory {wanted} does not go with sharded training (FSDP): leave it out, or use full")
+def require_blocks(accelerator: Accelerator, objective: torch.nn.Module) -> None:
+    """Raise InputError when a training cannot be sharded: its objective does not say what is gathered together."""
+    if accelerator.is_fsdp2 and not hasattr(objective, "_no_split_modules"):
+        raise InputError("this training cannot be sharded (configs/fsdp.yaml): launch it with configs/ddp.yaml")
+
+
+def require_shardable(memory: str, mixed_precision: str) -> None:
+    """Raise InputError when flags do not go with sharded training: it quantises nothing and scales no gradients."""
+    if sharding_wanted() and memory not in ("auto", "full"):
+        raise InputError(f"--memory {memory} does not go with sharded training (FSDP): leave it out, or use full")
+    if sharding_wanted() and mixed_precision == "fp16":
+        raise InputError("--mixed_precision fp16 does not go with sharded training (FSDP): use bf16")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

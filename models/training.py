@@ -145,9 +145,10 @@ def fit(
 
     from models.memory import RESIDENT
     from models.optimizers import make_optimizer, page_moments
-    from models.sharding import load_state, own_parts, root_gathered, save_state, whole
+    from models.sharding import load_state, own_parts, require_blocks, root_gathered, save_state, whole
 
     accelerator = open_accelerator(run, settings, device)
+    require_blocks(accelerator, objective)
     if not accelerator.is_fsdp2:  # it moves what it divides
         objective.to(accelerator.device)
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]

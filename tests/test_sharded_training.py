@@ -14,7 +14,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from models.sharding import require_full_memory, sharding_plugin
+from models.memory import naming_smaller_mode
+from models.sharding import require_shardable, sharding_plugin
 from models.weights import WEIGHTS
 from tests.helpers import ALIGN, ROOT, SECONDS, call, words, write_picture
 from tests.sharded import launch_environment
@@ -26,15 +27,18 @@ from utils.images import read_image
 slow = pytest.mark.slow
 
 
-def launch(script: str, sharded: bool, *arguments: object) -> subprocess.CompletedProcess:
+def launch(script: str, sharded: bool, *arguments: object) -> None:
     """Run a script in two processes on the tiny weights."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     program = ["tests/sharded.py", script] if sharded else [f"{script}.py"]
-    command = [sys.executable, *launcher, *program, *words("--mixed_precision", "no", *arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * SECONDS, env=environment)
+    result = in_two_processes(*program, *words("--mixed_precision", "no", *arguments))
     assert result.returncode == 0, result.stderr[-4000:]
-    return result
+
+
+def in_two_processes(*command: str) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 2 * SECONDS, "env": environment}
+    return subprocess.run([*launcher, *command], **options)
 
 
 def losses(folder: Path) -> list[float]:
@@ -77,11 +81,26 @@ def test_the_plugin_is_what_the_configuration_says(monkeypatch: pytest.MonkeyPat
 
 
 def test_sharding_needs_the_full_mode(monkeypatch: pytest.MonkeyPatch):
-    require_full_memory("low")
+    require_shardable("low", "fp16")
     as_fsdp(monkeypatch)
-    require_full_memory("auto")
+    require_shardable("auto", "bf16")
     with pytest.raises(InputError, match="--memory low does not go with sharded training"):
-        require_full_memory("low")
+        require_shardable("low", "bf16")
+    with pytest.raises(InputError, match="--mixed_precision fp16 does not go with sharded training"):
+        require_shardable("auto", "fp16")
+    with (
+        pytest.raises(OSError, match="free some, or use a larger card or more of them"),
+        naming_smaller_mode("training", "full", sharded=True),
+    ):
+        raise torch.OutOfMemoryError
+
+
+@slow
+def test_other_trainings_say_that_they_are_not_sharded(tmp_path: Path):
+    flags = ("--output_dir", str(tmp_path / "run"), "--mixed_precision", "no")
+    result = in_two_processes("tests/sharded.py", "tests.toy_training", *flags)
+    assert result.returncode != 0 and "this training cannot be sharded" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_process_is_not_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

@@ -208,6 +208,7 @@ def test_what_changes_the_plan():
     averaged = phases(ema_decay=0.9)
     for name in ("training", "update", "sheets"):
         assert 0.95 * weights < averaged[name].optimizer - before[name].optimizer <= weights
+    assert phases(processes=4, sharded=True)["training"].total < 0.6 * before["training"].total
     assert (
         phases(processes=2)["sheets"].total - before["sheets"].total
         == averaged["update"].optimizer - before["update"].optimizer
