@@ -5,6 +5,7 @@
 
     accelerate launch … sag_distribution_alignment.py --path_image A.png B.png --prompt 'exterior' 'interior' --pfix
     school
+    accelerate launch --config_file configs/ddp.yaml sag_distribution_alignment.py …    # or configs/fsdp.yaml
 
 Writes loras/NAME/checkpoint-<step>/{lora,controlnet.lora}.safetensors every --checkpointing_steps steps, the loss
 curve, and a copy of the references. The same command continues an interrupted run, to the same weights as an
@@ -14,7 +15,7 @@ uninterrupted one.
 import argparse
 from pathlib import Path
 
-from models.training import open_accelerator, write_checkpoint
+from models.training import forward_precision, open_accelerator, write_checkpoint
 from models.weights import (
     FLUX_STAGE,
     Preset,
@@ -133,13 +134,17 @@ def train(
 
     from models.alignment import FlowObjective, load_trainable, lora_optimizer, optimizer_step
     from models.loading import DTYPES, encode_flux_prompts
-    from models.lora import save_lora, save_loras_only
+    from models.lora import lora_parameters, save_lora, save_loras_only
     from models.memory import lossy, naming_smaller_mode, settle_memory
     from models.plans import plan_alignment
+    from models.sharding import load_state, require_shardable, save_state
 
+    require_shardable(args.memory, args.mixed_precision)
     accelerator = open_accelerator(run, args, device)
     dtype, device, length = DTYPES[args.dtype], accelerator.device, preset.max_sequence_length
     plan = plan_alignment(paths, args.resolution, args.train_batch_size, args.rank, length, dtype, str(device))
+    if accelerator.is_fsdp2:  # before it is divided, each process holds all of it
+        plan = {"full": plan["full"]}
     mode, kept = settle_memory("alignment", plan, args.memory, str(device))
     prompts = [reference.prompt for reference in references]
     texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, length, kept["text"])
@@ -147,22 +152,24 @@ def train(
     networks = (models.transformer, models.controlnet)
     optimizer = lora_optimizer([p for group in loras for p in group], args.learning_rate)
     objective, optimizer = accelerator.prepare(FlowObjective(models), optimizer)
+    loras = [lora_parameters(network) for network in networks]  # sharding makes new ones
     save_loras_only(accelerator, networks)
     if first_step:
-        accelerator.load_state(find_checkpoints(run.folder)[first_step] / STATE_FOLDER)
+        load_state(accelerator, find_checkpoints(run.folder)[first_step] / STATE_FOLDER, objective, optimizer)
     if accelerator.is_main_process:
         begin(run, references, weight_hashes(paths) | lossy(kept))
     accelerator.wait_for_everyone()
     accelerator.init_trackers("alignment")
 
     def save(folder: Path) -> None:
+        save_state(accelerator, folder / STATE_FOLDER, objective, optimizer)
         for network, path in zip(networks, checkpoint_lora_paths(folder), strict=True):
             save_lora(network, path)
 
     losses, total = read_losses(run.folder, first_step), args.max_train_steps
     is_first = accelerator.is_main_process
     for step in tqdm(range(first_step, total), "align", total, initial=first_step, disable=not is_first):
-        with naming_smaller_mode("alignment", mode):
+        with naming_smaller_mode("alignment", mode, sharded=accelerator.is_fsdp2):
             losses.append(backward(args, preset, references, step, accelerator, objective, models, texts))
             accelerator.unscale_gradients()  # float16 scales them
             norms = optimizer_step(optimizer, loras)
@@ -196,7 +203,8 @@ def backward(args, preset: Preset, references, step: int, accelerator, objective
         batch = draw_batch(references, (args.seed, step, micro), items, args.resolution, preset.training_multiple)
         sample, text = batch_flow_sample(models, batch), stack_texts([texts[batch.prompt]] * len(batch.t))
         with accelerator.accumulate(objective):
-            loss = objective(sample, text, batch.control)
+            with forward_precision(accelerator):
+                loss = objective(sample, text, batch.control)
             accelerator.backward(loss)
         losses.append(accelerator.gather(loss.detach()).mean().item())
     return sum(losses) / len(losses)

@@ -1,7 +1,7 @@
 """Training of the in-between transformer: CogVideoX between two images, along edges and warped noise.
 
     python train_ggi.py --weights full --dataset DL3DV-10K --captions captions.json --lora go_with_the_flow.safetensors
-    accelerate launch --num_processes 8 train_ggi.py --weights full --dataset DL3DV-10K …
+    accelerate launch --config_file configs/fsdp.yaml --num_processes 8 train_ggi.py …    # or configs/ddp.yaml
     python train_ggi.py --weights tiny --dataset synthetic --from_scratch
     python -m torch.distributed.run --nproc_per_node 2 train_ggi.py --weights tiny …      # two processes on a CPU
 
@@ -18,6 +18,7 @@ from models.training import FREE_SETTINGS, add_training_flags, fit, is_trained, 
 from models.weights import (
     GGI_STAGE,
     Preset,
+    add_memory_flags,
     add_weight_flags,
     component_folder,
     load_preset,
@@ -67,6 +68,7 @@ def parse_args() -> argparse.Namespace:
         beta2=0.95,
         weight_decay=1e-4,
     )
+    add_memory_flags(parser)
     add_weight_flags(parser, GGI_STAGE)
     return parser.parse_args()
 
@@ -108,8 +110,8 @@ def result_arguments(args: argparse.Namespace, source: ClipSource) -> dict:
 
     Weights to start from count by their flags here and by their hashes in the manifest.
     """
-    elsewhere = {"output_dir", "cache_dir", "overwrite", "device", "dataset", "clips", "gradient_checkpointing"}
-    elsewhere |= FREE_SETTINGS | set(FOLDER_FLAGS)
+    elsewhere = {"output_dir", "cache_dir", "overwrite", "device", "memory", "dataset", "clips"}
+    elsewhere |= {"gradient_checkpointing"} | FREE_SETTINGS | set(FOLDER_FLAGS)
     chosen = {key: value for key, value in vars(args).items() if key not in elsewhere}
     names = "\n".join(source.name(i) for i in range(len(source)))
     return chosen | {
@@ -148,15 +150,22 @@ def train(
 
     from models import inbetween_training as training
     from models.loading import DTYPES
+    from models.memory import lossy, naming_smaller_mode
     from models.parallel import open_processes
+    from models.sharding import require_shardable, sharding_wanted
 
+    require_shardable(args.memory, args.mixed_precision)
     config = read_json(paths["start"] / "config.json")
     training.check_start(config, preset.video_size, preset.num_frames)
     lora = training.read_frozen_lora(args.lora, config) if args.lora else None
     process, _ = open_processes(device)
     weights = weight_hashes(paths | ({"lora": args.lora} if lora else {}))
+    cache = open_cache(args, preset, source, paths, weights, config["max_text_seq_length"])
+    missing = cache.missing_clips(process.process_index, process.num_processes)
+    mode, kept = settle_training(args, preset, paths, config, lora, missing, process)
+    weights |= lossy(kept)
     run.require_begun_with(weights)
-    cache = fill_cache(args, preset, source, paths, weights, config["max_text_seq_length"], process)
+    fill_cache(args, preset, source, paths, cache, missing, config["max_text_seq_length"], process)
 
     if args.from_scratch:
         transformer = training.new_transformer(config, args.seed)
@@ -165,7 +174,7 @@ def train(
     autocast, dtype = autocast_dtype(args), DTYPES[args.dtype]
     if lora:
         training.add_frozen_lora(transformer, lora, dtype if autocast else DTYPES["float32"])
-    if args.gradient_checkpointing or (args.gradient_checkpointing is None and args.weights == "full"):
+    if checkpoints_gradients(args):
         transformer.enable_gradient_checkpointing()
     scheduler = CogVideoXDDIMScheduler.from_pretrained(
         paths["cogvideox_text"], subfolder="scheduler", local_files_only=True
@@ -179,34 +188,80 @@ def train(
         numbers = range(min(SHEET_CLIPS, len(cache)))
         return training.paint_sheet(transformer, vae, scheduler, cache, numbers, autocast)
 
-    fit(
-        run,
-        training.InbetweenObjective(transformer, scheduler),
-        training_settings(args),
-        draw,
-        lambda folder: training.save_transformer(transformer, folder / "transformer", dtype),
-        sheet,
-        device=device,
-        weights=weights,
-    )
+    with naming_smaller_mode("training", mode, sharded=sharding_wanted()):
+        fit(
+            run,
+            training.InbetweenObjective(transformer, scheduler),
+            training_settings(args),
+            draw,
+            lambda folder: training.save_transformer(transformer, folder / "transformer", dtype),
+            sheet,
+            device=device,
+            weights=weights,
+            moments=kept["optimizer"],
+        )
     if process.is_main_process:
         print(find_checkpoints(run.folder)[args.max_train_steps])
 
 
-def fill_cache(args, preset: Preset, source: ClipSource, paths: dict[str, Path], weights: dict, length: int, process):
-    """Encode what is not encoded yet: clips by all processes, captions by the first. Networks are freed again.
+def checkpoints_gradients(args: argparse.Namespace) -> bool:
+    return args.weights == "full" if args.gradient_checkpointing is None else args.gradient_checkpointing
 
-    weights: hashes of the networks. length: tokens of a caption. Returns the ClipCache.
-    """
-    from models.clip_cache import ClipCache, ClipEncoder
-    from models.loading import DTYPES, encode_video_prompts
+
+def settle_training(
+    args, preset: Preset, paths: dict[str, Path], config: dict, lora: dict | None, missing: list[int], process
+) -> tuple[str, dict[str, str]]:
+    """The memory mode, and {"optimizer": how its moments are kept}. missing: clips that this process will encode."""
+    from models.inbetween_training import lora_ranks
+    from models.loading import DTYPES
+    from models.memory import settle_memory
+    from models.parallel import in_any_process
+    from models.sharding import sharding_wanted
+    from models.training_plan import TrainingSetup, plan_training, trained_builder
+
+    device, autocast = str(process.device), autocast_dtype(args)
+    setup = TrainingSetup(
+        size=preset.video_size,
+        num_frames=preset.num_frames,
+        batch=args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        checkpointing=checkpoints_gradients(args),
+        autocast=autocast,
+        ema_decay=args.ema_decay,
+        dtype=DTYPES[args.dtype],
+        tiling=preset.vae_tiling,
+        encoding=in_any_process(bool(missing), process.device),
+        processes=process.num_processes,
+        sharded=sharding_wanted(),
+    )
+    build = trained_builder(config, lora_ranks(lora or {}), DTYPES[args.dtype if autocast else "float32"])
+    plan = plan_training(paths, build, setup, device)
+    if setup.sharded:
+        plan = {"full": plan["full"]}
+    return settle_memory("training", plan, args.memory, device)
+
+
+def open_cache(args, preset: Preset, source: ClipSource, paths: dict[str, Path], weights: dict, length: int):
+    """The ClipCache of these clips and networks. weights: hashes of the networks. length: tokens of a caption."""
+    from models.clip_cache import ClipCache
 
     precision = {"dtype": args.dtype, "mixed_precision": args.mixed_precision}
     vae_config = read_json(component_folder("cogvideox_vae", paths["cogvideox_vae"]) / "config.json")
     identity = {"vae": weights["cogvideox_vae"], "scale": vae_config["scaling_factor"], "size": preset.video_size}
     text_identity = {"text": weights["cogvideox_text"], "tokens": length, "dtype": args.dtype}
-    cache = ClipCache(args.cache_dir, source, identity | precision, text_identity)
-    missing = cache.missing_clips(process.process_index, process.num_processes)
+    return ClipCache(args.cache_dir, source, identity | precision, text_identity)
+
+
+def fill_cache(
+    args, preset: Preset, source: ClipSource, paths: dict[str, Path], cache, missing: list[int], length: int, process
+) -> None:
+    """Encode what is not encoded yet: clips by all processes, captions by the first. Networks are freed again.
+
+    missing: clips that this process encodes. length: tokens of a caption.
+    """
+    from models.clip_cache import ClipEncoder
+    from models.loading import DTYPES, encode_video_prompts
+
     if missing and process.is_local_main_process:
         source.prepare()
     process.wait_for_everyone()
@@ -220,7 +275,6 @@ def fill_cache(args, preset: Preset, source: ClipSource, paths: dict[str, Path],
         device, dtype = process.device, DTYPES[args.dtype]
         cache.add_texts(encode_video_prompts(paths["cogvideox_text"], texts, device, dtype, length))
     process.wait_for_everyone()
-    return cache
 
 
 def load_video_vae(args: argparse.Namespace, preset: Preset, paths: dict[str, Path], device):

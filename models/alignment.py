@@ -7,6 +7,7 @@ FLUX and its ControlNet must add so that edges of the reference give the referen
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from models.latents import draw_noise, pack, to_signed
 from models.loading import load_flux, place_flux
 from models.lora import add_lora
 from models.memory import KEPT
+from models.sharding import whole
 from utils.references import Reference, crop_size, draw_aspect, draw_crop
 from utils.runs import derive_seed
 
@@ -42,6 +44,8 @@ def flow_sample(image: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Fl
 
 class FlowObjective(torch.nn.Module):
     """Transformer and ControlNet as one module: one wrapper (autocast, DDP) then holds everything that is trained."""
+
+    _no_split_modules: ClassVar = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]  # what FSDP gathers together
 
     def __init__(self, models: FluxModels):
         super().__init__()
@@ -136,7 +140,7 @@ def optimizer_step(
 
     Returns each group's norm before clipping.
     """
-    norms = [float(torch.nn.utils.clip_grad_norm_(list(group), max_norm)) for group in clip_groups]
+    norms = [float(whole(torch.nn.utils.clip_grad_norm_(list(group), max_norm))) for group in clip_groups]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norms

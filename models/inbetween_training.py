@@ -5,8 +5,10 @@ merged into what is saved. The network predicts v; the loss is on the clean late
 sqrt(ᾱ) x_t - sqrt(1 - ᾱ) v, weighted by 1/(1 - ᾱ), as in diffusers' CogVideoX training example.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from models.convert import Shards, build, load_ggi_transformer, read_weights
 from models.inbetween import LATENT_CHANNELS, CogVideoXInbetweenPipeline
 from models.keymaps import merge_tensor, merged_names
 from models.latents import draw_noise
+from models.sharding import whole_state
 from utils.arcs import LATENT_FRAMES, resample_indices
 from utils.cli import InputError
 from utils.images import contact_sheet
@@ -102,6 +105,11 @@ def read_frozen_lora(path: Path, config: Mapping) -> Tensors:
     return state
 
 
+def lora_ranks(state: Tensors) -> dict[str, int]:
+    """{layer: rank} of a LoRA, as `read_frozen_lora` gives it."""
+    return {key.removesuffix(".lora_A.weight"): t.shape[0] for key, t in state.items() if key.endswith("_A.weight")}
+
+
 def add_frozen_lora(transformer: CogVideoXTransformer3DModel, state: Tensors, dtype: torch.dtype) -> None:
     """Add the LoRA's layers in `dtype`, frozen; everything else stays trainable."""
     transformer.load_lora_adapter(state, prefix=None, adapter_name="default")
@@ -113,8 +121,12 @@ def add_frozen_lora(transformer: CogVideoXTransformer3DModel, state: Tensors, dt
 
 
 def save_transformer(transformer: CogVideoXTransformer3DModel, folder: Path, dtype: torch.dtype) -> None:
-    """Write a plain CogVideoX transformer with the LoRA merged in, as ggi.py loads it."""
-    state = transformer.state_dict()
+    """Write a plain CogVideoX transformer with the LoRA merged in, as ggi.py loads it.
+
+    Call it in every process if the transformer is sharded; the first one writes.
+    """
+    if not (state := whole_state(transformer)):
+        return
     merged = {name: merge_tensor(state, name).to("cpu", dtype, copy=True) for name in merged_names(state)}
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     build(CogVideoXTransformer3DModel, config, merged).save_pretrained(folder)
@@ -133,8 +145,24 @@ def rotary_positions(config: Mapping, h: int, w: int, frames: int) -> tuple[torc
     return get_3d_rotary_pos_embed(config["attention_head_dim"], crops, grid, frames)
 
 
+@contextmanager
+def uncached_casts() -> Iterator[None]:
+    """Autocast copies each weight when it is used and drops the copy; at full size the copies of all are 11 GB.
+
+    The numbers are the same: no weight is used twice in a pass.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 class InbetweenObjective(torch.nn.Module):
     """Transformer and noise schedule: the loss of a batch."""
+
+    _no_split_modules: ClassVar = ["CogVideoXBlock"]  # what FSDP gathers together
 
     def __init__(self, transformer: CogVideoXTransformer3DModel, scheduler: CogVideoXDDIMScheduler):
         super().__init__()
@@ -156,13 +184,14 @@ class InbetweenObjective(torch.nn.Module):
         noisy = self._scheduler.add_noise(latents, noise, timesteps)
         frames, _, h, w = latents.shape[1:]
         rotary = rotary_positions(self.transformer.config, h, w, frames)
-        velocity = self.transformer(
-            hidden_states=torch.cat([noisy, conditions], dim=2),
-            encoder_hidden_states=text,
-            timestep=timesteps,
-            image_rotary_emb=rotary and tuple(part.to(latents.device) for part in rotary),
-            return_dict=False,
-        )[0]
+        with uncached_casts():
+            velocity = self.transformer(
+                hidden_states=torch.cat([noisy, conditions], dim=2),
+                encoder_hidden_states=text,
+                timestep=timesteps,
+                image_rotary_emb=rotary and tuple(part.to(latents.device) for part in rotary),
+                return_dict=False,
+            )[0]
         predicted = self._scheduler.get_velocity(velocity.float(), noisy, timesteps)  # the same formula gives x0
         errors = (predicted - latents).square().flatten(1).mean(dim=1)
         weights = 1 / (1 - self._scheduler.alphas_cumprod.to(errors)[timesteps])
@@ -246,7 +275,7 @@ def paint_sheet(
     )
     pipe.set_progress_bar_config(disable=True)
     rows = []
-    with torch.autocast(vae.device.type, autocast, enabled=autocast is not None):
+    with torch.autocast(vae.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
         for number in numbers:
             clip, text = cache.clip(number), cache.text(cache.caption(number))[None]
             noise = blend_noise(clip["noise"], draw_noise(clip["noise"].shape, number), SHEET_ALPHA)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from models.convert import read_weights
 from models.keymaps import MLP_RATIO, lora_from_peft, lora_to_peft
+from models.sharding import whole
 from utils.cli import InputError
-from utils.runs import atomic_path
+from utils.runs import atomic_path, is_first_process
 
 FluxModel = FluxTransformer2DModel | FluxControlNetModel
 SINGLE_BLOCKS = range(1, 5)  # the single-stream blocks that carry LoRA; all double-stream blocks do
@@ -87,6 +88,10 @@ def add_lora(model: FluxModel, rank: int) -> list[torch.nn.Parameter]:
         if name.endswith("attn.to_qkv"):
             _fuse(model.get_submodule(name.removesuffix(".to_qkv")))
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="gaussian"))
+    return lora_parameters(model)
+
+
+def lora_parameters(model: FluxModel) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
 
 
@@ -118,16 +123,20 @@ def set_lora(model: FluxModel, state: Mapping[str, torch.Tensor], weight: float 
 
 
 def lora_state(model: FluxModel) -> dict[str, torch.Tensor]:
-    """LoRA values under the reference's names, in the dtype they are trained in."""
-    return {
-        key: tensor.detach().contiguous() for key, tensor in lora_from_peft(get_peft_model_state_dict(model)).items()
-    }
+    """LoRA values under the reference's names, in the dtype they are trained in. In every process if sharded."""
+    state = {key: whole(tensor.detach()) for key, tensor in get_peft_model_state_dict(model).items()}
+    return {key: tensor.contiguous() for key, tensor in lora_from_peft(state).items()}
 
 
 def save_lora(model: FluxModel, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write the LoRA as the reference does: its key names, bfloat16. Atomic."""
-    with atomic_path(path) as temporary:
-        save_file({key: tensor.to("cpu", dtype) for key, tensor in lora_state(model).items()}, temporary)
+    """Write the LoRA as the reference does: its key names, bfloat16. Atomic.
+
+    Call it in every process if the model is sharded; the first one writes.
+    """
+    state = {key: tensor.to("cpu", dtype) for key, tensor in lora_state(model).items()}
+    if is_first_process():
+        with atomic_path(path) as temporary:
+            save_file(state, temporary)
 
 
 def save_loras_only(accelerator: Accelerator, models: Sequence[FluxModel]) -> None:

@@ -34,12 +34,14 @@ FP8 = "fp8"  # on the card, stored in 8 bits, computed in the precision of the r
 INT8, NF4 = "int8", "nf4"  # on the card, the blocks' matrices in 8 or 4 bits; gradients pass through
 AT_WORK = "at work"  # in CPU memory, on the card while the network is used
 STREAMED = "streamed"  # in CPU memory, layers come to the card one by one, ahead of their use
-LOSSY = (FP8, INT8, NF4)
+EIGHT_BITS = "8 bits"  # an optimizer's moments, in blocks of values that share a scale
+PAGED = "8 bits, paged"  # the same numbers in CPU memory; the driver brings what an update needs
+LOSSY = (FP8, INT8, NF4, EIGHT_BITS)
 STREAMED_LAYERS = 3  # on the card at once: at work, on its way, not yet released
 NF4_BLOCK = 64  # weights that share a scale
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
-# stage -> mode -> network -> how it is kept; text: the text encoders, which are freed before the others are loaded
+# stage -> mode -> network, or optimizer -> how it is kept; text: encoders, freed before the others are loaded
 KEPT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "alignment": {
         "full": {"text": RESIDENT, "transformer": RESIDENT, "controlnet": RESIDENT, "vae": RESIDENT},
@@ -55,6 +57,11 @@ KEPT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "full": {"text": RESIDENT, "transformer": RESIDENT, "vae": RESIDENT},
         "balanced": {"text": RESIDENT, "transformer": AT_WORK, "vae": AT_WORK},
         "low": {"text": STREAMED, "transformer": STREAMED, "vae": RESIDENT},
+    },
+    "training": {  # of whole networks, whose float32 weights and gradients stay on the card
+        "full": {"optimizer": RESIDENT},
+        "balanced": {"optimizer": EIGHT_BITS},
+        "low": {"optimizer": PAGED},
     },
 }
 
@@ -222,17 +229,17 @@ def find_room(device: str) -> int:
 
 
 def choose_mode(wanted: str, plans: Mapping[str, Sequence[Phase]], room: int, device: str) -> str:
-    """The mode to use. wanted: one of MEMORY_MODES, or auto: the first, which is the fastest, that fits into `room`.
+    """The mode to use. wanted: a mode of `plans`, or auto: the first, which is the fastest, that fits into `room`.
 
     Raises InputError for what does not fit, naming the fastest mode that would.
     """
-    peaks = {mode: max(phase.total for phase in plans[mode]) for mode in MEMORY_MODES}
-    fitting = [mode for mode in MEMORY_MODES if peaks[mode] <= room]
+    peaks = {mode: max(phase.total for phase in plans[mode]) for mode in MEMORY_MODES if mode in plans}
+    fitting = [mode for mode in peaks if peaks[mode] <= room]
     if wanted == "auto" and fitting:
         return fitting[0]
     if wanted in fitting:
         return wanted
-    needed = show_bytes(peaks["low" if wanted == "auto" else wanted])
+    needed = show_bytes(min(peaks.values()) if wanted == "auto" else peaks[wanted])
     advice = f"use --memory {fitting[0]}" if fitting else "no mode fits: free some, or use a larger one"
     raise InputError(f"--memory {wanted} needs {needed}, {device} has room for {show_bytes(room)}: {advice}")
 
@@ -294,7 +301,7 @@ def settle_memory(
     if is_first_process():
         print(describe_plan(mode, plan[mode], room, device), file=sys.stderr)
     kept = kept_on(device, stage, mode)
-    if {INT8, NF4} & set(kept.values()) and find_spec("bitsandbytes") is None:
+    if {INT8, NF4, EIGHT_BITS, PAGED} & set(kept.values()) and find_spec("bitsandbytes") is None:
         raise InputError(f"--memory {mode} needs bitsandbytes: pip install {BITSANDBYTES}")
     return mode, kept
 
@@ -317,19 +324,20 @@ def settle_overlap(
 
 
 @contextmanager
-def naming_smaller_mode(stage: str, mode: str) -> Iterator[None]:
+def naming_smaller_mode(stage: str, mode: str, *, sharded: bool = False) -> Iterator[None]:
     """Turn running out of memory in the block into an OSError that says which mode needs less.
 
-    The same results come first: a mode that computes as this one does can go on where it stopped.
+    The same results come first: a mode that computes as this one does can go on where it stopped. sharded: over
+    several processes, for which there is no other mode.
     """
-    smaller = MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :]
+    smaller = () if sharded else MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :]
     alike = [other for other in smaller if lossy(KEPT[stage][other]) == lossy(KEPT[stage][mode])]
     if alike:
         advice = f"what is finished is kept: run the same command again with --memory {alike[0]}"
     elif smaller:
         advice = f"begin again with --memory {smaller[0]} --overwrite"
     else:
-        advice = "free some, or use a larger card"
+        advice = f"free some, or use a larger card{' or more of them' if sharded else ''}"
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -341,10 +349,12 @@ def kept_on(device: str, stage: str, mode: str) -> dict[str, str]:
     kept = KEPT[stage][mode]
     if torch.device(device).type != "cpu":
         return dict(kept)
-    return {name: RESIDENT if how in (STREAMED, AT_WORK) else how for name, how in kept.items()}
+    here = {STREAMED: RESIDENT, AT_WORK: RESIDENT, PAGED: EIGHT_BITS}
+    return {name: here.get(how, how) for name, how in kept.items()}
 
 
 def lossy(kept: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """What of it changes the results, for a manifest's `weights`; empty when nothing does."""
-    found = {name: how for name, how in kept.items() if how in LOSSY}
+    values = {name: EIGHT_BITS if how == PAGED else how for name, how in kept.items()}  # pages change no number
+    found = {name: how for name, how in values.items() if how in LOSSY}
     return {"kept": found} if found else {}

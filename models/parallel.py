@@ -12,6 +12,15 @@ from utils.cli import InputError
 WAIT = timedelta(days=7)  # of processes for one another: encoding a large dataset takes hours
 
 
+def in_any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true in one process of the launch, or more. Call it in all of them."""
+    if not torch.distributed.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return bool(flags)
+
+
 def open_processes(device: str) -> tuple[PartialState, str]:
     """accelerate's state of this process, and its own device. device: from `resolve_device`."""
     if ":" in device and int(os.environ.get("WORLD_SIZE", "1")) > 1:

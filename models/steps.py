@@ -5,6 +5,7 @@ torch's default dtype; made inside `without_data` they have no values.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel, ModelMixin
@@ -12,6 +13,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel, Model
 from models.alignment import FlowObjective, FlowSample
 from models.flux import FluxModels, Text, decode_latents, velocity
 from models.inbetween import LATENT_CHANNELS
+from models.inbetween_training import InbetweenObjective
 
 Step = Callable[[], object]
 
@@ -58,6 +60,33 @@ def ggi_step(network: CogVideoXTransformer3DModel, size: tuple[int, int], num_fr
         shape = (frames * h * w // config.patch_size**2, config.attention_head_dim)
         arguments["image_rotary_emb"] = (torch.randn(shape, device=device), torch.randn(shape, device=device))
     return lambda: network(**arguments)
+
+
+def inbetween_training_step(
+    objective: InbetweenObjective,
+    size: tuple[int, int],
+    num_frames: int,
+    batch: int,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Step:
+    """Loss and gradients of a batch of clips. size: width, height in pixels. autocast: context of the forward pass."""
+    config, device = objective.transformer.config, objective.transformer.device
+    frames, h, w = latent_shape(objective.transformer, size, num_frames)
+    shape = (batch, frames, LATENT_CHANNELS, h, w)
+    inputs = {
+        "latents": torch.randn(shape, device=device),
+        "noise": torch.randn(shape, device=device),
+        "conditions": torch.randn(batch, frames, 2 * LATENT_CHANNELS, h, w, device=device),
+        "text": torch.randn(batch, config.max_text_seq_length, config.text_embed_dim, device=device),
+        "timesteps": torch.full((batch,), 500, device=device),
+    }
+
+    def step() -> None:
+        with autocast():
+            loss = objective(**inputs)["loss"]
+        loss.backward()
+
+    return step
 
 
 def latent_shape(network: ModelMixin, size: tuple[int, int], num_frames: int) -> tuple[int, int, int]:

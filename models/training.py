@@ -9,7 +9,7 @@ import errno
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from utils.arcs import SAMPLES_FOLDER, STATE_FOLDER, find_checkpoints
 from utils.cli import decay, non_negative_float, non_negative_int, positive_float, positive_int, seed
 from utils.images import write_image
 from utils.losses import read_losses, write_losses
-from utils.runs import Run, atomic_path
+from utils.runs import Run
 
 KEPT_STATES = 2  # checkpoints that keep what is needed to go on from them; older ones keep their weights
 Draw = Callable[[tuple[int, ...], Iterable[int]], dict]
@@ -92,15 +92,28 @@ def open_accelerator(run: Run, settings, device: str):
     """accelerate's Accelerator of a run. settings: TrainSettings, or anything else with its fields."""
     import accelerate
 
-    return accelerate.Accelerator(
+    from models.sharding import require_shards, sharding_plugin, sharding_wanted
+
+    sharded = sharding_wanted()
+    # gradients that wait for the next batch are whole: sharded ones are reduced at once
+    accumulation = accelerate.utils.GradientAccumulationPlugin(
+        settings.gradient_accumulation_steps, sync_each_batch=sharded
+    )
+    accelerator = accelerate.Accelerator(
         mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        gradient_accumulation_plugin=accumulation,
+        fsdp_plugin=sharding_plugin() if sharded else None,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_dir=run.folder,
         cpu=device == "cpu",
         # Some outputs go unused, such as the text output of the ControlNet's last block: they never get a gradient.
-        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
+        # Gradients that lie in DDP's buckets are not held twice.
+        kwargs_handlers=[
+            accelerate.DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
+        ],
     )
+    require_shards(accelerator)
+    return accelerator
 
 
 def is_trained(run: Run, settings: TrainSettings) -> bool:
@@ -118,31 +131,40 @@ def fit(
     *,
     device: str = "cpu",
     weights: dict | None = None,
+    moments: str | None = None,
 ) -> None:
     """Train the parameters of `objective` that require gradients, and leave checkpoint-<step>/ folders in the run.
 
     objective(**batch) returns scalars with the key `loss`. draw(step_seed, items) gives the batch of one process.
     save(folder) writes the weights for use; sheet() paints samples, uint8 [H, W, 3]. Both see the averaged weights.
     weights: hashes of what the training starts from, for the manifest; a run is not continued with others.
+    moments: how AdamW's are kept (`models/optimizers.py`; default: 32 bits).
     """
-    import torch
     from diffusers.training_utils import EMAModel
     from tqdm import tqdm
 
+    from models.memory import RESIDENT
+    from models.optimizers import make_optimizer, page_moments
+    from models.sharding import load_state, own_parts, require_blocks, root_gathered, save_state, whole
+
     accelerator = open_accelerator(run, settings, device)
-    objective.to(accelerator.device)
+    require_blocks(accelerator, objective)
+    if not accelerator.is_fsdp2:  # it moves what it divides
+        objective.to(accelerator.device)
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay
-    )
-    average = EMAModel(parameters, decay=settings.ema_decay, foreach=True) if settings.ema_decay else None
+    betas = (0.9, settings.beta2)
+    optimizer = make_optimizer(parameters, settings.learning_rate, betas, settings.weight_decay, moments or RESIDENT)
     module, optimizer = accelerator.prepare(objective, optimizer)
+    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]  # sharding makes new
+    parts = own_parts(parameters)
+    average = EMAModel(parts, decay=settings.ema_decay, foreach=True) if settings.ema_decay else None
     if average:
         accelerator.register_for_checkpointing(average)
     checkpoints = {} if run.replaces else find_checkpoints(run.folder)
     first = max((step for step, path in checkpoints.items() if (path / STATE_FOLDER).is_dir()), default=0)
     if first:
-        accelerator.load_state(checkpoints[first] / STATE_FOLDER)
+        load_state(accelerator, checkpoints[first] / STATE_FOLDER, objective, optimizer, average)
+        page_moments(optimizer)
         if average:
             average.to(accelerator.device)
     if accelerator.is_main_process:
@@ -153,7 +175,8 @@ def fit(
     began, total = time.monotonic(), settings.max_train_steps
 
     def save_average(folder: Path) -> None:
-        with averaged(average, parameters):
+        save_state(accelerator, folder / STATE_FOLDER, objective, optimizer, average)
+        with averaged(average, parts):
             save(folder)
 
     steps = tqdm(range(first, total), "train", total, initial=first, disable=not accelerator.is_main_process)
@@ -165,15 +188,18 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if average:
-            average.step(parameters)
+            average.step(parts)
         losses.append(values["loss"])
         rate = (step + 1 - first) / (time.monotonic() - began)
-        accelerator.log(values | {"grad_norm": float(norm), "steps_per_second": rate}, step + 1)
+        accelerator.log(values | {"grad_norm": float(whole(norm)), "steps_per_second": rate}, step + 1)
         steps.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
         last = step + 1 == total
-        if sheet and accelerator.is_main_process and ((step + 1) % settings.sheet_steps == 0 or last):
-            with averaged(average, parameters):
-                write_image(run.folder / SAMPLES_FOLDER / f"{step + 1:06d}.png", sheet())
+        painting = accelerator.is_main_process or accelerator.is_fsdp2  # of divided weights by all processes together
+        if sheet and painting and ((step + 1) % settings.sheet_steps == 0 or last):
+            with averaged(average, parts), root_gathered(objective):
+                picture = sheet()
+            if accelerator.is_main_process:
+                write_image(run.folder / SAMPLES_FOLDER / f"{step + 1:06d}.png", picture)
         if (step + 1) % settings.checkpointing_steps == 0 or last:  # after its sheet: the last one ends the run
             write_checkpoint(accelerator, run, step + 1, losses, save_average)
             if accelerator.is_main_process:
@@ -192,11 +218,17 @@ def _backward(accelerator, module, settings: TrainSettings, draw: Draw, step: in
     for micro in range(settings.gradient_accumulation_steps):
         batch = draw((settings.seed, step, micro), range(rank * size, (rank + 1) * size))
         with accelerator.accumulate(module):
-            values = module(**_to(batch, accelerator.device))
+            with forward_precision(accelerator):
+                values = module(**_to(batch, accelerator.device))
             accelerator.backward(values["loss"])
         rows.append(torch.stack([value.detach().float() for value in values.values()]))
     mean = accelerator.reduce(torch.stack(rows).mean(dim=0), "mean")
     return dict(zip(values, mean.tolist(), strict=True))
+
+
+def forward_precision(accelerator) -> AbstractContextManager:
+    """Autocast for a sharded module: accelerate gives it to all others itself."""
+    return accelerator.autocast() if accelerator.is_fsdp2 else nullcontext()
 
 
 def _to(batch: dict, device) -> dict:
@@ -218,21 +250,24 @@ def averaged(average, parameters: list) -> Iterator[None]:
 
 
 def write_checkpoint(accelerator, run: Run, step: int, losses: list[float], save: Callable[[Path], None]) -> None:
-    """checkpoint-<step>/ with what save(folder) writes and the state to go on from; it gets its name when complete.
+    """checkpoint-<step>/ with what save(folder) writes; it gets its name when complete.
 
-    losses: of all steps so far, written beside it. Call it in every process; the first one writes.
+    losses: of all steps so far, written beside it. Call it in every process; the first one writes, or all if sharded.
     """
     from safetensors import SafetensorError
 
+    from models.sharding import checkpoint_folder
+
     if accelerator.is_main_process:
         write_losses(run.folder, losses)  # before the checkpoint: a kill in between leaves rows too many, not too few
-        checkpoint = run.folder / f"checkpoint-{step}"
-        try:
-            with atomic_path(checkpoint) as temporary:
-                accelerator.save_state(temporary / STATE_FOLDER)
+    checkpoint = run.folder / f"checkpoint-{step}"
+    try:
+        with checkpoint_folder(accelerator, checkpoint) as temporary:
+            if temporary:
                 save(temporary)
-        except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
-            raise OSError(errno.EIO, f"cannot write a checkpoint ({error})", str(checkpoint)) from error
+    except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
+        raise OSError(errno.EIO, f"cannot write a checkpoint ({error})", str(checkpoint)) from error
+    if accelerator.is_main_process:
         run.save()
     accelerator.wait_for_everyone()
 

@@ -1,0 +1,154 @@
+"""The memory plan of `train_ggi.py`: encoding, training, updates and sample sheets, for every `--memory` mode.
+
+Counted as in `models/plans.py`, from the configurations alone, by running the real objective without data.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from peft import LoraConfig
+
+from models.inbetween_training import CHANNELS, InbetweenObjective
+from models.memory import RESIDENT, Phase, bring_in, count_activations, empty_model, held_bytes, kept_on, without_data
+from models.optimizers import gradient_bytes, holder, moment_bytes, update_bytes
+from models.plans import VIDEO_ENCODERS, Plan, text_phases, video_builders
+from models.steps import ggi_step, inbetween_training_step, latent_shape, video_decoding, video_encoding
+from models.weights import MEMORY_MODES
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What decides the memory of a training besides its networks. size: (width, height) in pixels."""
+
+    size: tuple[int, int]
+    num_frames: int
+    batch: int  # clips per process and step
+    accumulation: int  # batches per update; with more than one, a batch finds the gradients of the one before it
+    checkpointing: bool  # of the blocks' activations
+    autocast: torch.dtype | None
+    ema_decay: float
+    dtype: torch.dtype  # of the VAE and the text encoder
+    tiling: bool  # of the VAE
+    encoding: bool  # clips are missing from the cache
+    processes: int = 1
+    sharded: bool = False  # weights, gradients and moments are divided among the processes
+
+
+def trained_builder(
+    config: Mapping, lora_ranks: Mapping[str, int], lora_dtype: torch.dtype
+) -> Callable[[], torch.nn.Module]:
+    """How to make an empty transformer as it is trained. lora_ranks: {layer: rank} of the frozen LoRA."""
+
+    def build() -> torch.nn.Module:
+        model = CogVideoXTransformer3DModel.from_config({**config, "in_channels": CHANNELS})
+        if lora_ranks:
+            model.add_adapter(LoraConfig(r=1, rank_pattern=dict(lora_ranks), target_modules=list(lora_ranks)))
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.to(lora_dtype)
+        return model
+
+    return build
+
+
+def empty_trained(build: Callable[[], torch.nn.Module], checkpointing: bool) -> torch.nn.Module:
+    """An empty float32 transformer whose own weights require gradients."""
+    model = empty_model(build, torch.float32).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" not in name)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def plan_training(
+    paths: Mapping[str, Path], build: Callable[[], torch.nn.Module], setup: TrainingSetup, device: str
+) -> Plan:
+    """paths: of cogvideox_vae and cogvideox_text. build: from `trained_builder`."""
+    transformer = empty_trained(build, setup.checkpointing)
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    weights, gradients = held_bytes(transformer), gradient_bytes(trained)
+    average = gradients if setup.ema_decay else 0  # float32 as well
+    standing = gradients if setup.processes > 1 else 0  # in DDP's buckets, also between steps
+    shards = setup.processes if setup.sharded else 1
+    if setup.sharded:
+        weights, gradients = (sharded_bytes(transformer, trained_only, shards) for trained_only in (False, True))
+        average, standing = average // shards, 0
+    length = transformer.config.max_text_seq_length
+    vae_weights, encoding, decoding = count_vae(paths["cogvideox_vae"], transformer, setup)
+    text = text_phases(paths["cogvideox_text"], VIDEO_ENCODERS, setup.dtype, length)[RESIDENT]
+    if setup.autocast and torch.device(device).type != "cpu":
+        norms_as_on_card(transformer)
+    training, denoising = count_transformer(transformer, trained, setup)
+    plan = {}
+    for mode in MEMORY_MODES:
+        moments = kept_on(device, "training", mode)["optimizer"]
+        state = moment_bytes(trained, moments) // shards + average
+        update = update_bytes(trained, moments, device) // shards
+        if average:
+            update = max(update, average - gradients + standing)  # the average takes a temporary copy of itself
+        plan[mode] = [Phase("encoding", vae_weights, encoding)] if setup.encoding else []
+        plan[mode] += [
+            text,
+            Phase("training", weights, training, gradients + state),
+            Phase("update", weights, update, gradients + state),
+            Phase("sheets", weights + vae_weights, max(denoising, decoding), standing + state),
+        ]
+    return plan
+
+
+def sharded_bytes(transformer: torch.nn.Module, trained_only: bool, processes: int) -> int:
+    """Bytes of weights, or of the gradients of those that are trained, in one process with FSDP.
+
+    Its part; whole: what lies outside the blocks, and two blocks, one at work and one on its way.
+    """
+
+    def size(module: torch.nn.Module) -> int:
+        return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad or not trained_only)
+
+    blocks, total = [size(block) for block in transformer.transformer_blocks], size(transformer)
+    buffers = 0 if trained_only else held_bytes(transformer) - total
+    return -(-total // processes) + total - sum(blocks) + 2 * max(blocks) + buffers
+
+
+def count_vae(vae: Path, transformer: torch.nn.Module, setup: TrainingSetup) -> tuple[int, int, int]:
+    """Bytes of the VAE's weights, and of the activations of encoding and decoding a clip."""
+    build = video_builders(vae, Path())["vae"]
+    model = empty_model(build, setup.dtype)
+    if setup.tiling:
+        model.enable_tiling()
+    with without_data(setup.dtype), torch.no_grad(), autocast(setup):
+        bring_in(model)
+        encoding = count_activations(video_encoding(model, setup.size, setup.num_frames), model)
+        shape = latent_shape(transformer, setup.size, setup.num_frames)
+        return held_bytes(model), encoding, count_activations(video_decoding(model, shape), model)
+
+
+def count_transformer(
+    transformer: torch.nn.Module, trained: list[torch.nn.Parameter], setup: TrainingSetup
+) -> tuple[int, int]:
+    """Bytes of the activations of a training step, and of a step of a sample sheet. The transformer gets tensors."""
+    with without_data(torch.float32):
+        objective = InbetweenObjective(bring_in(transformer), CogVideoXDDIMScheduler())
+        step = inbetween_training_step(objective, setup.size, setup.num_frames, setup.batch, lambda: autocast(setup))
+        training = count_activations(step, transformer) - gradient_bytes(trained)
+        if setup.accumulation > 1 or setup.processes > 1:
+            gradients = holder([p.grad for p in transformer.parameters() if p.grad is not None])  # of the batch before
+            training = count_activations(step, transformer, gradients)
+        with torch.no_grad(), autocast(setup):
+            denoising = count_activations(ggi_step(transformer, setup.size, setup.num_frames, 1), transformer)
+    return training, denoising
+
+
+def norms_as_on_card(transformer: torch.nn.Module) -> None:
+    """Let layer norms give float32 under autocast, as on a GPU; a CPU's autocast, which counts, leaves their dtype."""
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+
+def autocast(setup: TrainingSetup) -> torch.autocast:
+    return torch.autocast("cpu", setup.autocast, enabled=setup.autocast is not None, cache_enabled=False)
