@@ -19,6 +19,7 @@ from models.training import forward_precision, open_accelerator, write_checkpoin
 from models.weights import (
     FLUX_STAGE,
     Preset,
+    add_attention_flag,
     add_memory_flags,
     add_weight_flags,
     load_preset,
@@ -61,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     add("--resume_from_checkpoint", default="latest", help="latest, a step such as 300, or none to start again")
     add("--output_dir", type=Path, default=Path("loras"), help="folder of all LoRAs")
     add("--overwrite", action="store_true", help="replace a LoRA of this name that was trained with other arguments")
+    add_attention_flag(parser)
     add_memory_flags(parser)
     add_weight_flags(parser, FLUX_STAGE)
     return parser.parse_args()
@@ -138,8 +140,10 @@ def train(
     from models.memory import lossy, naming_smaller_mode, settle_memory
     from models.plans import plan_alignment
     from models.sharding import load_state, require_shardable, save_state
+    from models.speed import require_attention
 
     require_shardable(args.memory, args.mixed_precision)
+    require_attention(args.attention, device, DTYPES[args.dtype])
     accelerator = open_accelerator(run, args, device)
     dtype, device, length = DTYPES[args.dtype], accelerator.device, preset.max_sequence_length
     plan = plan_alignment(paths, args.resolution, args.train_batch_size, args.rank, length, dtype, str(device))
@@ -195,6 +199,7 @@ def backward(args, preset: Preset, references, step: int, accelerator, objective
     """Gradients of one optimizer step, accumulated over its batches; returns their mean loss over all processes."""
     from models.alignment import batch_flow_sample, draw_batch
     from models.flux import stack_texts
+    from models.speed import attention_kernel
 
     rank, size = accelerator.process_index, args.train_batch_size
     losses = []
@@ -202,7 +207,7 @@ def backward(args, preset: Preset, references, step: int, accelerator, objective
         items = range(rank * size, (rank + 1) * size)
         batch = draw_batch(references, (args.seed, step, micro), items, args.resolution, preset.training_multiple)
         sample, text = batch_flow_sample(models, batch), stack_texts([texts[batch.prompt]] * len(batch.t))
-        with accelerator.accumulate(objective):
+        with accelerator.accumulate(objective), attention_kernel(args.attention):
             with forward_precision(accelerator):
                 loss = objective(sample, text, batch.control)
             accelerator.backward(loss)

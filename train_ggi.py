@@ -18,6 +18,7 @@ from models.training import FREE_SETTINGS, add_training_flags, fit, is_trained, 
 from models.weights import (
     GGI_STAGE,
     Preset,
+    add_attention_flag,
     add_memory_flags,
     add_weight_flags,
     component_folder,
@@ -68,6 +69,7 @@ def parse_args() -> argparse.Namespace:
         beta2=0.95,
         weight_decay=1e-4,
     )
+    add_attention_flag(parser)
     add_memory_flags(parser)
     add_weight_flags(parser, GGI_STAGE)
     return parser.parse_args()
@@ -153,8 +155,11 @@ def train(
     from models.memory import lossy, naming_smaller_mode
     from models.parallel import open_processes
     from models.sharding import require_shardable, sharding_wanted
+    from models.speed import attention_kernel, require_attention
 
+    autocast, dtype = autocast_dtype(args), DTYPES[args.dtype]
     require_shardable(args.memory, args.mixed_precision)
+    require_attention(args.attention, device, autocast or DTYPES["float32"])
     config = read_json(paths["start"] / "config.json")
     training.check_start(config, preset.video_size, preset.num_frames)
     lora = training.read_frozen_lora(args.lora, config) if args.lora else None
@@ -171,7 +176,6 @@ def train(
         transformer = training.new_transformer(config, args.seed)
     else:
         transformer = training.load_start(paths["start"])
-    autocast, dtype = autocast_dtype(args), DTYPES[args.dtype]
     if lora:
         training.add_frozen_lora(transformer, lora, dtype if autocast else DTYPES["float32"])
     if checkpoints_gradients(args):
@@ -188,7 +192,7 @@ def train(
         numbers = range(min(SHEET_CLIPS, len(cache)))
         return training.paint_sheet(transformer, vae, scheduler, cache, numbers, autocast)
 
-    with naming_smaller_mode("training", mode, sharded=sharding_wanted()):
+    with attention_kernel(args.attention), naming_smaller_mode("training", mode, sharded=sharding_wanted()):
         fit(
             run,
             training.InbetweenObjective(transformer, scheduler),

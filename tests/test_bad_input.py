@@ -365,8 +365,8 @@ def test_device_that_is_not_there(scene: Path, views: Path, loras: Path, picture
 
 
 @NO_CUDA
-def test_attention_kernel_that_the_device_lacks(scene: Path, views: Path, loras: Path, refuse: Refuse):
-    for command in (anchors(scene, loras), video(scene, views)):
+def test_attention_kernel_that_the_device_lacks(scene: Path, views: Path, loras: Path, picture: Path, refuse: Refuse):
+    for command in (align(picture), anchors(scene, loras), video(scene, views)):
         refuse(*command, "--attention", "cudnn", telling=("--attention cudnn: cpu has no such kernel",))
 
 
