@@ -13,7 +13,6 @@ shares runs among processes, and with --no-chain single arcs; the files do not d
 import argparse
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,6 @@ from models.weights import (
     weight_hashes,
 )
 from utils.arcs import (
-    ARC_FRAMES,
     CONTACT_SHEET,
     LATENT_FRAMES,
     VIDEO_FILE,
@@ -46,16 +44,14 @@ from utils.arcs import (
     edge_frame_indices,
     find_anchors,
     find_scene,
-    frame_path,
     latents_path,
     load_scene,
-    resample_indices,
     video_run_name,
 )
 from utils.background import Beside
 from utils.cli import InputError, Parser, guidance_float, positive_float, positive_int, run_script, seed, unit_float
 from utils.edges import resize_edges
-from utils.images import contact_sheet, read_image, resize_image, write_image, write_video
+from utils.images import read_image, resize_image, write_image
 from utils.noise import blend_noise, load_or_make_noise
 from utils.runs import (
     Run,
@@ -66,22 +62,7 @@ from utils.runs import (
     read_json,
     require_distinct,
 )
-
-SHEET_COLUMNS = 8  # frames per arc on the contact sheet
-
-
-@dataclass
-class Job:
-    """The anchors of one scene, and the run of the video to make of them. noises: float32 [13, h, w, 16] per arc.
-
-    prompt: the one given, or the caption that an interrupted run has made; None until there is one.
-    """
-
-    scene: Scene
-    anchors: list[Path]
-    noises: list[np.ndarray]
-    run: Run
-    prompt: str | None
+from utils.video_run import Job, finish_video, is_done, save_arc
 
 
 def parse_args() -> argparse.Namespace:
@@ -215,7 +196,7 @@ def main() -> None:
         if job.run.finished and job.run.manifest.get("fps") == args.fps:
             print(f"{job.run.folder} is finished")
         else:
-            finish(args, job)
+            finish_video(job, args.fps)
         print_results(job.run)
 
 
@@ -237,7 +218,8 @@ def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transfo
     guided = args.guidance_scale != 1 and args.prompt != ""
     plan = plan_ggi(paths, transformer, size, args.num_frames, dtype, device, guided=guided, tiling=tiling)
     mode, kept = settle_memory("ggi", plan, args.memory, device)
-    overlap = settle_overlap(plan[mode], "decoding", ("encoding", "denoising"), kept, device)
+    shares, early = share_arcs(jobs, args.chain), ("encoding", "denoising")
+    overlap = len(shares) > process.num_processes and settle_overlap(plan[mode], "decoding", early, kept, device)
     if args.compile:
         require_compilable(kept["transformer"])
     for job in uncaptioned:  # alike in every process: its draws are seeded
@@ -253,7 +235,7 @@ def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transfo
         for job in jobs:
             job.run.begin(weights=hashes, prompt=job.prompt, scene=str(job.scene.folder.resolve()))
     process.wait_for_everyone()
-    mine = share_arcs(jobs, args.chain)[process.process_index :: process.num_processes]
+    mine = shares[process.process_index :: process.num_processes]
     fill_shares(args, pipe, mine, embeds, device, mode, overlap)
     process.wait_for_everyone()
 
@@ -361,43 +343,11 @@ def edge_video(arc: Arc, width: int, height: int, num_frames: int) -> np.ndarray
     return np.stack([frames[i] for i in edge_frame_indices(num_frames)])
 
 
-def arc_frame_paths(run: Run, arc: Arc) -> list[Path]:
-    return [frame_path(run.folder, arc.index * ARC_FRAMES + i) for i in range(ARC_FRAMES)]
-
-
-def is_done(run: Run, arc: Arc) -> bool:
-    return chain_path(run.folder, arc.index + 1).exists() and all(p.exists() for p in arc_frame_paths(run, arc))
-
-
 def decode_arc(pipe, run: Run, arc: Arc, latents) -> np.ndarray:
     """Frames of one arc, uint8 [num_frames, height, width, 3]. The one that the next arc starts from is written."""
     frames = pipe.decode_video(latents)
     write_image(chain_path(run.folder, arc.index + 1), frames[-1])
     return frames
-
-
-def save_arc(run: Run, arc: Arc, frames: np.ndarray) -> None:
-    for path, frame in zip(arc_frame_paths(run, arc), frames[:ARC_FRAMES], strict=True):
-        write_image(path, frame)
-    latents_path(run.folder, arc.index).unlink(missing_ok=True)
-
-
-def finish(args: argparse.Namespace, job: Job) -> None:
-    """Video and contact sheet from the saved frames."""
-    run, arcs = job.run, job.scene.arcs
-    shown = [path for arc in arcs for path in arc_frame_paths(run, arc)[bool(arc.index) :]]
-    write_video(run.folder / VIDEO_FILE, (read_image(path) for path in shown), args.fps)
-    rows = []
-    columns = resample_indices(ARC_FRAMES, SHEET_COLUMNS)
-    for arc in arcs:
-        frames = arc_frame_paths(run, arc)
-        rows.append((f"arc {arc.index}: edges", [read_image(arc.edge_paths[i]) for i in columns]))
-        rows.append((f"arc {arc.index}: frames", [read_image(frames[i]) for i in columns]))
-    rows.append(("anchors", [read_image(path) for path in job.anchors]))
-    write_image(run.folder / CONTACT_SHEET, contact_sheet(rows))
-    for arc in arcs:  # of an arc that was interrupted at the very end
-        latents_path(run.folder, arc.index).unlink(missing_ok=True)
-    run.finish(fps=args.fps)
 
 
 def print_results(run: Run) -> None:

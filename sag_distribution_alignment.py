@@ -15,7 +15,7 @@ uninterrupted one.
 import argparse
 from pathlib import Path
 
-from models.training import forward_precision, open_accelerator, write_checkpoint
+from models.training import end_training, forward_precision, open_accelerator, write_checkpoint
 from models.weights import (
     FLUX_STAGE,
     Preset,
@@ -180,7 +180,8 @@ def train(
         accelerator.log({"loss": losses[-1], "grad_norm/flux": norms[0], "grad_norm/controlnet": norms[1]}, step + 1)
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == total:
             write_checkpoint(accelerator, run, step + 1, losses, save)
-    accelerator.end_training()
+    objective = optimizer = None
+    end_training(accelerator)
     if accelerator.is_main_process:
         run.finish(steps=args.max_train_steps)
         print(find_checkpoints(run.folder)[args.max_train_steps])

@@ -204,7 +204,8 @@ def fit(
             write_checkpoint(accelerator, run, step + 1, losses, save_average)
             if accelerator.is_main_process:
                 _forget_states(run)
-    accelerator.end_training()
+    del module
+    end_training(accelerator)
     if accelerator.is_main_process:
         run.finish(steps=settings.max_train_steps)
 
@@ -270,6 +271,16 @@ def write_checkpoint(accelerator, run: Run, step: int, losses: list[float], save
     if accelerator.is_main_process:
         run.save()
     accelerator.wait_for_everyone()
+
+
+def end_training(accelerator) -> None:
+    """Close curves and processes. Let go of what `prepare` gave first.
+
+    A DDP module that outlives its process group can hang: it ends the group's threads while it holds Python's lock,
+    which they wait for.
+    """
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def _forget_states(run: Run) -> None:

@@ -1,6 +1,6 @@
 """Run a script with its training sharded over CPU processes; accelerate itself shards on GPUs alone.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 tests/sharded.py train_ggi --weights tiny …
+    python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.sharded train_ggi --weights tiny …
 
 The environment is the one that `accelerate launch --config_file configs/fsdp.yaml` sets. What accelerate would do on a
 GPU once it finds it, to mark its state as sharded, is done here; the script, accelerate's preparation of the model,
@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 
 def launch_environment(config: str = "fsdp", *flags: str) -> dict[str, str]:

@@ -29,7 +29,7 @@ slow = pytest.mark.slow
 
 def launch(script: str, sharded: bool, *arguments: object) -> None:
     """Run a script in two processes on the tiny weights."""
-    program = ["tests/sharded.py", script] if sharded else [f"{script}.py"]
+    program = ["-m", "tests.sharded", script] if sharded else [f"{script}.py"]
     result = in_two_processes(*program, *words("--mixed_precision", "no", *arguments))
     assert result.returncode == 0, result.stderr[-4000:]
 
@@ -98,7 +98,7 @@ def test_sharding_needs_the_full_mode(monkeypatch: pytest.MonkeyPatch):
 @slow
 def test_other_trainings_say_that_they_are_not_sharded(tmp_path: Path):
     flags = ("--output_dir", str(tmp_path / "run"), "--mixed_precision", "no")
-    result = in_two_processes("tests/sharded.py", "tests.toy_training", *flags)
+    result = in_two_processes("-m", "tests.sharded", "tests.toy_training", *flags)
     assert result.returncode != 0 and "this training cannot be sharded" in result.stderr
     assert not (tmp_path / "run").exists()
 

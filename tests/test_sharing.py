@@ -89,11 +89,11 @@ def test_networks_are_loaded_once_for_all_scenes_and_styles(tmp_path: Path, styl
     assert town != village
 
 
-@pytest.mark.parametrize(("flags", "beside"), [(("--chain",), [False, True]), (("--no-chain",), [True, True])])
+@pytest.mark.parametrize(("flags", "beside"), [(("--chain",), [False, False]), (("--no-chain",), [True, True])])
 def test_arcs_are_decoded_beside_the_next_one(
     flags: tuple, beside: list[bool], tmp_path: Path, anchored: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """But not an arc whose last frame the next one starts from."""
+    """But not arcs that start from each other's last frames."""
     threads, decode = [], CogVideoXInbetweenPipeline.decode_video
 
     def decode_video(*arguments):

@@ -1,0 +1,68 @@
+"""The run of one video: the frames of its arcs, which of them are done, and the mp4 and contact sheet of all."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.arcs import (
+    ARC_FRAMES,
+    CONTACT_SHEET,
+    VIDEO_FILE,
+    Arc,
+    Scene,
+    chain_path,
+    frame_path,
+    latents_path,
+    resample_indices,
+)
+from utils.images import contact_sheet, read_image, write_image, write_video
+from utils.runs import Run
+
+SHEET_COLUMNS = 8  # frames per arc on the contact sheet
+
+
+@dataclass
+class Job:
+    """The anchors of one scene, and the run of the video to make of them. noises: float32 [13, h, w, 16] per arc.
+
+    prompt: the one given, or the caption that an interrupted run has made; None until there is one.
+    """
+
+    scene: Scene
+    anchors: list[Path]
+    noises: list[np.ndarray]
+    run: Run
+    prompt: str | None
+
+
+def arc_frame_paths(run: Run, arc: Arc) -> list[Path]:
+    return [frame_path(run.folder, arc.index * ARC_FRAMES + i) for i in range(ARC_FRAMES)]
+
+
+def is_done(run: Run, arc: Arc) -> bool:
+    return chain_path(run.folder, arc.index + 1).exists() and all(p.exists() for p in arc_frame_paths(run, arc))
+
+
+def save_arc(run: Run, arc: Arc, frames: np.ndarray) -> None:
+    for path, frame in zip(arc_frame_paths(run, arc), frames[:ARC_FRAMES], strict=True):
+        write_image(path, frame)
+    latents_path(run.folder, arc.index).unlink(missing_ok=True)
+
+
+def finish_video(job: Job, fps: int) -> None:
+    """Video and contact sheet from the saved frames."""
+    run, arcs = job.run, job.scene.arcs
+    shown = [path for arc in arcs for path in arc_frame_paths(run, arc)[bool(arc.index) :]]
+    write_video(run.folder / VIDEO_FILE, (read_image(path) for path in shown), fps)
+    rows = []
+    columns = resample_indices(ARC_FRAMES, SHEET_COLUMNS)
+    for arc in arcs:
+        frames = arc_frame_paths(run, arc)
+        rows.append((f"arc {arc.index}: edges", [read_image(arc.edge_paths[i]) for i in columns]))
+        rows.append((f"arc {arc.index}: frames", [read_image(frames[i]) for i in columns]))
+    rows.append(("anchors", [read_image(path) for path in job.anchors]))
+    write_image(run.folder / CONTACT_SHEET, contact_sheet(rows))
+    for arc in arcs:  # of an arc that was interrupted at the very end
+        latents_path(run.folder, arc.index).unlink(missing_ok=True)
+    run.finish(fps=fps)
