@@ -43,7 +43,7 @@ demo: $(SETUP)
 	$(BIN)/python -m synthetic.demo --run $(RUN) --scene assets/sampleA --reference $(STYLE)
 
 test: $(SETUP)  # a file stays with one worker, which shares what its tests make; one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -q -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -51,7 +51,7 @@ def test_measuring_the_tiny_networks(tmp_path: Path):
         "--weights",
         "tiny",
         "--steps",
-        "3",
+        "1",
         "--json",
         tmp_path / "o",
     ]

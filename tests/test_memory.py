@@ -1,6 +1,7 @@
 """The memory plan against what networks really hold, its choices, and what the modes do to results."""
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -192,6 +193,7 @@ def test_activations_are_those_of_a_real_step(tiny_paths: dict[str, Path]):
 # --- plans ---
 
 
+@functools.cache
 def full_size_plans() -> dict[str, dict[str, list[Phase]]]:
     bf16 = torch.bfloat16
     return {

@@ -576,6 +576,14 @@ def test_chain_changes_later_arcs_only(unchained: Path, filmed: Path):
     assert not any(changed[:46]) and all(changed[46:])
 
 
+def test_low_memory_changes_no_frame(filmed: Path, anchored: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert (
+        call(GGI, "--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--offload", "--output_dir", tmp_path) == 0
+    )
+    assert "memory low: text " in capsys.readouterr().err
+    assert_same(contents(tmp_path / VIDEO), contents(filmed / "multiviews" / RUN / VIDEO))
+
+
 def test_a_failed_decode_costs_no_denoising(
     tmp_path: Path, anchored: Path, filmed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
