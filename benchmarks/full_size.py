@@ -25,7 +25,7 @@ if not __package__:  # started as a file: its imports begin at the repository's 
 
 from benchmarks.recipes import Setup, build, setup_of
 from models.weights import MEMORY_MODES
-from utils.cli import Parser, positive_int, require_writable, run_script
+from utils.cli import InputError, Parser, positive_float, positive_int, require_writable, run_script
 from utils.runs import show_bytes, write_json
 
 RECIPES = {  # of each phase
@@ -43,7 +43,7 @@ CEILING_SIZE = {"cuda": 8192, "cpu": 512}  # sides of the matrices whose product
 class Row:
     """One recipe of one phase. flops: of a step. seconds: per step. None: not measured.
 
-    planned, peak: bytes. loading: seconds.
+    planned, peak: bytes. loading: seconds. merged_distance: of a pass with the LoRA merged into the weights, relative.
     """
 
     phase: str
@@ -53,6 +53,7 @@ class Row:
     seconds: float | None = None
     peak: int | None = None
     loading: float | None = None
+    merged_distance: float | None = None
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,6 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--phases", type=phases, default=PHASES, help=f"comma-separated: {','.join(PHASES)}")
     add("--steps", type=positive_int, default=5, help="timed steps of each recipe")
     add("--memory", choices=MEMORY_MODES, default="full", help="how our networks are kept; the reference's: full")
+    add("--limit_gb", type=positive_float, metavar="GB", help="let the process use no more of the card (default: all)")
     add("--no_reference", action="store_true", help="leave the reference's recipe out")
     add("--weights", choices=["full", "tiny"], default="full", help="sizes of the networks")
     add("--json", type=Path, metavar="FILE", help="write all numbers there, too")
@@ -83,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.limit_gb:
+        limit_memory(args.limit_gb)
     setup, measured = setup_of(args.weights), device == "cuda" or args.weights == "tiny"
     ceiling = matrix_ceiling(device) if measured else None
     rows = []
@@ -197,10 +201,31 @@ def measure(row: Row, setup: Setup, memory: str, device: str, steps: int) -> Non
         row.seconds = (time.perf_counter() - began) / steps
         if row.phase == "ggi" and row.recipe != "decoding" and memory == "full":
             row.loading = loading_seconds(networks[0], device)
+        if row.phase == "ggi" and row.recipe == "reference":
+            row.merged_distance = merged_distance(networks[0], step)
     del networks, network, step
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
+
+
+def merged_distance(network, step: Callable) -> float:
+    """Relative distance between one pass with the LoRA beside the weights and one with it merged."""
+    import torch
+
+    with torch.no_grad():
+        before = step()[0].float()
+        network.fuse_lora()
+        return ((step()[0].float() - before).norm() / before.norm()).item()
+
+
+def limit_memory(gigabytes: float) -> None:
+    """Raise InputError without a CUDA device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError(f"--limit_gb {gigabytes:g} needs a CUDA device; leave it out")
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / torch.cuda.mem_get_info()[1]))
 
 
 def loading_seconds(network, device: str) -> float:
@@ -270,6 +295,8 @@ def ratios(rows: Sequence[Row]) -> list[str]:
             mine = ours.loading + ARCS * (ARC_PASSES * ours.seconds + decoding)
             other = ARCS * (theirs.loading + ARC_PASSES * theirs.seconds + decoding)
             text += f"; {other / mine:.2f} times for {ARCS} arcs with loading and decoding"
+        if theirs.merged_distance is not None:
+            text += f"; merging the LoRA moves one pass by {theirs.merged_distance:.1e}"
         lines.append(text)
     return lines
 

@@ -122,7 +122,9 @@ def with_released_lora(builder: Callable) -> Callable:
 
         network = builder()
         names = ["to_q", "to_k", "to_v", "to_out.0"]
-        network.add_adapter(LoraConfig(r=RELEASED_RANK, target_modules=names, init_lora_weights=False))
+        network.add_adapter(
+            LoraConfig(r=RELEASED_RANK, lora_alpha=RELEASED_RANK, target_modules=names, init_lora_weights=False)
+        )
         return network
 
     return build_with_lora

@@ -61,9 +61,16 @@ def test_measuring_the_tiny_networks(tmp_path: Path):
     assert all(row["seconds"] > 0 for row in found.values()) and len(found) == 9
     assert found["anchors", "reference"]["flops"] == 2 * found["anchors", "ours"]["flops"]
     assert found["ggi", "ours"]["loading"] < found["ggi", "reference"]["loading"]
+    assert 0 < found["ggi", "reference"]["merged_distance"] < 1e-2
     assert "for 10 arcs with loading and decoding" in result.stdout
 
 
 def test_bad_phase(capsys: pytest.CaptureFixture):
     assert exit_code(lambda: full_size.main(["--phases", "ggi,decode"])) == 2
     assert "'decode' is none of alignment, anchors, ggi" in capsys.readouterr().err
+
+
+@without_card
+def test_a_limit_needs_a_card(capsys: pytest.CaptureFixture):
+    assert exit_code(lambda: full_size.main(["--limit_gb", "22"])) == 2
+    assert "--limit_gb 22 needs a CUDA device" in capsys.readouterr().err
