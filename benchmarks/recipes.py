@@ -53,7 +53,6 @@ def build(setup: Setup, phase: str, recipe: str, make: Callable) -> tuple[list, 
     """(networks, one step) of a phase: of `ours`, of the `reference`, or `decoding`, which is done once.
 
     Of anchors `ours` is the default, equal prompts, whose one branch is enough; `both branches` go in one batch.
-
     make: turns a function that builds a network into a network to use.
     """
     if phase == "ggi":

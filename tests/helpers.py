@@ -142,3 +142,17 @@ def probe_video(path: Path) -> tuple[dict, int]:
     frames = imageio_ffmpeg.read_frames(str(path))
     metadata = next(frames)
     return metadata, sum(1 for _ in frames)
+
+
+def profiled_peak(step: Callable[[], object]) -> int:
+    """Bytes on a CPU at the peak of `step`, beyond what was there before."""
+    import torch
+
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    now = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak

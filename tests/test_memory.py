@@ -41,7 +41,7 @@ from models.memory import (
 )
 from models.plans import flux_builders, plan_alignment, plan_anchors, plan_ggi, video_builders, with_lora
 from models.weights import FLUX_STAGE, GGI_STAGE, MEMORY_MODES, load_preset, locate
-from tests.helpers import ROOT
+from tests.helpers import ROOT, profiled_peak
 from utils.cli import InputError
 from utils.images import read_image
 from utils.runs import read_json
@@ -175,13 +175,7 @@ def test_activations_are_those_of_a_real_step(tiny_paths: dict[str, Path]):
             velocity(models, tokens, 0.5, text, control, guidance=4.0, control_weight=0)
 
     step()
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step()
-    now = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
+    peak = profiled_peak(step)
     with without_data(torch.float32):
         bring_in(models.transformer)
         tokens, control = torch.empty(tokens.shape), torch.empty(control.shape)

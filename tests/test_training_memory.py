@@ -1,6 +1,5 @@
 """The memory plan of training against what is really held, and 8-bit moments: their distance, resuming, refusals."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ from models.optimizers import gradient_bytes, holder, make_optimizer, moment_byt
 from models.steps import inbetween_training_step
 from models.training_plan import TrainingSetup, empty_trained, plan_training, trained_builder
 from models.weights import MEMORY_MODES, WEIGHTS, Preset, load_preset
-from tests.helpers import ROOT, call, forbid_models, kill_at
+from tests.helpers import ROOT, call, forbid_models, kill_at, profiled_peak
 from tests.test_train_ggi import TRAIN, arguments, make_dataset, weights_of, write_lora
 from utils.cli import InputError
 from utils.runs import MANIFEST, read_json
@@ -128,18 +127,6 @@ def updated(moments: str) -> tuple[list[torch.nn.Parameter], torch.optim.Optimiz
     return parameters, optimizer
 
 
-def profiled_peak(step: Callable[[], object]) -> int:
-    """Bytes on a CPU at the peak of `step`, beyond what was there before."""
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step()
-    now = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
-
-
 @slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_those_of_a_real_training_step(checkpointing: bool, preset: Preset):
@@ -170,7 +157,6 @@ def test_full_size_plan():
     ranks = dict.fromkeys(ATTENTION, 2048)
     plan = plan_training(PATHS, trained_builder(config, ranks, torch.bfloat16), SETUP, "cuda")
     peaks = [max(phase.total for phase in plan[mode]) for mode in MEMORY_MODES]
-    print({mode: [(phase.name, phase.total) for phase in plan[mode]] for mode in MEMORY_MODES})
     assert peaks[0] > peaks[1] > peaks[2]
     assert 100 * GB < peaks[0] < 120 * GB and 60 * GB < peaks[1] < 75 * GB and 50 * GB < peaks[2] < 65 * GB
 
