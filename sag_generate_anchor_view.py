@@ -206,8 +206,8 @@ def draw_anchors(
     args: argparse.Namespace, preset: Preset, jobs: list[Job], loras: Mapping[str, tuple[Path, Path]]
 ) -> None:
     """Draw all anchors that are not there yet, shared among all processes. loras: files of each --pfix."""
-    from models.loading import DTYPES, encode_flux_prompts, load_flux, place_flux
-    from models.lora import add_lora, common_ranks
+    from models.loading import DTYPES, component_config, encode_flux_prompts, load_flux, place_flux
+    from models.lora import add_lora, common_ranks, read_loras
     from models.memory import lossy, settle_memory
     from models.parallel import open_processes
     from models.plans import plan_anchors
@@ -218,7 +218,8 @@ def draw_anchors(
     require_attention(args.attention, device, dtype)
     with process.local_main_process_first():  # it downloads what is missing
         paths = locate(args, preset, FLUX_STAGE)
-    states = read_loras(paths, {job.pfix: loras[job.pfix] for job in jobs})
+    configs = [component_config(name, paths[name]) for name in ("flux_transformer", "controlnet")]
+    states = read_loras({job.pfix: loras[job.pfix] for job in jobs}, configs)
     ranks = common_ranks(states)
     prompts = [prompt for job in jobs for prompt in job.prompts]
     guided = args.true_gs != 1 and {*prompts} != {args.neg_prompt}
@@ -240,18 +241,6 @@ def draw_anchors(
         compile_blocks(models.transformer)
     draw_jobs(args, preset, jobs[process.process_index :: process.num_processes], models, states, texts, weights, mode)
     process.wait_for_everyone()
-
-
-def read_loras(paths: Mapping[str, Path], loras: Mapping[str, tuple[Path, Path]]) -> dict[str, list[dict]]:
-    """{name: values (peft names) of transformer and ControlNet} of LoRAs that fit the networks in `paths`."""
-    from models.loading import component_config
-    from models.lora import check_lora
-
-    configs = [component_config(name, paths[name]) for name in ("flux_transformer", "controlnet")]
-    return {
-        name: [check_lora(file, config) for file, config in zip(files, configs, strict=True)]
-        for name, files in loras.items()
-    }
 
 
 def draw_jobs(

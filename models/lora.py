@@ -53,6 +53,16 @@ def check_lora(path: Path, config: Mapping) -> dict[str, torch.Tensor]:
     return state
 
 
+def read_loras(
+    loras: Mapping[str, Sequence[Path]], configs: Sequence[Mapping]
+) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """{name: values of each network} from {name: file of each network}. configs: of the networks; see `check_lora`."""
+    return {
+        name: [check_lora(file, config) for file, config in zip(files, configs, strict=True)]
+        for name, files in loras.items()
+    }
+
+
 def lora_rank(state: Mapping[str, torch.Tensor]) -> int:
     """Rank of a LoRA under peft's names."""
     return next(tensor.shape[0] for key, tensor in state.items() if "lora_A" in key)
