@@ -65,6 +65,7 @@ class CogVideoXInbetweenPipeline(CogVideoXImageToVideoPipeline):
         images[:, -1] = self.encode_video(end[:, None], eps.end)[:, 0]
         if end_mask is not None:
             images[:, -1] *= end_mask.to(images)
+        self.maybe_free_model_hooks()  # with offloading of whole networks: the VAE gives way to the transformer
         return torch.cat([images, edge_latents], dim=2)
 
     def prepare_latents(

@@ -1,15 +1,13 @@
 """How the networks of a stage are kept (`--memory`), and what that needs of a card, counted before anything is loaded.
 
 `full` holds all networks of a phase on the card; `balanced` and `low` trade precision or speed for room (`KEPT`).
-No constant is measured: weights are counted on empty models of the real configurations, activations by running one
-step of the real code on tensors without data. `models/plans.py` puts the counts of a stage together.
+What a plan holds is counted (`models/counting.py`); `models/plans.py` puts the counts of a stage together.
 """
 
 import errno
 import os
 import sys
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +17,8 @@ import psutil
 import torch
 from diffusers import ModelMixin
 from diffusers.hooks import apply_group_offloading
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from models.counting import held_bytes
 from models.weights import MEMORY_MODES
 from utils.cli import InputError
 from utils.runs import is_first_process, show_bytes
@@ -37,7 +33,6 @@ STREAMED = "streamed"  # in CPU memory, layers come to the card one by one, ahea
 EIGHT_BITS = "8 bits"  # an optimizer's moments, in blocks of values that share a scale
 PAGED = "8 bits, paged"  # the same numbers in CPU memory; the driver brings what an update needs
 LOSSY = (FP8, INT8, NF4, EIGHT_BITS)
-STREAMED_LAYERS = 3  # on the card at once: at work, on its way, not yet released
 NF4_BLOCK = 64  # weights that share a scale
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
@@ -83,64 +78,6 @@ class Phase:
 # --- counting ---
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New floating-point tensors are of this dtype in the block."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def without_data(dtype: torch.dtype) -> Iterator[None]:
-    """Tensors made in the block have shapes and dtypes, but no values and no memory."""
-    with FakeTensorMode(allow_non_fake_inputs=True), default_dtype(dtype):
-        yield
-
-
-def empty_model(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> torch.nn.Module:
-    """A model of this dtype on the meta device, frozen."""
-    with torch.device("meta"), default_dtype(dtype):
-        model = build().eval().requires_grad_(False)
-    for module in model.modules():  # loading casts buffers, too
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.to(dtype)
-    return model
-
-
-def bring_in(model: torch.nn.Module) -> torch.nn.Module:
-    """Let an empty model compute with the tensors of `without_data`: they count as lying in memory, not on meta."""
-    made: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in made:
-                    new = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    is_parameter = isinstance(tensor, torch.nn.Parameter)
-                    made[id(tensor)] = torch.nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-                tensors[name] = None if tensor is None else made[id(tensor)]
-    return model
-
-
-def held_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers; what two modules share counts once."""
-    tensors = [*model.parameters(), *model.buffers(), *(t for module in model.modules() for t in _scales(module))]
-    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
-
-
-def _scales(module: torch.nn.Module) -> list[torch.Tensor]:
-    """What a quantised layer of bitsandbytes holds beside its codes."""
-    weight, state = getattr(module, "weight", None), getattr(module, "state", None)
-    if (four_bits := getattr(weight, "quant_state", None)) is not None:
-        return [four_bits.absmax, four_bits.code]
-    scales = (getattr(weight, "SCB", None), getattr(state, "SCB", None))  # moved by the first forward pass
-    return [scale for scale in scales if scale is not None]
-
-
 def block_linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """{name: layer} of the matrices of all transformer blocks, which are nearly all weights; LoRA's are left out."""
     return {
@@ -151,10 +88,10 @@ def block_linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 
 def kept_bytes(model: torch.nn.Module, how: str) -> int:
-    """Bytes on the card while an empty model (`empty_model`) is in use. For FP8 it is changed."""
-    if how == STREAMED:
-        own = [sum(p.numel() * p.element_size() for p in m.parameters(recurse=False)) for m in model.modules()]
-        return STREAMED_LAYERS * max(own)
+    """Bytes on the card while an empty model (`empty_model`) is in use. For FP8 it is changed.
+
+    how: not STREAMED, of which some layers are there at a time (`count_streamed`).
+    """
     if how in (INT8, NF4):
         matrices = [layer.weight for layer in block_linears(model).values()]
         before = sum(weight.numel() * weight.element_size() for weight in matrices)
@@ -168,44 +105,6 @@ def _quantised_bytes(out: int, features: int, how: str) -> int:
     if how == INT8:
         return out * features + 4 * out  # a float32 scale per row
     return (out * features + 1) // 2 + 4 * -(-out * features // NF4_BLOCK) + 4 * 16  # scales, and the 16 values
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors that were made while this is active and are still alive, and their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def ignore(self, model: torch.nn.Module) -> None:
-        self.known |= {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-
-    def _forget(self, key: int, size: int) -> None:
-        self.now -= size
-        self.known.discard(key)
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **(options or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self.known:
-                    self.known.add(key)
-                    weakref.finalize(storage, self._forget, key, size)
-                    self.now += size
-                    self.peak = max(self.peak, self.now)
-        return result
-
-
-def count_activations(step: Callable[[], object], *models: torch.nn.Module) -> int:
-    """Peak bytes of what `step` makes, besides the weights of `models`. Call it inside `without_data`."""
-    with _LiveBytes() as live:
-        for model in models:
-            live.ignore(model)
-        step()
-    return live.peak
 
 
 # --- choosing ---
@@ -260,9 +159,8 @@ def keep(model: torch.nn.Module, how: str, device: str) -> None:
         offload = (
             model.enable_group_offload if isinstance(model, ModelMixin) else partial(apply_group_offloading, model)
         )
-        offload(
-            onload_device=torch.device(device), offload_type="leaf_level", use_stream=streams, record_stream=streams
-        )
+        # Not with record_stream: the CPU would run ahead of the card, and layers pile up that it has not computed yet.
+        offload(onload_device=torch.device(device), offload_type="leaf_level", use_stream=streams)
         return
     if how == FP8:
         model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.dtype)
@@ -272,22 +170,24 @@ def keep(model: torch.nn.Module, how: str, device: str) -> None:
 
 
 def quantise(model: torch.nn.Module, how: str) -> None:
-    """Put bitsandbytes' layers in the place of the blocks' matrices; their weights shrink when they are moved."""
-    import bitsandbytes as bnb
+    """Put layers of 8 or 4 bits in the place of the blocks' matrices; their weights shrink when they are moved."""
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    from models.quantised import Int8Linear, Nf4Linear
 
     for name, layer in block_linears(model).items():
         shape, bias, dtype = (layer.in_features, layer.out_features), layer.bias is not None, layer.weight.dtype
+        four_bits = {"quant_type": "nf4", "compress_statistics": False}
         with torch.device("meta"):  # its own start weights are not wanted
             if how == INT8:
-                new = bnb.nn.Linear8bitLt(*shape, bias, has_fp16_weights=False)
+                new = Int8Linear(*shape, bias, has_fp16_weights=False)
             else:
-                new = bnb.nn.Linear4bit(*shape, bias, compute_dtype=dtype, quant_type="nf4", compress_statistics=False)
+                new = Nf4Linear(*shape, bias, **four_bits)
+        new.compute_dtype = dtype
         if how == INT8:
-            new.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+            new.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
         else:
-            new.weight = bnb.nn.Params4bit(
-                layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False, module=new
-            )
+            new.weight = Params4bit(layer.weight.data, requires_grad=False, module=new, **four_bits)
         new.bias = layer.bias
         model.set_submodule(name, new)
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from models.memory import EIGHT_BITS, PAGED, RESIDENT, count_activations, without_data
+from models.counting import count_activations, without_data
+from models.memory import EIGHT_BITS, PAGED, RESIDENT
 
 Parameters = Sequence[torch.nn.Parameter]
 SMALLEST = 4096  # elements of a tensor whose moments are kept in 8 bits

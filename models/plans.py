@@ -1,10 +1,12 @@
 """Memory plans: the phases of each stage and what they hold on the card, for every `--memory` mode.
 
-Counted from the configurations of the weights that will be loaded (`models/memory.py`). A plan is a dict
+Counted from the configurations of the weights that will be loaded (`models/counting.py`). A plan is a dict
 {mode: [Phase, …]}; phases follow each other, so the largest decides.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,23 +18,22 @@ from diffusers import (
     FluxTransformer2DModel,
     ModelMixin,
 )
+from diffusers.training_utils import cast_training_params
 from transformers import AutoConfig, CLIPTextModel, T5EncoderModel
 
-from models.flux import FluxModels
-from models.loading import component_config
-from models.lora import add_lora
-from models.memory import (
-    AT_WORK,
-    RESIDENT,
-    STREAMED,
-    Phase,
+from models.counting import (
+    autocast_as_on_card,
     bring_in,
     count_activations,
+    count_streamed,
     empty_model,
-    kept_bytes,
-    kept_on,
+    held_bytes,
     without_data,
 )
+from models.flux import FluxModels
+from models.loading import component_config
+from models.lora import add_lora, lora_parameters
+from models.memory import AT_WORK, RESIDENT, STREAMED, Phase, kept_bytes, kept_on
 from models.steps import (
     alignment_step,
     anchor_decoding,
@@ -51,6 +52,26 @@ Plan = dict[str, list[Phase]]
 FLUX_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 VIDEO_ENCODERS = {"text_encoder": T5EncoderModel}
 LORA_STATE = 3 * 4  # bytes for each LoRA parameter in training: gradient and two moments, float32
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a phase needs besides the weights of what is resident; bytes at its peak.
+
+    networks: at work. layers: of those, on the card at that time, if they are streamed; None where no mode does that.
+    """
+
+    networks: Sequence[str]
+    activations: int
+    layers: int | None = None
+    optimizer: int = 0
+
+
+def count_work(networks: Mapping[str, torch.nn.Module], step: Callable[[], object], *, streamed: bool = True) -> Work:
+    """Count a step of these networks. Call it inside `without_data`. streamed: in some mode."""
+    activations = count_activations(step, *networks.values())
+    layers = count_streamed(step, *networks.values()) - activations if streamed else None
+    return Work(tuple(networks), activations, layers)
 
 
 def flux_builders(paths: dict[str, Path]) -> dict[str, Build]:
@@ -99,32 +120,34 @@ def encoder_builder(folder: Path, name: str, cls: type) -> Build:
 def text_phases(folder: Path, encoders: dict[str, type], dtype: torch.dtype, length: int) -> dict[str, Phase]:
     """{how they are kept: the text encoders of a pipeline folder, all at once, on one prompt of `length` tokens}."""
     models = {cls: empty_model(encoder_builder(folder, name, cls), dtype) for name, cls in encoders.items()}
-    held = {how: sum(kept_bytes(model, how) for model in models.values()) for how in (RESIDENT, STREAMED)}
+    held = sum(held_bytes(model) for model in models.values())
     model = models[T5EncoderModel]  # the largest of them
     with without_data(dtype), torch.no_grad():
         bring_in(model)
         tokens = torch.empty(1, length, dtype=torch.long)
-        activations = count_activations(lambda: model(tokens), model)
-    return {how: Phase("text", weights, activations) for how, weights in held.items()}
+        work = count_work({"text": model}, lambda: model(tokens))
+    return {RESIDENT: Phase("text", held, work.activations), STREAMED: Phase("text", work.layers, work.activations)}
 
 
 def _plan(
     stage: str,
     builders: dict[str, Build],
     dtype: torch.dtype,
-    phases: dict[str, tuple[Sequence[str], int, int]],
+    phases: dict[str, Work],
     text: dict[str, Phase],
     device: str,
 ) -> Plan:
-    """phases: name -> (networks at work, bytes of activations, bytes of the optimizer). text: from `text_phases`."""
+    """phases: by name, in order. text: from `text_phases`."""
     plan = {}
     for mode in MEMORY_MODES:
         kept = kept_on(device, stage, mode)
-        held = {name: kept_bytes(empty_model(build, dtype), kept[name]) for name, build in builders.items()}
+        held = {n: kept_bytes(empty_model(b, dtype), kept[n]) for n, b in builders.items() if kept[n] != STREAMED}
         plan[mode] = [text[kept["text"]]]
-        for phase, (at_work, activations, optimizer) in phases.items():
-            present = [name for name in builders if name in at_work or kept[name] not in (STREAMED, AT_WORK)]
-            plan[mode].append(Phase(phase, sum(held[name] for name in present), activations, optimizer))
+        for name, work in phases.items():
+            weights = sum(held[n] for n in held if n in work.networks or kept[n] != AT_WORK)
+            if any(kept[n] == STREAMED for n in work.networks):
+                weights += work.layers
+            plan[mode].append(Phase(name, weights, work.activations, work.optimizer))
     return plan
 
 
@@ -148,12 +171,10 @@ def plan_anchors(
     with without_data(dtype), torch.no_grad():
         models = FluxModels(*map(bring_in, networks))
         step = anchor_step(models, size, length, 2 if guided else 1)
-        denoising = count_activations(step, models.transformer, models.controlnet)
-        decoding = count_activations(anchor_decoding(models, size), models.vae)
-    phases = {
-        "denoising": (("transformer", "controlnet"), denoising, 0),
-        "decoding": (("vae",), decoding, 0),
-    }
+        phases = {
+            "denoising": count_work({"transformer": models.transformer, "controlnet": models.controlnet}, step),
+            "decoding": count_work({"vae": models.vae}, anchor_decoding(models, size)),
+        }
     return _plan(
         "anchors", builders, dtype, phases, text_phases(paths["flux_text"], FLUX_ENCODERS, dtype, length), device
     )
@@ -177,22 +198,23 @@ def plan_alignment(
     plain = flux_builders(paths)
     builders = plain | {name: with_lora(plain[name], rank) for name in ("transformer", "controlnet")}
     networks = [empty_model(build, dtype) for build in builders.values()]
-    loras = [
-        parameter.requires_grad_()
-        for model in networks
-        for name, parameter in model.named_parameters()
-        if ".lora_" in name
-    ]
-    for model in networks[:2]:
+    trained = networks[:2]
+    loras = [parameter.requires_grad_() for model in trained for parameter in lora_parameters(model)]
+    cast_training_params(trained, torch.float32)
+    for model in trained:
         model.train()
         model.enable_gradient_checkpointing()
+        if torch.device(device).type != "cpu":
+            autocast_as_on_card(model)
+    autocast = partial(torch.autocast, "cpu", dtype, enabled=dtype != torch.float32)
     with without_data(dtype):
         models = FluxModels(*map(bring_in, networks))
-        training = count_activations(alignment_step(models, side, batch, length), *networks[:2])
+        training = count_activations(alignment_step(models, side, batch, length, autocast), *trained)
     count = sum(parameter.numel() for parameter in loras)
-    training -= sum(parameter.numel() * parameter.element_size() for parameter in loras)  # gradients: counted below
-    master = 4 - torch.empty((), dtype=dtype).element_size()  # LoRA is trained in float32
-    phases = {"training": (("transformer", "controlnet", "vae"), training, count * (LORA_STATE + master))}
+    training -= 4 * count  # gradients: counted below
+    master = 4 - torch.empty((), dtype=dtype).element_size()  # beyond the bytes in `dtype`, which `_plan` counts
+    optimizer = count * (LORA_STATE + master)
+    phases = {"training": Work(tuple(builders), training, optimizer=optimizer)}
     return _plan(
         "alignment", builders, dtype, phases, text_phases(paths["flux_text"], FLUX_ENCODERS, dtype, length), device
     )
@@ -217,15 +239,13 @@ def plan_ggi(
         vae.enable_slicing()
         if tiling:
             vae.enable_tiling()
-        denoising = count_activations(ggi_step(network, size, num_frames, 2 if guided else 1), network)
-        encoding = count_activations(video_encoding(vae, size, num_frames), vae)
-        decoding = count_activations(video_decoding(vae, latent_shape(network, size, num_frames)), vae)
+        shape = latent_shape(network, size, num_frames)
+        phases = {
+            "encoding": count_work({"vae": vae}, video_encoding(vae, size, num_frames), streamed=False),
+            "denoising": count_work({"transformer": network}, ggi_step(network, size, num_frames, 2 if guided else 1)),
+            "decoding": count_work({"vae": vae}, video_decoding(vae, shape), streamed=False),
+        }
         length = network.config.max_text_seq_length
-    phases = {
-        "encoding": (("vae",), encoding, 0),
-        "denoising": (("transformer",), denoising, 0),
-        "decoding": (("vae",), decoding, 0),
-    }
     return _plan(
         "ggi", builders, dtype, phases, text_phases(paths["cogvideox_text"], VIDEO_ENCODERS, dtype, length), device
     )

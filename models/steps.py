@@ -38,13 +38,25 @@ def anchor_decoding(models: FluxModels, size: tuple[int, int]) -> Step:
     return lambda: decode_latents(models, latents)
 
 
-def alignment_step(models: FluxModels, side: int, batch: int, length: int) -> Step:
-    """Loss and gradients of square crops. side: in pixels. batch: crops."""
+def alignment_step(
+    models: FluxModels,
+    side: int,
+    batch: int,
+    length: int,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Step:
+    """Loss and gradients of square crops. side: in pixels. batch: crops. autocast: context of the forward pass."""
     objective, text = FlowObjective(models), _text(models, batch, length)
     tokens = torch.randn(batch, side * side // 256, 64, device=models.device)
     sample = FlowSample(tokens, torch.randn_like(tokens), torch.full((batch,), 0.5, device=models.device))
     control = torch.randn(batch, 3, side, side, device=models.device)
-    return lambda: objective(sample, text, control).backward()
+
+    def step() -> None:
+        with autocast():
+            loss = objective(sample, text, control)
+        loss.backward()
+
+    return step
 
 
 def ggi_step(network: CogVideoXTransformer3DModel, size: tuple[int, int], num_frames: int, batch: int) -> Step:

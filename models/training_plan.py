@@ -11,8 +11,9 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from peft import LoraConfig
 
+from models.counting import autocast_as_on_card, bring_in, count_activations, empty_model, held_bytes, without_data
 from models.inbetween_training import CHANNELS, InbetweenObjective
-from models.memory import RESIDENT, Phase, bring_in, count_activations, empty_model, held_bytes, kept_on, without_data
+from models.memory import RESIDENT, Phase, kept_on
 from models.optimizers import gradient_bytes, holder, moment_bytes, update_bytes
 from models.plans import VIDEO_ENCODERS, Plan, text_phases, video_builders
 from models.steps import ggi_step, inbetween_training_step, latent_shape, video_decoding, video_encoding
@@ -78,10 +79,11 @@ def plan_training(
         weights, gradients = (sharded_bytes(transformer, trained_only, shards) for trained_only in (False, True))
         average, standing = average // shards, 0
     length = transformer.config.max_text_seq_length
-    vae_weights, encoding, decoding = count_vae(paths["cogvideox_vae"], transformer, setup)
+    on_card = setup.autocast is not None and torch.device(device).type != "cpu"
+    vae_weights, encoding, decoding = count_vae(paths["cogvideox_vae"], transformer, setup, on_card)
     text = text_phases(paths["cogvideox_text"], VIDEO_ENCODERS, setup.dtype, length)[RESIDENT]
-    if setup.autocast and torch.device(device).type != "cpu":
-        norms_as_on_card(transformer)
+    if on_card:
+        autocast_as_on_card(transformer)
     training, denoising = count_transformer(transformer, trained, setup)
     plan = {}
     for mode in MEMORY_MODES:
@@ -114,17 +116,23 @@ def sharded_bytes(transformer: torch.nn.Module, trained_only: bool, processes: i
     return -(-total // processes) + total - sum(blocks) + 2 * max(blocks) + buffers
 
 
-def count_vae(vae: Path, transformer: torch.nn.Module, setup: TrainingSetup) -> tuple[int, int, int]:
-    """Bytes of the VAE's weights, and of the activations of encoding and decoding a clip."""
+def count_vae(vae: Path, transformer: torch.nn.Module, setup: TrainingSetup, on_card: bool) -> tuple[int, int, int]:
+    """Bytes of the VAE's weights, and of the activations of encoding and decoding a clip.
+
+    on_card: with autocast as it is there.
+    """
     build = video_builders(vae, Path())["vae"]
     model = empty_model(build, setup.dtype)
+    weights = held_bytes(model)
     if setup.tiling:
         model.enable_tiling()
+    if on_card:
+        autocast_as_on_card(model)
     with without_data(setup.dtype), torch.no_grad(), autocast(setup):
         bring_in(model)
         encoding = count_activations(video_encoding(model, setup.size, setup.num_frames), model)
         shape = latent_shape(transformer, setup.size, setup.num_frames)
-        return held_bytes(model), encoding, count_activations(video_decoding(model, shape), model)
+        return weights, encoding, count_activations(video_decoding(model, shape), model)
 
 
 def count_transformer(
@@ -141,13 +149,6 @@ def count_transformer(
         with torch.no_grad(), autocast(setup):
             denoising = count_activations(ggi_step(transformer, setup.size, setup.num_frames, 1), transformer)
     return training, denoising
-
-
-def norms_as_on_card(transformer: torch.nn.Module) -> None:
-    """Let layer norms give float32 under autocast, as on a GPU; a CPU's autocast, which counts, leaves their dtype."""
-    for module in transformer.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
 def autocast(setup: TrainingSetup) -> torch.autocast:

@@ -11,8 +11,8 @@ import torch
 
 import models.alignment
 import models.anchors
+from models.counting import held_bytes
 from models.inbetween import CogVideoXInbetweenPipeline
-from models.memory import held_bytes
 from models.plans import Plan, plan_alignment, plan_anchors, plan_ggi
 from models.weights import FLUX_STAGE, GGI_STAGE, load_preset, locate
 from tests.helpers import ALIGN, ANCHORS, GGI, call, forbid_models

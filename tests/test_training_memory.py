@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
+from models.counting import _LiveBytes, bring_in, count_activations, held_bytes, without_data
 from models.inbetween_training import (
     InbetweenObjective,
     add_frozen_lora,
@@ -19,14 +20,9 @@ from models.memory import (
     PAGED,
     RESIDENT,
     Phase,
-    _LiveBytes,
-    bring_in,
     choose_mode,
-    count_activations,
-    held_bytes,
     kept_on,
     lossy,
-    without_data,
 )
 from models.optimizers import gradient_bytes, holder, make_optimizer, moment_bytes, update_bytes
 from models.steps import inbetween_training_step
