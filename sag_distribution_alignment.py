@@ -143,9 +143,9 @@ def train(
     from models.speed import require_attention
 
     require_shardable(args.memory, args.mixed_precision)
-    require_attention(args.attention, device, DTYPES[args.dtype])
     accelerator = open_accelerator(run, args, device)
     dtype, device, length = DTYPES[args.dtype], accelerator.device, preset.max_sequence_length
+    require_attention(args.attention, str(device), dtype)
     plan = plan_alignment(paths, args.resolution, args.train_batch_size, args.rank, length, dtype, str(device))
     if accelerator.is_fsdp2:  # before it is divided, each process holds all of it
         plan = {"full": plan["full"]}

@@ -159,11 +159,11 @@ def train(
 
     autocast, dtype = autocast_dtype(args), DTYPES[args.dtype]
     require_shardable(args.memory, args.mixed_precision)
-    require_attention(args.attention, device, autocast or DTYPES["float32"])
     config = read_json(paths["start"] / "config.json")
     training.check_start(config, preset.video_size, preset.num_frames)
     lora = training.read_frozen_lora(args.lora, config) if args.lora else None
     process, _ = open_processes(device)
+    require_attention(args.attention, str(process.device), autocast or DTYPES["float32"])
     weights = weight_hashes(paths | ({"lora": args.lora} if lora else {}))
     cache = open_cache(args, preset, source, paths, weights, config["max_text_seq_length"])
     missing = cache.missing_clips(process.process_index, process.num_processes)

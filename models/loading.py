@@ -106,7 +106,7 @@ def encode_flux_prompts(
             tokens, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=max_length)
             texts[prompt] = Text(tokens.cpu(), pooled.cpu())
     del pipeline
-    _collect()
+    free_caches()
     return texts
 
 
@@ -121,7 +121,7 @@ def encode_video_prompts(
             for prompt in dict.fromkeys(prompts)
         }
     del pipeline
-    _collect()
+    free_caches()
     return embeds
 
 
@@ -177,9 +177,10 @@ def load_inbetween(
     return pipeline
 
 
-def _collect() -> None:
-    """Give memory back after the last reference to a network was dropped."""
+def free_caches() -> None:
+    """Give memory back to the card and to the system, after the last reference to a network was dropped."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.accelerator.empty_host_cache()  # pinned, by what was streamed
+        if hasattr(torch.accelerator, "empty_host_cache"):  # since torch 2.12
+            torch.accelerator.empty_host_cache()  # pinned, by what was streamed

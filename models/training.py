@@ -92,6 +92,7 @@ def open_accelerator(run: Run, settings, device: str):
     """accelerate's Accelerator of a run. settings: TrainSettings, or anything else with its fields."""
     import accelerate
 
+    from models.parallel import WAIT
     from models.sharding import require_shards, sharding_plugin, sharding_wanted
 
     sharded = sharding_wanted()
@@ -109,7 +110,8 @@ def open_accelerator(run: Run, settings, device: str):
         # Some outputs go unused, such as the text output of the ControlNet's last block: they never get a gradient.
         # Gradients that lie in DDP's buckets are not held twice.
         kwargs_handlers=[
-            accelerate.DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
+            accelerate.DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
+            accelerate.InitProcessGroupKwargs(timeout=WAIT),
         ],
     )
     require_shards(accelerator)
@@ -256,6 +258,7 @@ def write_checkpoint(accelerator, run: Run, step: int, losses: list[float], save
     losses: of all steps so far, written beside it. Call it in every process; the first one writes, or all if sharded.
     """
     from safetensors import SafetensorError
+    from torch import OutOfMemoryError
 
     from models.sharding import checkpoint_folder
 
@@ -266,6 +269,8 @@ def write_checkpoint(accelerator, run: Run, step: int, losses: list[float], save
         with checkpoint_folder(accelerator, checkpoint) as temporary:
             if temporary:
                 save(temporary)
+    except OutOfMemoryError:  # a RuntimeError, too
+        raise
     except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
         raise OSError(errno.EIO, f"cannot write a checkpoint ({error})", str(checkpoint)) from error
     if accelerator.is_main_process:
