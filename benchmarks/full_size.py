@@ -11,7 +11,7 @@ arc. Without a CUDA device, operations and memory are counted, those of a card, 
 
 import argparse
 import dataclasses
-import gc
+import functools
 import os
 import sys
 import tempfile
@@ -23,33 +23,30 @@ if not __package__:  # started as a file: its imports begin at the repository's 
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     os.execve(sys.executable, [sys.executable, "-m", "benchmarks.full_size", *sys.argv[1:]], environment)
 
-from benchmarks.recipes import Setup, build, setup_of
+from benchmarks.recipes import LORA_RANK, Setup, build, setup_of
 from models.weights import MEMORY_MODES
 from utils.cli import InputError, Parser, positive_float, positive_int, require_writable, run_script
 from utils.runs import show_bytes, write_json
 
-RECIPES = {  # of each phase
-    "alignment": ("ours", "reference"),
-    "anchors": ("ours", "both branches", "decoding", "reference"),
-    "ggi": ("ours", "decoding", "reference"),
-}
-PHASES = tuple(RECIPES)
+PHASES = ("alignment", "anchors", "ggi")
+RECIPES = ("text", "ours", "reference")  # of each phase, one after the other in memory
 ARCS, ARC_PASSES = 10, 30  # arcs of a scene; denoising steps of each, both branches of guidance in one batch
 WARM_UP = 2  # steps that are not timed
+DEVIATION = 0.02  # of random weights
 CEILING_SIZE = {"cuda": 8192, "cpu": 512}  # sides of the matrices whose product gives the ceiling
 
 
 @dataclasses.dataclass
 class Row:
-    """One recipe of one phase. flops: of a step. seconds: per step. None: not measured.
+    """One step of one phase. flops: of a step. seconds: per step. None: not measured.
 
     planned, peak: bytes. loading: seconds. merged_distance: of a pass with the LoRA merged into the weights, relative.
     """
 
     phase: str
-    recipe: str
+    step: str
     flops: int
-    planned: int | None
+    planned: int | None = None
     seconds: float | None = None
     peak: int | None = None
     loading: float | None = None
@@ -84,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_writable(args.json.parent)
     import torch
 
+    from models.loading import free_caches
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.limit_gb:
         limit_memory(args.limit_gb)
@@ -91,16 +90,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     ceiling = matrix_ceiling(device) if measured else None
     rows = []
     for phase in args.phases:
-        for recipe in RECIPES[phase]:
-            if recipe == "reference" and args.no_reference:
+        planned = planned_peaks(setup, phase, args.memory, device if measured else "cuda")
+        for recipe in RECIPES[:-1] if args.no_reference else RECIPES:
+            new = count(setup, phase, recipe)
+            for row in new:
+                row.planned = planned.get(row.step)
+            rows += new
+            if not measured:
                 continue
-            row = count(setup, phase, recipe, args.memory, device if measured else "cuda")
-            if measured:
-                try:
-                    measure(row, setup, "full" if recipe == "reference" else args.memory, device, args.steps)
-                except torch.OutOfMemoryError as error:  # the other rows are still worth having
-                    print(f"{phase}, {recipe}: out of memory ({error})", file=sys.stderr)
-            rows.append(row)
+            try:
+                measure(new, setup, recipe, "full" if recipe == "reference" else args.memory, device, args.steps)
+            except torch.OutOfMemoryError as error:  # the other rows are still worth having
+                print(f"{phase}, {recipe}: out of memory ({error})", file=sys.stderr)
+            free_caches()
     card = torch.cuda.get_device_name() if device == "cuda" else "no CUDA device"
     print("\n".join(report(rows, card, ceiling)))
     if args.json:
@@ -111,24 +113,36 @@ def main(argv: Sequence[str] | None = None) -> None:
 # --- counting and measuring ---
 
 
-def count(setup: Setup, phase: str, recipe: str, memory: str, device: str) -> Row:
-    """Operations of a step, counted on the real code without data; planned peak of our recipe."""
+def count(setup: Setup, phase: str, recipe: str) -> list[Row]:
+    """Operations of each step, counted on the real code without data."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from models.memory import bring_in, empty_model, without_data
+    from models.counting import bring_in, empty_model, without_data
 
-    dtype = torch.bfloat16
+    dtype, rows = torch.bfloat16, []
+
+    def make(_: str, builder: Callable):
+        return bring_in(outside(empty_model, builder, dtype))
+
     with without_data(dtype), torch.set_grad_enabled(phase == "alignment"):
-        _, step = build(setup, phase, recipe, lambda builder: bring_in(outside(empty_model, builder, dtype)))
-        with FlopCounterMode(display=False, custom_mapping=cpu_attention()) as counter:
-            step()
-    planned = None
-    if recipe != "reference":
-        name = recipe if recipe == "decoding" else "training" if phase == "alignment" else "denoising"
-        plan = plan_of(setup, phase, dtype, device, guided=phase == "ggi" or recipe == "both branches")
-        planned = next(p.total for p in plan[memory] if p.name == name)
-    return Row(phase, recipe, counter.get_total_flops(), planned)
+        for name, (_, step) in build(setup, phase, recipe, make, "cpu").steps.items():
+            with FlopCounterMode(display=False, custom_mapping=cpu_attention()) as counter:
+                step()
+            rows.append(Row(phase, name, counter.get_total_flops()))
+    return rows
+
+
+def planned_peaks(setup: Setup, phase: str, memory: str, device: str) -> dict[str, int]:
+    """{step: bytes} of our recipe: each is a phase of the memory plan."""
+    import torch
+
+    def peaks(guided: bool) -> dict[str, int]:
+        plan = plan_of(setup, phase, torch.bfloat16, device, guided=guided)[memory]
+        return {"ours" if p.name in ("training", "denoising") else p.name: p.total for p in plan}
+
+    found = peaks(guided=phase == "ggi")
+    return found | ({"both branches": peaks(guided=True)["ours"]} if phase == "anchors" else {})
 
 
 def cpu_attention() -> dict:
@@ -164,49 +178,76 @@ def plan_of(setup: Setup, phase: str, dtype, device: str, *, guided: bool) -> di
         size, frames = setup.video_size, setup.num_frames
         return plan_ggi(setup.paths, setup.inbetween, size, frames, dtype, device, guided=guided, tiling=True)
     if phase == "anchors":
-        return plan_anchors(setup.paths, setup.anchor_size, 16, setup.text_length, dtype, device, guided=guided)
-    return plan_alignment(setup.paths, setup.crop, 1, 16, setup.text_length, dtype, device)
+        return plan_anchors(setup.paths, setup.anchor_size, LORA_RANK, setup.text_length, dtype, device, guided=guided)
+    return plan_alignment(setup.paths, setup.crop, 1, LORA_RANK, setup.text_length, dtype, device)
 
 
-def measure(row: Row, setup: Setup, memory: str, device: str, steps: int) -> None:
-    """Fill in seconds, peak and loading time."""
+def measure(rows: Sequence[Row], setup: Setup, recipe: str, memory: str, device: str, steps: int) -> None:
+    """Fill in seconds, peak and loading time. rows: from `count`."""
     import torch
 
-    from models.memory import RESIDENT, default_dtype, keep, kept_on
+    from models.counting import bring_in, default_dtype, empty_model
+    from models.memory import AT_WORK, RESIDENT, keep, kept_on
 
-    dtype = torch.bfloat16
-    kept = kept_on(device, row.phase, memory)
-    ways = [kept[name] for name in ("transformer", "controlnet") if name in kept]
+    phase, dtype = rows[0].phase, torch.bfloat16
+    kept = kept_on(device, phase, memory) | {"detector": RESIDENT}
 
-    def make(builder: Callable):
-        with torch.device(device), default_dtype(dtype):
-            return builder().requires_grad_(False).to(dtype)  # buffers, too, as loading does
+    def make(name: str, builder: Callable):
+        whole = kept[name] in (RESIDENT, AT_WORK)  # others may not fit before they are quantised or streamed
+        network = bring_in(
+            empty_model(builder, dtype), functools.partial(random_values, device, device if whole else "cpu")
+        )
+        if not whole:
+            keep(network, kept[name], device)
+        return network
 
-    with default_dtype(dtype), torch.set_grad_enabled(row.phase == "alignment"):
-        networks, step = build(setup, row.phase, row.recipe, make)
-        for network, how in zip(networks, [kept["vae"]] if row.recipe == "decoding" else ways, strict=False):
-            if how != RESIDENT:
-                keep(network.to("cpu"), how, device)
-        for _ in range(WARM_UP):
-            step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        for _ in range(steps):
-            step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-            row.peak = torch.cuda.max_memory_allocated()
-        row.seconds = (time.perf_counter() - began) / steps
-        if row.phase == "ggi" and row.recipe != "decoding" and memory == "full":
-            row.loading = loading_seconds(networks[0], device)
-        if row.phase == "ggi" and row.recipe == "reference":
-            row.merged_distance = merged_distance(networks[0], step)
-    del networks, network, step
-    gc.collect()
+    with default_dtype(dtype), torch.set_grad_enabled(phase == "alignment"):
+        built = build(setup, phase, recipe, make, device)
+        for row in rows:
+            at_work, step = built.steps[row.step]
+            for name, network in built.networks.items():
+                if kept.get(name) == AT_WORK:
+                    network.to(device if name in at_work else "cpu")
+            row.seconds, row.peak = time_step(step, steps, device)
+        transformer = built.networks.get("transformer")
+        if phase == "ggi" and transformer is not None and memory == "full":
+            row = next(row for row in rows if row.step == recipe)
+            row.loading = loading_seconds(transformer, device)
+            if recipe == "reference":
+                row.merged_distance = merged_distance(transformer, step)
+
+
+def random_values(device: str, place: str, name: str, tensor):
+    """Values in the place of an empty tensor: random matrices, drawn on `device` and brought to `place`.
+
+    Norms scale by 1, nothing is shifted: the signal neither dies nor grows.
+    """
+    import torch
+
+    if tensor.is_floating_point() and tensor.dim() > 1:
+        values = torch.randn(tensor.shape, dtype=tensor.dtype, device=device).mul_(DEVIATION)
+    else:
+        values = torch.full(tensor.shape, name == "weight", dtype=tensor.dtype, device=device)
+    return values.to(place)
+
+
+def time_step(step: Callable, steps: int, device: str) -> tuple[float, int | None]:
+    """(seconds per step, peak bytes on the card, those of the first steps included)."""
+    import torch
+
     if device == "cuda":
-        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(WARM_UP):
+        step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / steps
+    return seconds, torch.cuda.max_memory_allocated() if device == "cuda" else None
 
 
 def merged_distance(network, step: Callable) -> float:
@@ -262,17 +303,17 @@ def report(rows: Sequence[Row], card: str, ceiling: float | None) -> list[str]:
     """Markdown."""
     lines = [f"card: {card}"]
     lines += [f"matrix product: {ceiling / 1e12:.3g} TFLOP/s" if ceiling else "matrix product: not measured", ""]
-    head = ("phase", "recipe", "PFLOP per step", "planned, all networks", "seconds per step", "peak", "TFLOP/s")
-    lines += [f"| {' | '.join((*head, 'of ceiling'))} |", "|" + "---|" * 8]
+    head = ("phase", "step", "PFLOP per step", "planned peak", "peak", "seconds per step", "TFLOP/s", "of ceiling")
+    lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
         rate = row.flops / row.seconds if row.seconds else None
         cells = (
             row.phase,
-            row.recipe,
+            row.step,
             f"{row.flops / 1e15:.4g}",
             "" if row.planned is None else show_bytes(row.planned),
+            "not measured" if row.peak is None else show_peak(row),
             "not measured" if row.seconds is None else f"{row.seconds:.3f}",
-            "not measured" if row.peak is None else show_bytes(row.peak),
             "not measured" if rate is None else f"{rate / 1e12:.3g}",
             "not measured" if rate is None or ceiling is None else f"{100 * rate / ceiling:.0f} %",
         )
@@ -280,21 +321,26 @@ def report(rows: Sequence[Row], card: str, ceiling: float | None) -> list[str]:
     return [*lines, "", *ratios(rows)]
 
 
+def show_peak(row: Row) -> str:
+    return show_bytes(row.peak) + (f", {row.peak / row.planned:.2f} of the plan" if row.planned else "")
+
+
 def ratios(rows: Sequence[Row]) -> list[str]:
-    """The reference's time over ours, per step and, for GGI, for a scene of ten arcs with loading and decoding."""
+    """The reference's time over ours, per step and, for GGI, for a scene of ten arcs with all that goes with them."""
     lines = []
     for phase in dict.fromkeys(row.phase for row in rows):
-        found = {row.recipe: row for row in rows if row.phase == phase}
+        found = {row.step: row for row in rows if row.phase == phase}
         ours, theirs = found["ours"], found.get("reference")
         if theirs is None:
             continue
         text = f"{phase}: the reference computes {theirs.flops / ours.flops:.2f} times as much per step"
         if ours.seconds and theirs.seconds:
             text += f" and takes {theirs.seconds / ours.seconds:.2f} times as long"
-        if ours.loading and theirs.loading and (decoding := found["decoding"].seconds):
-            mine = ours.loading + ARCS * (ARC_PASSES * ours.seconds + decoding)
-            other = ARCS * (theirs.loading + ARC_PASSES * theirs.seconds + decoding)
-            text += f"; {other / mine:.2f} times for {ARCS} arcs with loading and decoding"
+        if ours.loading and theirs.loading and found["encoding"].seconds and found["decoding"].seconds:
+            alike = ARCS * (found["encoding"].seconds + found["decoding"].seconds)
+            mine = alike + ours.loading + ARCS * ARC_PASSES * ours.seconds
+            other = alike + ARCS * (theirs.loading + ARC_PASSES * theirs.seconds)
+            text += f"; {other / mine:.2f} times for {ARCS} arcs with loading, encoding and decoding"
         if theirs.merged_distance is not None:
             text += f"; merging the LoRA moves one pass by {theirs.merged_distance:.1e}"
         lines.append(text)

@@ -6,13 +6,18 @@ encoded in every training step.
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from models.weights import FLUX_STAGE, GGI_STAGE, ROOT, load_preset, locate
+from utils.runs import read_json
 
+LORA_RANK = 16  # the default of the alignment
 RELEASED_RANK = 2048  # of the LoRA in the released in-between transformer
 HED_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # width and convolutions of each
+
+Make = Callable[[str, Callable], object]  # (how it is named in a memory plan, function that builds a network)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,68 +54,105 @@ def setup_of(weights: str) -> Setup:
     )
 
 
-def build(setup: Setup, phase: str, recipe: str, make: Callable) -> tuple[list, Callable[[], object]]:
-    """(networks, one step) of a phase: of `ours`, of the `reference`, or `decoding`, which is done once.
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """networks: all that lie in memory. steps: {name: (names of the networks at work, function)}."""
 
-    Of anchors `ours` is the default, equal prompts, whose one branch is enough; `both branches` go in one batch.
-    make: turns a function that builds a network into a network to use.
+    networks: dict[str, object]
+    steps: dict[str, tuple[Sequence[str], Callable[[], object]]]
+
+
+def build(setup: Setup, phase: str, recipe: str, make: Make, device: str) -> Recipe:
+    """A recipe of a phase: `text`, the encoders before it; `ours`; or the `reference`.
+
+    device: where networks compute. For alignment call it, and its steps, with gradients enabled, else without.
     """
-    if phase == "ggi":
-        return build_ggi(setup, recipe, make)
-    if recipe == "decoding":
-        return anchor_decoder(setup, make)
-    return build_flux(setup, phase, recipe, make)
+    if recipe == "text":
+        component = "cogvideox_text" if phase == "ggi" else "flux_text"
+        encoders, encode = text_step(setup, component, make, device)
+        return Recipe(encoders, {"text": (tuple(encoders), encode)})
+    builders = {"ggi": build_ggi, "anchors": build_anchors, "alignment": build_alignment}
+    return builders[phase](setup, recipe, make, device)
 
 
-def build_ggi(setup: Setup, recipe: str, make: Callable) -> tuple[list, Callable[[], object]]:
+def build_ggi(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
     from models.plans import video_builders
-    from models.steps import ggi_step, latent_shape, video_decoding
+    from models.steps import ggi_step, latent_shape, video_decoding, video_encoding
 
     builders = video_builders(setup.paths["cogvideox_vae"], setup.inbetween)
-    if recipe == "decoding":
-        vae = make(builders["vae"])
-        vae.enable_slicing()
-        vae.enable_tiling()
-        return [vae], video_decoding(vae, latent_shape(vae, setup.video_size, setup.num_frames))
-    builder = builders["transformer"]
-    network = make(with_released_lora(builder) if recipe == "reference" else builder)
-    return [network], ggi_step(network, setup.video_size, setup.num_frames, 2)
+    size, frames = setup.video_size, setup.num_frames
+    if recipe == "reference":
+        network = make("transformer", with_released_lora(builders["transformer"]))
+        return Recipe({"transformer": network}, {"reference": (("transformer",), ggi_step(network, size, frames, 2))})
+    networks = {name: make(name, builder) for name, builder in builders.items()}
+    network, vae = networks.values()
+    vae.enable_slicing()
+    vae.enable_tiling()
+    steps = {
+        "encoding": (("vae",), video_encoding(vae, size, frames)),
+        "ours": (("transformer",), ggi_step(network, size, frames, 2)),
+        "decoding": (("vae",), video_decoding(vae, latent_shape(vae, size, frames))),
+    }
+    return Recipe(networks, steps)
 
 
-def anchor_decoder(setup: Setup, make: Callable) -> tuple[list, Callable[[], object]]:
-    from models.flux import FluxModels
-    from models.plans import flux_builders
-    from models.steps import anchor_decoding
-
-    vae = make(flux_builders(setup.paths)["vae"])
-    return [vae], anchor_decoding(FluxModels(None, None, vae, str(vae.device)), setup.anchor_size)
-
-
-def build_flux(setup: Setup, phase: str, recipe: str, make: Callable) -> tuple[list, Callable[[], object]]:
+def make_flux(setup: Setup, make: Make, device: str):
+    """({name: network}, the same as FluxModels), with LoRAs of the default rank."""
     from models.flux import FluxModels
     from models.plans import flux_builders, with_lora
-    from models.steps import alignment_step, anchor_step
 
     builders = flux_builders(setup.paths)
-    networks = [make(with_lora(builders[name], 16)) for name in ("transformer", "controlnet")]
-    models = FluxModels(*networks, None, str(networks[0].device))
-    if phase == "anchors":
-        step = anchor_step(models, setup.anchor_size, setup.text_length, 2 if recipe == "both branches" else 1)
-        return networks, twice(step) if recipe == "reference" else step
-    for network in networks:
+    builders |= {name: with_lora(builders[name], LORA_RANK) for name in ("transformer", "controlnet")}
+    networks = {name: make(name, builder) for name, builder in builders.items()}
+    return networks, FluxModels(*networks.values(), device)
+
+
+def build_anchors(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
+    """Ours is the default, equal prompts, whose one branch is enough; `both branches` go in one batch."""
+    from models.steps import anchor_decoding, anchor_step
+
+    networks, models = make_flux(setup, make, device)
+    one, both = (anchor_step(models, setup.anchor_size, setup.text_length, branches) for branches in (1, 2))
+    at_work = ("transformer", "controlnet")
+    if recipe == "reference":
+        return Recipe(networks, {"reference": (at_work, lambda: (one(), one()))})
+    steps = {
+        "ours": (at_work, one),
+        "both branches": (at_work, both),
+        "decoding": (("vae",), anchor_decoding(models, setup.anchor_size)),
+    }
+    return Recipe(networks, steps)
+
+
+def build_alignment(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
+    import torch
+    from diffusers.training_utils import cast_training_params
+
+    from models.alignment import lora_optimizer
+    from models.lora import lora_parameters
+    from models.steps import alignment_step
+
+    networks, models = make_flux(setup, make, device)
+    trained = [models.transformer, models.controlnet]
+    parameters = [parameter.requires_grad_() for network in trained for parameter in lora_parameters(network)]
+    cast_training_params(trained, torch.float32)
+    for network in trained:
         network.enable_gradient_checkpointing()
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(".lora_" in name)
-    step = alignment_step(models, setup.crop, 1, setup.text_length)
+    autocast = partial(torch.autocast, torch.device(device).type, torch.get_default_dtype())
+    step = alignment_step(models, setup.crop, 1, setup.text_length, autocast)
+    optimizer = lora_optimizer(parameters, learning_rate=1e-4)
+
+    def train() -> None:
+        step()
+        optimizer.step()
+        optimizer.zero_grad()
+
     if recipe == "ours":
-        return networks, step
-    encoders, encode = text_step(setup, make)
-    detector, detect = edge_step(setup.crop, make)
-    return [*networks, *encoders, detector], lambda: (encode(), detect(), step())
-
-
-def twice(step: Callable[[], object]) -> Callable[[], object]:
-    return lambda: (step(), step())
+        return Recipe(networks, {"ours": (tuple(networks), train)})
+    encoders, encode = text_step(setup, "flux_text", make, device)
+    detector, detect = edge_step(setup.crop, make, device)
+    networks |= encoders | {"detector": detector}
+    return Recipe(networks, {"reference": (tuple(networks), lambda: (encode(), detect(), train()))})
 
 
 def with_released_lora(builder: Callable) -> Callable:
@@ -129,32 +171,31 @@ def with_released_lora(builder: Callable) -> Callable:
     return build_with_lora
 
 
-def text_step(setup: Setup, make: Callable) -> tuple[list, Callable[[], object]]:
-    """FLUX's text encoders on one prompt."""
+def text_step(setup: Setup, component: str, make: Make, device: str) -> tuple[dict[str, object], Callable[[], object]]:
+    """Text encoders, and their work on one prompt. component: flux_text or cogvideox_text."""
     import torch
 
-    from models.plans import FLUX_ENCODERS, encoder_builder
+    from models.plans import FLUX_ENCODERS, VIDEO_ENCODERS, encoder_builder
 
-    encoders = {n: make(encoder_builder(setup.paths["flux_text"], n, c)) for n, c in FLUX_ENCODERS.items()}
-    prompts = {
-        name: torch.zeros(
-            1,
-            getattr(encoder.config, "max_position_embeddings", setup.text_length),  # T5 has no such limit
-            dtype=torch.long,
-            device=encoder.device,
-        )
-        for name, encoder in encoders.items()
-    }
+    if component == "flux_text":
+        classes, length = FLUX_ENCODERS, setup.text_length
+    else:
+        classes, length = VIDEO_ENCODERS, read_json(setup.inbetween / "config.json")["max_text_seq_length"]
+    encoders = {n: make("text", encoder_builder(setup.paths[component], n, cls)) for n, cls in classes.items()}
+    prompts = {}
+    for name, encoder in encoders.items():
+        tokens = getattr(encoder.config, "max_position_embeddings", length)  # T5 has no such limit
+        prompts[name] = torch.zeros(1, tokens, dtype=torch.long, device=device)
 
+    @torch.no_grad()
     def encode() -> None:
-        with torch.no_grad():
-            for name, encoder in encoders.items():
-                encoder(prompts[name])
+        for name, encoder in encoders.items():
+            encoder(prompts[name])
 
-    return list(encoders.values()), encode
+    return encoders, encode
 
 
-def edge_step(side: int, make: Callable) -> tuple[object, Callable[[], object]]:
+def edge_step(side: int, make: Make, device: str) -> tuple[object, Callable[[], object]]:
     """The HED edge detector on one square crop: VGG-16's convolutions, and an output beside each of its stages."""
     import torch
 
@@ -168,14 +209,14 @@ def edge_step(side: int, make: Callable) -> tuple[object, Callable[[], object]]:
             stages.append(torch.nn.ModuleList([torch.nn.Sequential(*layers), torch.nn.Conv2d(width, 1, 1)]))
         return torch.nn.ModuleList(stages)
 
-    network = make(detector)
-    image = torch.randn(1, 3, side, side, device=next(network.parameters()).device)
+    network = make("detector", detector)
+    image = torch.randn(1, 3, side, side, device=device)
 
+    @torch.no_grad()
     def detect() -> None:
-        with torch.no_grad():
-            features = image
-            for stage, output in network:
-                features = stage(features)
-                output(features)
+        features = image
+        for stage, output in network:
+            features = stage(features)
+            output(features)
 
     return network, detect

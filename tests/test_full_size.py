@@ -16,7 +16,7 @@ without_card = pytest.mark.skipif(torch.cuda.is_available(), reason="with a card
 
 
 def rows(path: Path) -> dict[tuple[str, str], dict]:
-    return {(row["phase"], row["recipe"]): row for row in read_json(path)["rows"]}
+    return {(row["phase"], row["step"]): row for row in read_json(path)["rows"]}
 
 
 @pytest.mark.slow
@@ -58,11 +58,11 @@ def test_measuring_the_tiny_networks(tmp_path: Path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     found = rows(tmp_path / "o")
-    assert all(row["seconds"] > 0 for row in found.values()) and len(found) == 9
+    assert all(row["seconds"] > 0 for row in found.values()) and len(found) == 13
     assert found["anchors", "reference"]["flops"] == 2 * found["anchors", "ours"]["flops"]
     assert found["ggi", "ours"]["loading"] < found["ggi", "reference"]["loading"]
     assert 0 < found["ggi", "reference"]["merged_distance"] < 1e-2
-    assert "for 10 arcs with loading and decoding" in result.stdout
+    assert "for 10 arcs with loading, encoding and decoding" in result.stdout
 
 
 def test_bad_phase(capsys: pytest.CaptureFixture):
