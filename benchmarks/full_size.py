@@ -2,6 +2,7 @@
 
     python benchmarks/full_size.py
     python benchmarks/full_size.py --phases ggi --steps 5 --memory low --json full_size.json
+    python benchmarks/full_size.py --attention cudnn --compile --no_reference
 
 Speed and memory do not depend on the values of weights, so nothing is downloaded: the networks are built from
 configs/full. Beside our recipe runs the reference's (benchmarks/recipes.py), whose networks are loaded anew for every
@@ -24,13 +25,14 @@ if not __package__:  # started as a file: its imports begin at the repository's 
     os.execve(sys.executable, [sys.executable, "-m", "benchmarks.full_size", *sys.argv[1:]], environment)
 
 from benchmarks.recipes import LORA_RANK, Setup, build, setup_of
-from models.weights import MEMORY_MODES
+from models.weights import MEMORY_MODES, add_attention_flag, add_compile_flag
 from utils.cli import InputError, Parser, positive_float, positive_int, require_writable, run_script
 from utils.runs import show_bytes, write_json
 
 PHASES = ("alignment", "anchors", "ggi")
 RECIPES = ("text", "ours", "reference")  # of each phase, one after the other in memory
 ARCS, ARC_PASSES = 10, 30  # arcs of a scene; denoising steps of each, both branches of guidance in one batch
+FASTER = ("ours", "both branches")  # steps that --attention and --compile are for
 WARM_UP = 2  # steps that are not timed
 DEVIATION = 0.02  # of random weights
 CEILING_SIZE = {"cuda": 8192, "cpu": 512}  # sides of the matrices whose product gives the ceiling
@@ -56,13 +58,15 @@ class Row:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, "benchmarks/full_size.py")
     add = parser.add_argument
-    add("--phases", type=phases, default=PHASES, help=f"comma-separated: {','.join(PHASES)}")
+    add("--phases", type=phases, default=",".join(PHASES), help="some of them")
     add("--steps", type=positive_int, default=5, help="timed steps of each recipe")
     add("--memory", choices=MEMORY_MODES, default="full", help="how our networks are kept; the reference's: full")
     add("--limit_gb", type=positive_float, metavar="GB", help="let the process use no more of the card (default: all)")
     add("--no_reference", action="store_true", help="leave the reference's recipe out")
     add("--weights", choices=["full", "tiny"], default="full", help="sizes of the networks")
     add("--json", type=Path, metavar="FILE", help="write all numbers there, too")
+    add_attention_flag(parser)
+    add_compile_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -82,11 +86,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from models.loading import free_caches
+    from models.speed import require_attention
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.limit_gb:
         limit_memory(args.limit_gb)
+    if args.compile and args.memory != "full":
+        raise InputError("--compile goes with --memory full")
     setup, measured = setup_of(args.weights), device == "cuda" or args.weights == "tiny"
+    if measured:
+        require_attention(args.attention, device, torch.bfloat16)
     ceiling = matrix_ceiling(device) if measured else None
     rows = []
     for phase in args.phases:
@@ -99,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not measured:
                 continue
             try:
-                measure(new, setup, recipe, "full" if recipe == "reference" else args.memory, device, args.steps)
+                measure(new, setup, recipe, args, device)
             except torch.OutOfMemoryError as error:  # the other rows are still worth having
                 print(f"{phase}, {recipe}: out of memory ({error})", file=sys.stderr)
             free_caches()
@@ -107,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(report(rows, card, ceiling)))
     if args.json:
         numbers = [dataclasses.asdict(row) for row in rows]
-        write_json(args.json, {"card": card, "matrix_ceiling_flops": ceiling, "rows": numbers})
+        options = {key: value for key, value in vars(args).items() if key != "json"}
+        write_json(args.json, {"card": card, "options": options, "matrix_ceiling_flops": ceiling, "rows": numbers})
 
 
 # --- counting and measuring ---
@@ -182,14 +192,16 @@ def plan_of(setup: Setup, phase: str, dtype, device: str, *, guided: bool) -> di
     return plan_alignment(setup.paths, setup.crop, 1, LORA_RANK, setup.text_length, dtype, device)
 
 
-def measure(rows: Sequence[Row], setup: Setup, recipe: str, memory: str, device: str, steps: int) -> None:
+def measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Namespace, device: str) -> None:
     """Fill in seconds, peak and loading time. rows: from `count`."""
     import torch
 
     from models.counting import bring_in, default_dtype, empty_model
     from models.memory import AT_WORK, RESIDENT, keep, kept_on
+    from models.speed import attention_kernel, compile_blocks
 
     phase, dtype = rows[0].phase, torch.bfloat16
+    memory = "full" if recipe == "reference" else args.memory
     kept = kept_on(device, phase, memory) | {"detector": RESIDENT}
 
     def make(name: str, builder: Callable):
@@ -203,13 +215,16 @@ def measure(rows: Sequence[Row], setup: Setup, recipe: str, memory: str, device:
 
     with default_dtype(dtype), torch.set_grad_enabled(phase == "alignment"):
         built = build(setup, phase, recipe, make, device)
+        transformer = built.networks.get("transformer")
+        if args.compile and recipe == "ours":
+            compile_blocks(transformer)
         for row in rows:
             at_work, step = built.steps[row.step]
             for name, network in built.networks.items():
                 if kept.get(name) == AT_WORK:
                     network.to(device if name in at_work else "cpu")
-            row.seconds, row.peak = time_step(step, steps, device)
-        transformer = built.networks.get("transformer")
+            with attention_kernel(args.attention if row.step in FASTER else None):
+                row.seconds, row.peak = time_step(step, args.steps, device)
         if phase == "ggi" and transformer is not None and memory == "full":
             row = next(row for row in rows if row.step == recipe)
             row.loading = loading_seconds(transformer, device)

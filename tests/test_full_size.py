@@ -70,6 +70,11 @@ def test_bad_phase(capsys: pytest.CaptureFixture):
     assert "'decode' is none of alignment, anchors, ggi" in capsys.readouterr().err
 
 
+def test_compiled_blocks_are_resident(capsys: pytest.CaptureFixture):
+    assert exit_code(lambda: full_size.main(["--compile", "--memory", "low"])) == 2
+    assert "--compile goes with --memory full" in capsys.readouterr().err
+
+
 @without_card
 def test_a_limit_needs_a_card(capsys: pytest.CaptureFixture):
     assert exit_code(lambda: full_size.main(["--limit_gb", "22"])) == 2

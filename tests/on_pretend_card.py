@@ -1,0 +1,142 @@
+"""The stages on a pretend card and on the CPU give the same; `tests/test_devices.py` runs this file by itself."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
+
+from models import inbetween_training
+from models.anchors import AnchorSettings, decode_anchor, encode_warped, sample_anchor
+from models.inbetween import CogVideoXInbetweenPipeline, ConditionEps
+from models.latents import draw_noise, to_signed
+from models.loading import (
+    encode_flux_prompts,
+    encode_video_prompts,
+    load_flux,
+    load_inbetween,
+    load_model,
+    place_flux,
+)
+from models.lora import add_lora
+from models.memory import KEPT
+from models.weights import FLUX_STAGE, GGI_STAGE, load_preset, locate
+from tests.helpers import ROOT
+from tests.pretend_card import CARD, PretendCard
+from utils.images import read_image
+
+PRESET = load_preset("tiny")
+PATHS = locate(argparse.Namespace(), PRESET, (*FLUX_STAGE, *GGI_STAGE))
+TRANSFORMER = Path(PRESET.ggi_transformer)
+PICTURE = read_image(ROOT / "assets/references/boxtown.png")[:96, :144]
+FRAMES, LATENT_FRAMES = 9, 3  # of videos: fewer than an arc has
+LATENTS = (12, 18)
+FLOAT = torch.float32
+
+
+def test_mixing_is_an_error():
+    with PretendCard():
+        there, here = torch.ones(3, device=CARD), torch.ones(3)
+        assert torch.equal((there + there.to("cpu").to(CARD)).cpu(), 2 * here)
+        with pytest.raises(RuntimeError, match="on the CPU"):
+            there + here
+        with pytest.raises(RuntimeError, match="on the CPU"):
+            torch.nn.Linear(3, 3).to(CARD)(here)
+
+
+def draw_anchor(device: str, mode: str) -> np.ndarray:
+    texts = encode_flux_prompts(PATHS["flux_text"], ["a town", ""], device, FLOAT, PRESET.max_sequence_length)
+    models = load_flux(PATHS, device, FLOAT)
+    torch.manual_seed(0)
+    for network in (models.transformer, models.controlnet):
+        add_lora(network, 4)
+    place_flux(models, KEPT["anchors"][mode])
+    noise = draw_noise((1, 16, *LATENTS), 0)
+    replacement = encode_warped(models, PICTURE, np.ones(PICTURE.shape[:2], np.uint8), noise)
+    control = to_signed(PICTURE)[None]
+    settings = AnchorSettings(num_steps=3, num_replacement=2)
+    latents = sample_anchor(models, noise, control, texts["a town"], texts[""], settings, replacement)
+    return decode_anchor(models, latents.cpu())
+
+
+@pytest.mark.parametrize("mode", ["full", "balanced"])
+def test_anchors(mode: str):
+    wanted = draw_anchor("cpu", mode)
+    with PretendCard():
+        found = draw_anchor(CARD, mode)
+    assert abs(found.astype(int) - wanted).max() <= 1
+
+
+def encode_ends(pipe: CogVideoXInbetweenPipeline) -> torch.Tensor:
+    end, edges = to_signed(PICTURE)[None], to_signed(np.stack([PICTURE] * FRAMES))[None]
+    return pipe.encode_conditions(end, end, edges, ConditionEps.draw(LATENT_FRAMES, *LATENTS, seed=0, arc=0))
+
+
+def make_video(device: str, mode: str) -> tuple[np.ndarray, set[str]]:
+    """Frames of an arc, and where the VAE was while it was denoised."""
+    embeds = encode_video_prompts(PATHS["cogvideox_text"], ["a town", ""], device, FLOAT, 32)
+    pipe = load_inbetween(PATHS, TRANSFORMER, device, FLOAT, KEPT["ggi"][mode], tiling=False)
+    seen = set()
+
+    def look(pipe, step: int, timestep: int, tensors: dict) -> dict:
+        seen.add(pipe.vae.device.type)
+        return tensors
+
+    noise = draw_noise((1, LATENT_FRAMES, 16, *LATENTS), 0)
+    latents = pipe(encode_ends(pipe), noise, embeds["a town"], embeds[""], num_inference_steps=2, on_step=look)
+    return pipe.decode_video(latents.cpu()), seen
+
+
+def test_video():
+    wanted, _ = make_video("cpu", "full")
+    with PretendCard():
+        for mode, where in (("full", {CARD}), ("balanced", {"cpu"})):  # `balanced`: one network at a time
+            found, seen = make_video(CARD, mode)
+            assert abs(found.astype(int) - wanted).max() <= 1
+            assert seen == where
+
+
+def train(device: str) -> tuple[float, np.ndarray]:
+    """The loss after a step, and a sample sheet."""
+    transformer = inbetween_training.load_start(TRANSFORMER).to(device)
+    transformer.enable_gradient_checkpointing()
+    scheduler = CogVideoXDDIMScheduler.from_pretrained(PATHS["cogvideox_text"], subfolder="scheduler")
+    vae = load_model("cogvideox_vae", AutoencoderKLCogVideoX, PATHS["cogvideox_vae"], FLOAT).to(device)
+    cache = OneClip()
+    batch = inbetween_training.draw_batch(cache, (0, 0), [0], 0.1, 1000)
+    objective = inbetween_training.InbetweenObjective(transformer, scheduler)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = objective(**{name: value.to(device) for name, value in batch.items()})["loss"]
+        loss.backward()
+        optimizer.step()
+    return loss.item(), inbetween_training.paint_sheet(transformer, vae, scheduler, cache, [0], None)
+
+
+class OneClip:
+    """A cache of encoded clips that holds one, of noise."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def clip(self, number: int) -> dict[str, torch.Tensor]:
+        frames = LATENT_FRAMES
+        shapes = {"video": (2, frames), "edges": (2, frames), "start": (4,), "end": (4,), "noise": (frames,)}
+        return {name: draw_noise((*shape, 16, *LATENTS), 0) for name, shape in shapes.items()}
+
+    def caption(self, number: int) -> str:
+        return "a town"
+
+    def text(self, caption: str) -> torch.Tensor:
+        return draw_noise((32, 64), 0)
+
+
+def test_training_of_the_inbetween_model():
+    loss, sheet = train("cpu")
+    with PretendCard():
+        found, found_sheet = train(CARD)
+    assert found == pytest.approx(loss, rel=1e-4)
+    assert abs(found_sheet.astype(int) - sheet).max() <= 2
