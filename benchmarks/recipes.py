@@ -77,6 +77,7 @@ def build(setup: Setup, phase: str, recipe: str, make: Make, device: str) -> Rec
 
 def build_ggi(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
     from models.plans import video_builders
+    from models.speed import ComplexRotaryAttention
     from models.steps import ggi_step, latent_shape, video_decoding, video_encoding
 
     builders = video_builders(setup.paths["cogvideox_vae"], setup.inbetween)
@@ -86,6 +87,7 @@ def build_ggi(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
         return Recipe({"transformer": network}, {"reference": (("transformer",), ggi_step(network, size, frames, 2))})
     networks = {name: make(name, builder) for name, builder in builders.items()}
     network, vae = networks.values()
+    network.set_attn_processor(ComplexRotaryAttention())
     vae.enable_slicing()
     vae.enable_tiling()
     steps = {

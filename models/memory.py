@@ -244,10 +244,14 @@ def naming_smaller_mode(stage: str, mode: str, *, sharded: bool = False) -> Iter
         raise OSError(errno.ENOMEM, f"out of memory with --memory {mode}; {advice}") from error
 
 
+def is_card(device: str) -> bool:
+    return torch.device(device).type != "cpu"
+
+
 def kept_on(device: str, stage: str, mode: str) -> dict[str, str]:
     """{network: how it is kept}. Without a card to stream them to, networks lie in CPU memory all the time."""
     kept = KEPT[stage][mode]
-    if torch.device(device).type != "cpu":
+    if is_card(device):
         return dict(kept)
     here = {STREAMED: RESIDENT, AT_WORK: RESIDENT, PAGED: EIGHT_BITS}
     return {name: here.get(how, how) for name, how in kept.items()}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from models.counting import count_activations, without_data
-from models.memory import EIGHT_BITS, PAGED, RESIDENT
+from models.memory import EIGHT_BITS, PAGED, RESIDENT, is_card
 
 Parameters = Sequence[torch.nn.Parameter]
 SMALLEST = 4096  # elements of a tensor whose moments are kept in 8 bits
@@ -75,7 +75,7 @@ def update_bytes(parameters: Parameters, moments: str, device: str) -> int:
 
     On a card, PyTorch's AdamW works on all tensors at once; bitsandbytes' kernels work in place.
     """
-    on_card = torch.device(device).type != "cpu"
+    on_card = is_card(device)
     if moments != RESIDENT:
         largest = max((parameter.numel() for parameter in parameters if parameter.numel() >= SMALLEST), default=0)
         return 0 if on_card else 5 * 4 * largest  # both moments, gradient and weight in float32, a denominator

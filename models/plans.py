@@ -33,7 +33,8 @@ from models.counting import (
 from models.flux import FluxModels
 from models.loading import component_config
 from models.lora import add_lora, lora_parameters
-from models.memory import AT_WORK, RESIDENT, STREAMED, Phase, kept_bytes, kept_on
+from models.memory import AT_WORK, RESIDENT, STREAMED, Phase, is_card, kept_bytes, kept_on
+from models.speed import ComplexRotaryAttention
 from models.steps import (
     alignment_step,
     anchor_decoding,
@@ -67,7 +68,7 @@ class Work:
     optimizer: int = 0
 
 
-def count_work(networks: Mapping[str, torch.nn.Module], step: Callable[[], object], *, streamed: bool = True) -> Work:
+def count_work(networks: Mapping[str, torch.nn.Module], step: Callable[[], object], *, streamed: bool) -> Work:
     """Count a step of these networks. Call it inside `without_data`. streamed: in some mode."""
     activations = count_activations(step, *networks.values())
     layers = count_streamed(step, *networks.values()) - activations if streamed else None
@@ -117,7 +118,9 @@ def encoder_builder(folder: Path, name: str, cls: type) -> Build:
     return from_files(name, folder, lambda: cls(AutoConfig.from_pretrained(folder / name, local_files_only=True)))
 
 
-def text_phases(folder: Path, encoders: dict[str, type], dtype: torch.dtype, length: int) -> dict[str, Phase]:
+def text_phases(
+    folder: Path, encoders: dict[str, type], dtype: torch.dtype, length: int, device: str
+) -> dict[str, Phase]:
     """{how they are kept: the text encoders of a pipeline folder, all at once, on one prompt of `length` tokens}."""
     models = {cls: empty_model(encoder_builder(folder, name, cls), dtype) for name, cls in encoders.items()}
     held = sum(held_bytes(model) for model in models.values())
@@ -125,8 +128,9 @@ def text_phases(folder: Path, encoders: dict[str, type], dtype: torch.dtype, len
     with without_data(dtype), torch.no_grad():
         bring_in(model)
         tokens = torch.empty(1, length, dtype=torch.long)
-        work = count_work({"text": model}, lambda: model(tokens))
-    return {RESIDENT: Phase("text", held, work.activations), STREAMED: Phase("text", work.layers, work.activations)}
+        work = count_work({"text": model}, lambda: model(tokens), streamed=is_card(device))
+    phases = {RESIDENT: Phase("text", held, work.activations)}
+    return phases | ({STREAMED: Phase("text", work.layers, work.activations)} if is_card(device) else {})
 
 
 def _plan(
@@ -168,16 +172,17 @@ def plan_anchors(
     builders = flux_builders(paths)
     builders |= {name: with_lora(builders[name], rank) for name in ("transformer", "controlnet")}
     networks = [empty_model(build, dtype) for build in builders.values()]
+    streamed = is_card(device)
     with without_data(dtype), torch.no_grad():
         models = FluxModels(*map(bring_in, networks))
         step = anchor_step(models, size, length, 2 if guided else 1)
+        pair = {"transformer": models.transformer, "controlnet": models.controlnet}
         phases = {
-            "denoising": count_work({"transformer": models.transformer, "controlnet": models.controlnet}, step),
-            "decoding": count_work({"vae": models.vae}, anchor_decoding(models, size)),
+            "denoising": count_work(pair, step, streamed=streamed),
+            "decoding": count_work({"vae": models.vae}, anchor_decoding(models, size), streamed=streamed),
         }
-    return _plan(
-        "anchors", builders, dtype, phases, text_phases(paths["flux_text"], FLUX_ENCODERS, dtype, length), device
-    )
+    text = text_phases(paths["flux_text"], FLUX_ENCODERS, dtype, length, device)
+    return _plan("anchors", builders, dtype, phases, text, device)
 
 
 def with_lora(build: Build, rank: int) -> Build:
@@ -204,7 +209,7 @@ def plan_alignment(
     for model in trained:
         model.train()
         model.enable_gradient_checkpointing()
-        if torch.device(device).type != "cpu":
+        if is_card(device):
             autocast_as_on_card(model)
     autocast = partial(torch.autocast, "cpu", dtype, enabled=dtype != torch.float32)
     with without_data(dtype):
@@ -215,9 +220,8 @@ def plan_alignment(
     master = 4 - torch.empty((), dtype=dtype).element_size()  # beyond the bytes in `dtype`, which `_plan` counts
     optimizer = count * (LORA_STATE + master)
     phases = {"training": Work(tuple(builders), training, optimizer=optimizer)}
-    return _plan(
-        "alignment", builders, dtype, phases, text_phases(paths["flux_text"], FLUX_ENCODERS, dtype, length), device
-    )
+    text = text_phases(paths["flux_text"], FLUX_ENCODERS, dtype, length, device)
+    return _plan("alignment", builders, dtype, phases, text, device)
 
 
 def plan_ggi(
@@ -236,16 +240,16 @@ def plan_ggi(
     networks = [empty_model(build, dtype) for build in builders.values()]
     with without_data(dtype), torch.no_grad():
         network, vae = map(bring_in, networks)
+        network.set_attn_processor(ComplexRotaryAttention())
         vae.enable_slicing()
         if tiling:
             vae.enable_tiling()
-        shape = latent_shape(network, size, num_frames)
+        shape, step = latent_shape(network, size, num_frames), ggi_step(network, size, num_frames, 2 if guided else 1)
         phases = {
             "encoding": count_work({"vae": vae}, video_encoding(vae, size, num_frames), streamed=False),
-            "denoising": count_work({"transformer": network}, ggi_step(network, size, num_frames, 2 if guided else 1)),
+            "denoising": count_work({"transformer": network}, step, streamed=is_card(device)),
             "decoding": count_work({"vae": vae}, video_decoding(vae, shape), streamed=False),
         }
         length = network.config.max_text_seq_length
-    return _plan(
-        "ggi", builders, dtype, phases, text_phases(paths["cogvideox_text"], VIDEO_ENCODERS, dtype, length), device
-    )
+    text = text_phases(paths["cogvideox_text"], VIDEO_ENCODERS, dtype, length, device)
+    return _plan("ggi", builders, dtype, phases, text, device)

@@ -69,8 +69,9 @@ def ggi_step(network: CogVideoXTransformer3DModel, size: tuple[int, int], num_fr
         "timestep": torch.full((batch,), 500.0, device=device),
     }
     if config.use_rotary_positional_embeddings:
-        shape = (frames * h * w // config.patch_size**2, config.attention_head_dim)
-        arguments["image_rotary_emb"] = (torch.randn(shape, device=device), torch.randn(shape, device=device))
+        shape = (frames * h * w // config.patch_size**2, config.attention_head_dim // 2)
+        angles = torch.rand(shape, dtype=torch.float32, device=device).repeat_interleave(2, dim=1)
+        arguments["image_rotary_emb"] = angles.cos(), angles.sin()
     return lambda: network(**arguments)
 
 

@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 from models.counting import autocast_as_on_card, bring_in, count_activations, empty_model, held_bytes, without_data
 from models.inbetween_training import CHANNELS, InbetweenObjective
-from models.memory import RESIDENT, Phase, kept_on
+from models.memory import RESIDENT, Phase, is_card, kept_on
 from models.optimizers import gradient_bytes, holder, moment_bytes, update_bytes
 from models.plans import VIDEO_ENCODERS, Plan, text_phases, video_builders
 from models.steps import ggi_step, inbetween_training_step, latent_shape, video_decoding, video_encoding
@@ -79,9 +79,9 @@ def plan_training(
         weights, gradients = (sharded_bytes(transformer, trained_only, shards) for trained_only in (False, True))
         average, standing = average // shards, 0
     length = transformer.config.max_text_seq_length
-    on_card = setup.autocast is not None and torch.device(device).type != "cpu"
+    on_card = setup.autocast is not None and is_card(device)
     vae_weights, encoding, decoding = count_vae(paths["cogvideox_vae"], transformer, setup, on_card)
-    text = text_phases(paths["cogvideox_text"], VIDEO_ENCODERS, setup.dtype, length)[RESIDENT]
+    text = text_phases(paths["cogvideox_text"], VIDEO_ENCODERS, setup.dtype, length, device)[RESIDENT]
     if on_card:
         autocast_as_on_card(transformer)
     training, denoising = count_transformer(transformer, trained, setup)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
 from models.anchors import AnchorSettings, sample_anchor
 from models.flux import FluxModels, Text, anchor_schedule, guided_velocity, velocity
@@ -14,7 +15,15 @@ from models.inbetween import CogVideoXInbetweenPipeline
 from models.latents import draw_noise, pack, unpack
 from models.loading import load_flux, load_inbetween
 from models.memory import FP8, RESIDENT
-from models.speed import attention_kernel, compile_blocks, first_block_cache, require_attention, require_compilable
+from models.speed import (
+    ComplexRotaryAttention,
+    attention_kernel,
+    compile_blocks,
+    first_block_cache,
+    require_attention,
+    require_compilable,
+    turn,
+)
 from models.steps import ggi_step
 from models.weights import FLUX_STAGE, GGI_STAGE, load_preset, locate
 from utils.cli import InputError
@@ -45,6 +54,27 @@ def fill() -> Fill:
             return pipe(conditions, noise, text, text, num_inference_steps=STEPS), len(runs)
 
     return fill
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_complex_rotation_gives_the_same_numbers(batch: int, dtype: torch.dtype):
+    transformer = load_pipe().transformer.to(dtype)
+    assert transformer.config.use_rotary_positional_embeddings
+    assert isinstance(transformer.transformer_blocks[0].attn1.processor, ComplexRotaryAttention)
+    torch.set_default_dtype(dtype)
+    try:
+        step = ggi_step(transformer, (144, 96), 49, batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        ours = step()[0]
+        transformer.set_attn_processor(CogVideoXAttnProcessor2_0())
+        assert torch.equal(step()[0], ours)
+        turned = draw_noise((1, 2, 5, 8), 0)
+        turn(turned, torch.polar(torch.ones(5, 4), torch.full((5, 4), torch.pi / 2)))
+        pairs = draw_noise((1, 2, 5, 8), 0).unflatten(-1, (-1, 2))
+        torch.testing.assert_close(turned, torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2))
 
 
 def test_a_cache_that_never_holds_changes_nothing(fill: Fill):
