@@ -286,13 +286,14 @@ def fill_shares(
                     progress.update()
                     continue
                 make = partial(denoise_arc, args, pipe, job, arc, embeds[job.prompt], embeds[""])
-                path = latents_path(job.run.folder, arc.index)
+                path, latents = latents_path(job.run.folder, arc.index), None
                 try:
                     latents = find_or_make(path, make)
                 except OutOfMemoryError:
                     if not beside.wait():
                         raise
-                    overlap, latents = False, find_or_make(path, make)  # alone
+                if latents is None:  # alone; out here the tensors of the attempt are gone
+                    overlap, latents = False, find_or_make(path, make)
                 if overlap and not undecoded and arc is arcs[-1]:
                     beside.begin(decode_beside, job, arc, latents)
                 else:

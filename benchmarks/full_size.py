@@ -17,42 +17,28 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if not __package__:  # started as a file: its imports begin at the repository's root, as with `python -m`
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    os.execve(sys.executable, [sys.executable, "-m", "benchmarks.full_size", *sys.argv[1:]], environment)
+    path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "benchmarks.full_size", *sys.argv[1:]]
+    os.execve(sys.executable, command, os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)})
 
 from benchmarks.recipes import LORA_RANK, Setup, build, setup_of
+from benchmarks.report import Row, heading, line_of, ratios
 from models.weights import MEMORY_MODES, add_attention_flag, add_compile_flag
 from utils.cli import InputError, Parser, positive_float, positive_int, require_writable, run_script
-from utils.runs import show_bytes, write_json
+from utils.runs import write_json
 
 PHASES = ("alignment", "anchors", "ggi")
 RECIPES = ("text", "ours", "reference")  # of each phase, one after the other in memory
-ARCS, ARC_PASSES = 10, 30  # arcs of a scene; denoising steps of each, both branches of guidance in one batch
 FASTER = ("ours", "both branches")  # steps that --attention and --compile are for
 WARM_UP = 2  # steps that are not timed
 DEVIATION = 0.02  # of random weights
-CEILING_SIZE = {"cuda": 8192, "cpu": 512}  # sides of the matrices whose product gives the ceiling
-
-
-@dataclasses.dataclass
-class Row:
-    """One step of one phase. flops: of a step. seconds: per step. None: not measured.
-
-    planned, peak: bytes. loading: seconds. merged_distance: of a pass with the LoRA merged into the weights, relative.
-    """
-
-    phase: str
-    step: str
-    flops: int
-    planned: int | None = None
-    seconds: float | None = None
-    peak: int | None = None
-    loading: float | None = None
-    merged_distance: float | None = None
+CEILING_PRODUCTS = {"cuda": (8192, 1000), "cpu": (512, 20)}  # sides of matrices, and how many products are timed
+LOADED_BYTES = 2e9  # of which loading is timed
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -85,7 +71,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_writable(args.json.parent)
     import torch
 
-    from models.loading import free_caches
     from models.speed import require_attention
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,27 +82,49 @@ def main(argv: Sequence[str] | None = None) -> None:
     if measured:
         require_attention(args.attention, device, torch.bfloat16)
     ceiling = matrix_ceiling(device) if measured else None
-    rows = []
+    record = {
+        "card": torch.cuda.get_device_name() if device == "cuda" else "no CUDA device",
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "options": {key: value for key, value in vars(args).items() if key != "json"},
+        "matrix_ceiling_flops": ceiling,
+    }
+    print("\n".join(heading(record)), flush=True)
+    rows, failed = [], False
     for phase in args.phases:
         planned = planned_peaks(setup, phase, args.memory, device if measured else "cuda")
         for recipe in RECIPES[:-1] if args.no_reference else RECIPES:
             new = count(setup, phase, recipe)
             for row in new:
                 row.planned = planned.get(row.step)
+            if measured and not measured_well(new, setup, recipe, args, device):
+                failed = True
+            print("\n".join(line_of(row, ceiling) for row in new), flush=True)
             rows += new
-            if not measured:
-                continue
-            try:
-                measure(new, setup, recipe, args, device)
-            except torch.OutOfMemoryError as error:  # the other rows are still worth having
-                print(f"{phase}, {recipe}: out of memory ({error})", file=sys.stderr)
-            free_caches()
-    card = torch.cuda.get_device_name() if device == "cuda" else "no CUDA device"
-    print("\n".join(report(rows, card, ceiling)))
-    if args.json:
-        numbers = [dataclasses.asdict(row) for row in rows]
-        options = {key: value for key, value in vars(args).items() if key != "json"}
-        write_json(args.json, {"card": card, "options": options, "matrix_ceiling_flops": ceiling, "rows": numbers})
+            if args.json:
+                write_json(args.json, record | {"rows": [dataclasses.asdict(row) for row in rows]})
+    print("\n".join(["", *ratios(rows)]))
+    if failed:
+        raise OSError("not all recipes could be measured; the reasons are above")
+
+
+def measured_well(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Namespace, device: str) -> bool:
+    """Measure a recipe. Whatever goes wrong is printed: the others are still worth having."""
+    import torch
+
+    from models.loading import free_caches
+
+    try:
+        measure(rows, setup, recipe, args, device)
+    except torch.OutOfMemoryError as error:
+        print(f"{rows[0].phase}, {recipe}: out of memory ({error})", file=sys.stderr)
+        return False
+    except Exception:
+        traceback.print_exc()
+        return False
+    finally:
+        free_caches()
+    return True
 
 
 # --- counting and measuring ---
@@ -285,81 +292,41 @@ def limit_memory(gigabytes: float) -> None:
 
 
 def loading_seconds(network, device: str) -> float:
-    """Time that the network's tensors take from the local disk, whose cache is warm, to the device."""
+    """Time that the network's tensors take from the local disk, whose cache is warm, to the device.
+
+    Measured on some of them and scaled by their bytes.
+    """
+    import torch
     from safetensors.torch import load_file, save_file
 
+    some, total, taken = {}, 0, 0
+    for name, tensor in network.state_dict().items():
+        total += tensor.nbytes
+        if taken < LOADED_BYTES:
+            some[name], taken = tensor.contiguous(), taken + tensor.nbytes
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
+        save_file(some, path)
         began = time.perf_counter()
         load_file(path, device=device)
-        return time.perf_counter() - began
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) * total / taken
 
 
 def matrix_ceiling(device: str) -> float:
-    """Operations per second of a large bfloat16 matrix product."""
+    """Operations per second of a large bfloat16 matrix product, kept up until a card is as warm as by a model."""
     import torch
 
-    n = CEILING_SIZE[device]
+    n, repeats = CEILING_PRODUCTS[device]
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for repeats in (3, 20):  # the first round warms up
+    for _ in range(2):  # the first round warms up
         began = time.perf_counter()
         for _ in range(repeats):
             a @ b
         if device == "cuda":
             torch.cuda.synchronize()
-    return 2 * n**3 * 20 / (time.perf_counter() - began)
-
-
-# --- what is printed ---
-
-
-def report(rows: Sequence[Row], card: str, ceiling: float | None) -> list[str]:
-    """Markdown."""
-    lines = [f"card: {card}"]
-    lines += [f"matrix product: {ceiling / 1e12:.3g} TFLOP/s" if ceiling else "matrix product: not measured", ""]
-    head = ("phase", "step", "PFLOP per step", "planned peak", "peak", "seconds per step", "TFLOP/s", "of ceiling")
-    lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for row in rows:
-        rate = row.flops / row.seconds if row.seconds else None
-        cells = (
-            row.phase,
-            row.step,
-            f"{row.flops / 1e15:.4g}",
-            "" if row.planned is None else show_bytes(row.planned),
-            "not measured" if row.peak is None else show_peak(row),
-            "not measured" if row.seconds is None else f"{row.seconds:.3f}",
-            "not measured" if rate is None else f"{rate / 1e12:.3g}",
-            "not measured" if rate is None or ceiling is None else f"{100 * rate / ceiling:.0f} %",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, "", *ratios(rows)]
-
-
-def show_peak(row: Row) -> str:
-    return show_bytes(row.peak) + (f", {row.peak / row.planned:.2f} of the plan" if row.planned else "")
-
-
-def ratios(rows: Sequence[Row]) -> list[str]:
-    """The reference's time over ours, per step and, for GGI, for a scene of ten arcs with all that goes with them."""
-    lines = []
-    for phase in dict.fromkeys(row.phase for row in rows):
-        found = {row.step: row for row in rows if row.phase == phase}
-        ours, theirs = found["ours"], found.get("reference")
-        if theirs is None:
-            continue
-        text = f"{phase}: the reference computes {theirs.flops / ours.flops:.2f} times as much per step"
-        if ours.seconds and theirs.seconds:
-            text += f" and takes {theirs.seconds / ours.seconds:.2f} times as long"
-        if ours.loading and theirs.loading and found["encoding"].seconds and found["decoding"].seconds:
-            alike = ARCS * (found["encoding"].seconds + found["decoding"].seconds)
-            mine = alike + ours.loading + ARCS * ARC_PASSES * ours.seconds
-            other = alike + ARCS * (theirs.loading + ARC_PASSES * theirs.seconds)
-            text += f"; {other / mine:.2f} times for {ARCS} arcs with loading, encoding and decoding"
-        if theirs.merged_distance is not None:
-            text += f"; merging the LoRA moves one pass by {theirs.merged_distance:.1e}"
-        lines.append(text)
-    return lines
+    return 2 * n**3 * repeats / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

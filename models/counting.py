@@ -94,12 +94,17 @@ def _scales(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors that were made while this is active and are still alive, and their peak."""
+    """Bytes of all tensors that were made while this is active and are still alive, and their peak.
 
-    def __init__(self):
+    on_card: with what cuDNN takes for a convolution of 16-bit numbers: copies of its input, weights and output, their
+    channels last.
+    """
+
+    def __init__(self, *, on_card: bool = False):
         super().__init__()
         self.now = self.peak = 0
         self.known: set[int] = set()
+        self.on_card = on_card
 
     def ignore(self, model: torch.nn.Module) -> None:
         self.known |= {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
@@ -119,12 +124,18 @@ class _LiveBytes(TorchDispatchMode):
                     weakref.finalize(storage, self._forget, key, size)
                     self.now += size
                     self.peak = max(self.peak, self.now)
+        if self.on_card and function is torch.ops.aten.convolution.default and result.element_size() == 2:
+            copies = sum(2 * tensor.numel() for tensor in (*arguments[:2], result))
+            self.peak = max(self.peak, self.now + copies)
         return result
 
 
-def count_activations(step: Callable[[], object], *models: torch.nn.Module) -> int:
-    """Peak bytes of what `step` makes, besides the weights of `models`. Call it inside `without_data`."""
-    with _LiveBytes() as live:
+def count_activations(step: Callable[[], object], *models: torch.nn.Module, on_card: bool = False) -> int:
+    """Peak bytes of what `step` makes, besides the weights of `models`. Call it inside `without_data`.
+
+    on_card: the scratch space of convolutions counts, too.
+    """
+    with _LiveBytes(on_card=on_card) as live:
         for model in models:
             live.ignore(model)
         step()
@@ -156,7 +167,7 @@ def count_streamed(step: Callable[[], object], *models: torch.nn.Module) -> int:
         on_card.pop(layer, None)
 
     with _watched(sizes, begin, end):
-        return count_activations(step, *models)
+        return count_activations(step, *models, on_card=True)
 
 
 def _own_bytes(layer: torch.nn.Module) -> int:

@@ -26,7 +26,11 @@ def open_processes(device: str) -> tuple[PartialState, str]:
     if ":" in device and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"--device {device}: choose GPUs by `accelerate launch --gpu_ids …` and pass --device cuda")
     process = PartialState(cpu=device == "cpu", timeout=WAIT)
-    return process, str(process.device) if process.num_processes > 1 else device
+    device = str(process.device) if process.num_processes > 1 else device
+    card = torch.device(device)
+    if card.type == "cuda" and card.index is not None:
+        torch.cuda.set_device(card)  # where streams are made, too
+    return process, device
 
 
 def use_own_stream(device: str) -> Callable[[], None]:

@@ -68,10 +68,13 @@ class Work:
     optimizer: int = 0
 
 
-def count_work(networks: Mapping[str, torch.nn.Module], step: Callable[[], object], *, streamed: bool) -> Work:
-    """Count a step of these networks. Call it inside `without_data`. streamed: in some mode."""
-    activations = count_activations(step, *networks.values())
-    layers = count_streamed(step, *networks.values()) - activations if streamed else None
+def count_work(
+    networks: Mapping[str, torch.nn.Module], step: Callable[[], object], device: str, *, streamed: bool = True
+) -> Work:
+    """Count a step of these networks. Call it inside `without_data`. streamed: in some mode, where there is a card."""
+    on_card = is_card(device)
+    activations = count_activations(step, *networks.values(), on_card=on_card)
+    layers = count_streamed(step, *networks.values()) - activations if on_card and streamed else None
     return Work(tuple(networks), activations, layers)
 
 
@@ -128,7 +131,7 @@ def text_phases(
     with without_data(dtype), torch.no_grad():
         bring_in(model)
         tokens = torch.empty(1, length, dtype=torch.long)
-        work = count_work({"text": model}, lambda: model(tokens), streamed=is_card(device))
+        work = count_work({"text": model}, lambda: model(tokens), device)
     phases = {RESIDENT: Phase("text", held, work.activations)}
     return phases | ({STREAMED: Phase("text", work.layers, work.activations)} if is_card(device) else {})
 
@@ -172,14 +175,13 @@ def plan_anchors(
     builders = flux_builders(paths)
     builders |= {name: with_lora(builders[name], rank) for name in ("transformer", "controlnet")}
     networks = [empty_model(build, dtype) for build in builders.values()]
-    streamed = is_card(device)
     with without_data(dtype), torch.no_grad():
         models = FluxModels(*map(bring_in, networks))
         step = anchor_step(models, size, length, 2 if guided else 1)
         pair = {"transformer": models.transformer, "controlnet": models.controlnet}
         phases = {
-            "denoising": count_work(pair, step, streamed=streamed),
-            "decoding": count_work({"vae": models.vae}, anchor_decoding(models, size), streamed=streamed),
+            "denoising": count_work(pair, step, device),
+            "decoding": count_work({"vae": models.vae}, anchor_decoding(models, size), device),
         }
     text = text_phases(paths["flux_text"], FLUX_ENCODERS, dtype, length, device)
     return _plan("anchors", builders, dtype, phases, text, device)
@@ -214,7 +216,9 @@ def plan_alignment(
     autocast = partial(torch.autocast, "cpu", dtype, enabled=dtype != torch.float32)
     with without_data(dtype):
         models = FluxModels(*map(bring_in, networks))
-        training = count_activations(alignment_step(models, side, batch, length, autocast), *trained)
+        training = count_activations(
+            alignment_step(models, side, batch, length, autocast), *trained, on_card=is_card(device)
+        )
     count = sum(parameter.numel() for parameter in loras)
     training -= 4 * count  # gradients: counted below
     master = 4 - torch.empty((), dtype=dtype).element_size()  # beyond the bytes in `dtype`, which `_plan` counts
@@ -246,9 +250,9 @@ def plan_ggi(
             vae.enable_tiling()
         shape, step = latent_shape(network, size, num_frames), ggi_step(network, size, num_frames, 2 if guided else 1)
         phases = {
-            "encoding": count_work({"vae": vae}, video_encoding(vae, size, num_frames), streamed=False),
-            "denoising": count_work({"transformer": network}, step, streamed=is_card(device)),
-            "decoding": count_work({"vae": vae}, video_decoding(vae, shape), streamed=False),
+            "encoding": count_work({"vae": vae}, video_encoding(vae, size, num_frames), device, streamed=False),
+            "denoising": count_work({"transformer": network}, step, device),
+            "decoding": count_work({"vae": vae}, video_decoding(vae, shape), device, streamed=False),
         }
         length = network.config.max_text_seq_length
     text = text_phases(paths["cogvideox_text"], VIDEO_ENCODERS, dtype, length, device)

@@ -119,7 +119,7 @@ def sharded_bytes(transformer: torch.nn.Module, trained_only: bool, processes: i
 def count_vae(vae: Path, transformer: torch.nn.Module, setup: TrainingSetup, on_card: bool) -> tuple[int, int, int]:
     """Bytes of the VAE's weights, and of the activations of encoding and decoding a clip.
 
-    on_card: with autocast as it is there.
+    on_card: with autocast and convolutions as they are there.
     """
     build = video_builders(vae, Path())["vae"]
     model = empty_model(build, setup.dtype)
@@ -130,9 +130,9 @@ def count_vae(vae: Path, transformer: torch.nn.Module, setup: TrainingSetup, on_
         autocast_as_on_card(model)
     with without_data(setup.dtype), torch.no_grad(), autocast(setup):
         bring_in(model)
-        encoding = count_activations(video_encoding(model, setup.size, setup.num_frames), model)
+        encoding = count_activations(video_encoding(model, setup.size, setup.num_frames), model, on_card=on_card)
         shape = latent_shape(transformer, setup.size, setup.num_frames)
-        return weights, encoding, count_activations(video_decoding(model, shape), model)
+        return weights, encoding, count_activations(video_decoding(model, shape), model, on_card=on_card)
 
 
 def count_transformer(

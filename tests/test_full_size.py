@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import full_size
+from benchmarks.recipes import setup_of
 from tests.helpers import ROOT, exit_code
 from utils.runs import read_json
 
@@ -20,19 +21,19 @@ def rows(path: Path) -> dict[tuple[str, str], dict]:
 
 
 @pytest.mark.slow
-@without_card
-def test_operations_of_an_in_betweening_pass(tmp_path: Path):
+def test_operations_of_an_in_betweening_pass():
     """By hand: 2 per weight and token, 4 S^2 D per layer for attention; what works once per pass is left out."""
-    full_size.main(["--phases", "ggi", "--json", str(tmp_path / "out.json")])
-    found = rows(tmp_path / "out.json")
+    ours, theirs = (
+        next(row.flops for row in full_size.count(setup_of("full"), "ggi", recipe) if row.step == recipe)
+        for recipe in ("ours", "reference")
+    )
     tokens, width, layers = 17_776, 3072, 42
     linear = 2 * tokens * layers * 12 * width**2  # q, k, v, out: 4 D^2; feed-forward: 8 D^2
     attention = 4 * tokens**2 * width * layers
-    assert found["ggi", "ours"]["flops"] == pytest.approx(2 * (linear + attention), rel=0.01)
+    assert ours == pytest.approx(2 * (linear + attention), rel=0.01)
     lora = 2 * tokens * layers * 4 * 2 * 2048 * width
-    assert found["ggi", "reference"]["flops"] - found["ggi", "ours"]["flops"] == pytest.approx(2 * lora, rel=1e-6)
+    assert theirs - ours == pytest.approx(2 * lora, rel=1e-6)
     assert lora == pytest.approx(0.075 * PFLOP, rel=0.01)
-    assert found["ggi", "ours"]["seconds"] is None
 
 
 @without_card
@@ -40,6 +41,22 @@ def test_without_a_card_nothing_is_called_measured(capsys: pytest.CaptureFixture
     full_size.main(["--phases", "anchors", "--no_reference"])
     out = capsys.readouterr().out
     assert "no CUDA device" in out and out.count("not measured") >= 4 and "reference" not in out
+
+
+def test_what_cannot_be_measured_leaves_the_rest(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture):
+    measure = full_size.measure
+
+    def fail_on_text(rows, setup, recipe, *more):
+        if recipe == "text":
+            raise RuntimeError("a kernel that is not there")
+        measure(rows, setup, recipe, *more)
+
+    monkeypatch.setattr(full_size, "measure", fail_on_text)
+    arguments = ["--weights", "tiny", "--phases", "anchors", "--no_reference", "--steps", "1"]
+    assert exit_code(lambda: full_size.main([*arguments, "--json", str(tmp_path / "out.json")])) == 3
+    found = rows(tmp_path / "out.json")
+    assert found["anchors", "text"]["seconds"] is None and found["anchors", "decoding"]["seconds"] > 0
+    assert "a kernel that is not there" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -157,6 +157,15 @@ def test_weights_do_not_count_as_activations():
         assert count_activations(lambda: linear(x), linear) == 4 * 7 * 300
 
 
+def test_convolutions_on_a_card_take_copies_with_channels_last():
+    layer = empty_model(lambda: torch.nn.Conv2d(3, 8, 3, padding=1), torch.bfloat16)
+    with without_data(torch.bfloat16), torch.no_grad():
+        bring_in(layer)
+        x = torch.empty(1, 3, 10, 20)
+        plain, on_card = (count_activations(lambda: layer(x), layer, on_card=on_card) for on_card in (False, True))
+    assert plain == 2 * 8 * 200 and on_card == plain + 2 * (3 * 200 + 8 * 3 * 9 + 8 * 200)
+
+
 def test_gradients_and_saved_tensors_count():
     linear = empty_model(lambda: torch.nn.Linear(100, 300), torch.float32).requires_grad_()
     with without_data(torch.float32):
