@@ -10,6 +10,7 @@ import torch
 
 from models import alignment, anchors, convert, flux, inbetween, keymaps
 from tests import parity, parity_models
+from tests.helpers import exit_code
 from utils import arcs
 
 ROOT = Path(__file__).parent.parent
@@ -64,9 +65,10 @@ def test_every_recorded_vector_passes():
     assert "skip" not in done.stdout
 
 
-def test_nothing_to_run_is_bad_input(tmp_path):
-    assert command(tmp_path).returncode == 2
-    assert command(tmp_path / "absent").returncode == 2
+def test_nothing_to_run_is_bad_input(tmp_path, monkeypatch):
+    for folder in (tmp_path, tmp_path / "absent"):
+        monkeypatch.setattr(sys, "argv", ["parity", str(folder)])
+        assert exit_code(parity.main) == 2
 
 
 def test_a_damaged_vector_fails(tmp_path, only):
