@@ -211,6 +211,7 @@ def draw_anchors(
     from models.memory import lossy, settle_memory
     from models.parallel import open_processes
     from models.plans import plan_anchors
+    from models.rotary import use_complex_rotary
     from models.speed import compile_blocks, require_attention, require_compilable
 
     process, device = open_processes(resolve_device(args.device))
@@ -236,6 +237,7 @@ def draw_anchors(
     models = load_flux(paths, device, dtype)
     for model, rank in zip((models.transformer, models.controlnet), ranks, strict=True):
         add_lora(model, rank)
+        use_complex_rotary(model)
     place_flux(models, kept)
     if args.compile:
         compile_blocks(models.transformer)

@@ -77,7 +77,7 @@ def build(setup: Setup, phase: str, recipe: str, make: Make, device: str) -> Rec
 
 def build_ggi(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
     from models.plans import video_builders
-    from models.speed import ComplexRotaryAttention
+    from models.rotary import use_complex_rotary
     from models.steps import ggi_step, latent_shape, video_decoding, video_encoding
 
     builders = video_builders(setup.paths["cogvideox_vae"], setup.inbetween)
@@ -87,7 +87,7 @@ def build_ggi(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
         return Recipe({"transformer": network}, {"reference": (("transformer",), ggi_step(network, size, frames, 2))})
     networks = {name: make(name, builder) for name, builder in builders.items()}
     network, vae = networks.values()
-    network.set_attn_processor(ComplexRotaryAttention())
+    use_complex_rotary(network)
     vae.enable_slicing()
     vae.enable_tiling()
     steps = {
@@ -111,6 +111,7 @@ def make_flux(setup: Setup, make: Make, device: str):
 
 def build_anchors(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
     """Ours is the default, equal prompts, whose one branch is enough; `both branches` go in one batch."""
+    from models.rotary import use_complex_rotary
     from models.steps import anchor_decoding, anchor_step
 
     networks, models = make_flux(setup, make, device)
@@ -118,6 +119,8 @@ def build_anchors(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
     at_work = ("transformer", "controlnet")
     if recipe == "reference":
         return Recipe(networks, {"reference": (at_work, lambda: (one(), one()))})
+    for name in at_work:
+        use_complex_rotary(networks[name])
     steps = {
         "ours": (at_work, one),
         "both branches": (at_work, both),

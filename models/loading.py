@@ -26,7 +26,7 @@ from models.convert import load_ggi_transformer, load_reference_file, reference_
 from models.flux import FluxModels, Text
 from models.inbetween import CogVideoXInbetweenPipeline
 from models.memory import AT_WORK, KEPT, RESIDENT, keep
-from models.speed import ComplexRotaryAttention
+from models.rotary import use_complex_rotary
 from models.weights import CONVERTIBLE, component_folder
 from utils.cli import InputError
 from utils.runs import read_json
@@ -166,7 +166,7 @@ def load_inbetween(
         "cogvideox_text", CogVideoXInbetweenPipeline, paths["cogvideox_text"], dtype, **networks, **no_text
     )
     pipeline.scheduler = CogVideoXDDIMScheduler.from_config(pipeline.scheduler.config)  # whatever the repository names
-    pipeline.transformer.set_attn_processor(ComplexRotaryAttention())
+    use_complex_rotary(pipeline.transformer)
     pipeline.vae.enable_slicing()
     if tiling:
         pipeline.vae.enable_tiling()

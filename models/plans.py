@@ -34,7 +34,7 @@ from models.flux import FluxModels
 from models.loading import component_config
 from models.lora import add_lora, lora_parameters
 from models.memory import AT_WORK, RESIDENT, STREAMED, Phase, is_card, kept_bytes, kept_on
-from models.speed import ComplexRotaryAttention
+from models.rotary import use_complex_rotary
 from models.steps import (
     alignment_step,
     anchor_decoding,
@@ -179,6 +179,8 @@ def plan_anchors(
         models = FluxModels(*map(bring_in, networks))
         step = anchor_step(models, size, length, 2 if guided else 1)
         pair = {"transformer": models.transformer, "controlnet": models.controlnet}
+        for network in pair.values():
+            use_complex_rotary(network)
         phases = {
             "denoising": count_work(pair, step, device),
             "decoding": count_work({"vae": models.vae}, anchor_decoding(models, size), device),
@@ -244,7 +246,7 @@ def plan_ggi(
     networks = [empty_model(build, dtype) for build in builders.values()]
     with without_data(dtype), torch.no_grad():
         network, vae = map(bring_in, networks)
-        network.set_attn_processor(ComplexRotaryAttention())
+        use_complex_rotary(network)
         vae.enable_slicing()
         if tiling:
             vae.enable_tiling()

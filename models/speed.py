@@ -1,4 +1,4 @@
-"""What makes denoising faster: compiled blocks, attention with fewer trips to memory, another kernel, and a cache.
+"""What makes denoising faster: compiled blocks, another attention kernel, and a cache for the in-betweening.
 
 The cache changes the result a little, the others its rounding.
 
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from diffusers import CogVideoXTransformer3DModel, FirstBlockCacheConfig
-from diffusers.models.attention_processor import Attention, CogVideoXAttnProcessor2_0
+from diffusers import FirstBlockCacheConfig
 from diffusers.models.cache_utils import CacheMixin
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.memory import RESIDENT
+from models.rotary import use_complex_rotary
 from models.weights import ATTENTION_KERNELS
 from utils.cli import InputError
 
@@ -82,48 +82,7 @@ def require_compilable(how: str) -> None:
 def compile_blocks(transformer: torch.nn.Module) -> None:
     """Compile the blocks of a transformer, not the whole: they share one program for each shape of their inputs."""
     torch._dynamo.config.recompile_limit = PROGRAMS
-    if isinstance(transformer, CogVideoXTransformer3DModel):
-        # The compiler knows no complex numbers, and makes few trips of diffusers' real ones.
-        transformer.set_attn_processor(CogVideoXAttnProcessor2_0())
+    use_complex_rotary(transformer, False)  # the compiler knows no complex numbers, and fuses diffusers' formula
     for name in ("transformer_blocks", "single_transformer_blocks"):
         for block in getattr(transformer, name, ()):
             block.compile(dynamic=False)  # with true CFG batches of one and of two
-
-
-class ComplexRotaryAttention:
-    """CogVideoX's attention processor, whose rotary positions are complex numbers of modulus 1.
-
-    One product turns queries and keys, with a third of the memory traffic of diffusers' formula and the same results.
-    """
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        attention_mask: None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden_states: video tokens [B, S, D]; encoder_hidden_states: text [B, T, D]. Returns both, in this order.
-
-        image_rotary_emb: float32 cosines and sines [S, head size], each for two neighbours.
-        """
-        text = encoder_hidden_states.shape[1]
-        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        projected = (layer(tokens) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        query, key, value = (part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in projected)
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        if image_rotary_emb is not None:
-            cosines, sines = (part[:, ::2].contiguous() for part in image_rotary_emb)
-            rotation = torch.complex(cosines, sines)
-            for part in (query, key):
-                turn(part[:, :, text:], rotation)
-        tokens = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        tokens = attn.to_out[0](tokens)
-        return tokens[:, text:], tokens[:, :text]
-
-
-def turn(x: torch.Tensor, rotation: torch.Tensor) -> None:
-    """Multiply pairs of neighbours, as complex numbers, in place. x: [..., S, D]; rotation: complex64 [S, D/2]."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    x.copy_(torch.view_as_real(pairs.mul_(rotation)).flatten(-2))

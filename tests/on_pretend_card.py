@@ -22,6 +22,7 @@ from models.loading import (
 )
 from models.lora import add_lora
 from models.memory import KEPT
+from models.rotary import use_complex_rotary
 from models.weights import FLUX_STAGE, GGI_STAGE, load_preset, locate
 from tests.helpers import ROOT
 from tests.pretend_card import CARD, PretendCard
@@ -52,6 +53,7 @@ def draw_anchor(device: str, mode: str) -> np.ndarray:
     torch.manual_seed(0)
     for network in (models.transformer, models.controlnet):
         add_lora(network, 4)
+        use_complex_rotary(network)
     place_flux(models, KEPT["anchors"][mode])
     noise = draw_noise((1, 16, *LATENTS), 0)
     replacement = encode_warped(models, PICTURE, np.ones(PICTURE.shape[:2], np.uint8), noise)

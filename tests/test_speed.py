@@ -7,24 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
 from models.anchors import AnchorSettings, sample_anchor
+from models.counting import default_dtype
 from models.flux import FluxModels, Text, anchor_schedule, guided_velocity, velocity
 from models.inbetween import CogVideoXInbetweenPipeline
 from models.latents import draw_noise, pack, unpack
 from models.loading import load_flux, load_inbetween
+from models.lora import add_lora
 from models.memory import FP8, RESIDENT
+from models.rotary import CogVideoXComplexAttention, FluxComplexAttention, turn, use_complex_rotary
 from models.speed import (
-    ComplexRotaryAttention,
     attention_kernel,
     compile_blocks,
     first_block_cache,
     require_attention,
     require_compilable,
-    turn,
 )
-from models.steps import ggi_step
+from models.steps import anchor_step, ggi_step
 from models.weights import FLUX_STAGE, GGI_STAGE, load_preset, locate
 from utils.cli import InputError
 
@@ -58,23 +58,40 @@ def fill() -> Fill:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_complex_rotation_gives_the_same_numbers(batch: int, dtype: torch.dtype):
+def test_complex_positions_give_the_same_video(batch: int, dtype: torch.dtype):
     transformer = load_pipe().transformer.to(dtype)
     assert transformer.config.use_rotary_positional_embeddings
-    assert isinstance(transformer.transformer_blocks[0].attn1.processor, ComplexRotaryAttention)
-    torch.set_default_dtype(dtype)
-    try:
+    assert isinstance(transformer.transformer_blocks[0].attn1.processor, CogVideoXComplexAttention)
+    with default_dtype(dtype), torch.no_grad():
         step = ggi_step(transformer, (144, 96), 49, batch)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    with torch.no_grad():
         ours = step()[0]
-        transformer.set_attn_processor(CogVideoXAttnProcessor2_0())
+        use_complex_rotary(transformer, False)
         assert torch.equal(step()[0], ours)
-        turned = draw_noise((1, 2, 5, 8), 0)
-        turn(turned, torch.polar(torch.ones(5, 4), torch.full((5, 4), torch.pi / 2)))
-        pairs = draw_noise((1, 2, 5, 8), 0).unflatten(-1, (-1, 2))
-        torch.testing.assert_close(turned, torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_complex_positions_give_the_same_velocity(dtype: torch.dtype, lora: bool):
+    """With LoRAs, queries, keys and values come from one layer."""
+    models = load_flux(locate(argparse.Namespace(), load_preset("tiny"), FLUX_STAGE), "cpu", dtype)
+    networks = (models.transformer, models.controlnet)
+    if lora:
+        for network in networks:
+            add_lora(network, 4)
+    with default_dtype(dtype), torch.no_grad():
+        step = anchor_step(models, (144, 96), 32, 2)
+        theirs = step()
+        for network in networks:
+            use_complex_rotary(network)
+        assert isinstance(models.controlnet.transformer_blocks[0].attn.processor, FluxComplexAttention)
+        assert torch.equal(step(), theirs)
+
+
+def test_positions_turn_pairs_of_neighbours():
+    x = draw_noise((1, 2, 5, 8), 0)
+    pairs = x.clone().unflatten(-1, (-1, 2))
+    turn(x, torch.polar(torch.ones(5, 4), torch.full((5, 4), torch.pi / 2)))
+    torch.testing.assert_close(x, torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2))
 
 
 def test_a_cache_that_never_holds_changes_nothing(fill: Fill):
