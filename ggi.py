@@ -290,9 +290,10 @@ def fill_shares(
                 try:
                     latents = find_or_make(path, make)
                 except OutOfMemoryError:
-                    if not beside.wait():
+                    if not overlap:
                         raise
-                if latents is None:  # alone; out here the tensors of the attempt are gone
+                if latents is None:  # out here the tensors of the attempt are gone; once more, alone
+                    beside.wait()
                     overlap, latents = False, find_or_make(path, make)
                 if overlap and not undecoded and arc is arcs[-1]:
                     beside.begin(decode_beside, job, arc, latents)

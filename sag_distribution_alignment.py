@@ -145,8 +145,10 @@ def train(
     require_shardable(args.memory, args.mixed_precision)
     accelerator = open_accelerator(run, args, device)
     dtype, device, length = DTYPES[args.dtype], accelerator.device, preset.max_sequence_length
-    require_attention(args.attention, str(device), dtype)
-    plan = plan_alignment(paths, args.resolution, args.train_batch_size, args.rank, length, dtype, str(device))
+    autocast = None if args.mixed_precision == "no" else DTYPES[PRECISION[args.mixed_precision]]
+    require_attention(args.attention, str(device), autocast or dtype)
+    size = (args.resolution, args.train_batch_size, args.rank, length)
+    plan = plan_alignment(paths, *size, dtype, str(device), autocast=autocast)
     if accelerator.is_fsdp2:  # before it is divided, each process holds all of it
         plan = {"full": plan["full"]}
     mode, kept = settle_memory("alignment", plan, args.memory, str(device))

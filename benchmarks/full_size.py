@@ -1,13 +1,13 @@
-"""Full-size networks with random weights: seconds per step, peak memory, and how far each is from the card's limit.
+"""Full-size networks with random weights: seconds per step beside the card's limit, peak memory beside the plan.
 
     python benchmarks/full_size.py
     python benchmarks/full_size.py --phases ggi --steps 5 --memory low --json full_size.json
     python benchmarks/full_size.py --attention cudnn --compile --no_reference
 
 Speed and memory do not depend on the values of weights, so nothing is downloaded: the networks are built from
-configs/full. Beside our recipe runs the reference's (benchmarks/recipes.py), whose networks are loaded anew for every
-arc. Without a CUDA device, operations and memory are counted, those of a card, and the rest is `not measured`;
---weights tiny measures the tiny networks anywhere.
+configs/full. Beside our recipe runs the reference's (benchmarks/recipes.py), whose transformer is loaded anew for
+every arc. Without a CUDA device, operations and the memory that a card would need are counted, and the rest is `not
+measured`; --weights tiny measures the tiny networks anywhere.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from utils.runs import write_json
 
 PHASES = ("alignment", "anchors", "ggi")
 RECIPES = ("text", "ours", "reference")  # of each phase, one after the other in memory
-FASTER = ("ours", "both branches")  # steps that --attention and --compile are for
+FASTER = ("ours", "both branches")  # steps that --attention is for
 WARM_UP = 2  # steps that are not timed
 DEVIATION = 0.02  # of random weights
 CEILING_PRODUCTS = {"cuda": (8192, 1000), "cpu": (512, 20)}  # sides of matrices, and how many products are timed
@@ -71,13 +71,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_writable(args.json.parent)
     import torch
 
-    from models.speed import require_attention
+    from models.memory import kept_on
+    from models.speed import require_attention, require_compilable
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.limit_gb:
         limit_memory(args.limit_gb)
-    if args.compile and args.memory != "full":
-        raise InputError("--compile goes with --memory full")
+    if args.compile:
+        for phase in args.phases:
+            require_compilable(kept_on("cuda", phase, args.memory)["transformer"])
     setup, measured = setup_of(args.weights), device == "cuda" or args.weights == "tiny"
     if measured:
         require_attention(args.attention, device, torch.bfloat16)
@@ -97,18 +99,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             new = count(setup, phase, recipe)
             for row in new:
                 row.planned = planned.get(row.step)
-            if measured and not measured_well(new, setup, recipe, args, device):
+            if measured and not try_to_measure(new, setup, recipe, args, device):
                 failed = True
             print("\n".join(line_of(row, ceiling) for row in new), flush=True)
             rows += new
             if args.json:
                 write_json(args.json, record | {"rows": [dataclasses.asdict(row) for row in rows]})
-    print("\n".join(["", *ratios(rows)]))
+    print("\n".join(["", *ratios(rows, recipe_of(args))]))
     if failed:
         raise OSError("not all recipes could be measured; the reasons are above")
 
 
-def measured_well(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Namespace, device: str) -> bool:
+def recipe_of(args: argparse.Namespace) -> str:
+    """Our recipe in words."""
+    flags = [f"--memory {args.memory}"] if args.memory != "full" else []
+    flags += [f"--attention {args.attention}"] if args.attention else []
+    flags += ["--compile"] if args.compile else []
+    return "ours with " + " ".join(flags) if flags else "ours"
+
+
+def try_to_measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Namespace, device: str) -> bool:
     """Measure a recipe. Whatever goes wrong is printed: the others are still worth having."""
     import torch
 
@@ -196,7 +206,7 @@ def plan_of(setup: Setup, phase: str, dtype, device: str, *, guided: bool) -> di
         return plan_ggi(setup.paths, setup.inbetween, size, frames, dtype, device, guided=guided, tiling=True)
     if phase == "anchors":
         return plan_anchors(setup.paths, setup.anchor_size, LORA_RANK, setup.text_length, dtype, device, guided=guided)
-    return plan_alignment(setup.paths, setup.crop, 1, LORA_RANK, setup.text_length, dtype, device)
+    return plan_alignment(setup.paths, setup.crop, 1, LORA_RANK, setup.text_length, dtype, device, autocast=dtype)
 
 
 def measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Namespace, device: str) -> None:
@@ -223,7 +233,7 @@ def measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Names
     with default_dtype(dtype), torch.set_grad_enabled(phase == "alignment"):
         built = build(setup, phase, recipe, make, device)
         transformer = built.networks.get("transformer")
-        if args.compile and recipe == "ours":
+        if args.compile and recipe == "ours" and phase != "alignment":  # whose script has no such flag
             compile_blocks(transformer)
         for row in rows:
             at_work, step = built.steps[row.step]
@@ -236,7 +246,7 @@ def measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Names
             row = next(row for row in rows if row.step == recipe)
             row.loading = loading_seconds(transformer, device)
             if recipe == "reference":
-                row.merged_distance = merged_distance(transformer, step)
+                row.merged_distance = merged_distance(transformer, built.steps[recipe][1])
 
 
 def random_values(device: str, place: str, name: str, tensor):

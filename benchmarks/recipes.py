@@ -17,7 +17,7 @@ LORA_RANK = 16  # the default of the alignment
 RELEASED_RANK = 2048  # of the LoRA in the released in-between transformer
 HED_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # width and convolutions of each
 
-Make = Callable[[str, Callable], object]  # (how it is named in a memory plan, function that builds a network)
+Make = Callable[[str, Callable], object]  # (name in a memory plan, or `detector`; function that builds a network)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,8 @@ def build(setup: Setup, phase: str, recipe: str, make: Make, device: str) -> Rec
 
 
 def build_ggi(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
+    from models.inbetween import prepare_networks
     from models.plans import video_builders
-    from models.rotary import use_complex_rotary
     from models.steps import ggi_step, latent_shape, video_decoding, video_encoding
 
     builders = video_builders(setup.paths["cogvideox_vae"], setup.inbetween)
@@ -87,9 +87,7 @@ def build_ggi(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
         return Recipe({"transformer": network}, {"reference": (("transformer",), ggi_step(network, size, frames, 2))})
     networks = {name: make(name, builder) for name, builder in builders.items()}
     network, vae = networks.values()
-    use_complex_rotary(network)
-    vae.enable_slicing()
-    vae.enable_tiling()
+    prepare_networks(network, vae, tiling=True)
     steps = {
         "encoding": (("vae",), video_encoding(vae, size, frames)),
         "ours": (("transformer",), ggi_step(network, size, frames, 2)),
@@ -131,21 +129,16 @@ def build_anchors(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
 
 def build_alignment(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
     import torch
-    from diffusers.training_utils import cast_training_params
 
     from models.alignment import lora_optimizer
-    from models.lora import lora_parameters
+    from models.lora import train_loras
     from models.steps import alignment_step
 
     networks, models = make_flux(setup, make, device)
-    trained = [models.transformer, models.controlnet]
-    parameters = [parameter.requires_grad_() for network in trained for parameter in lora_parameters(network)]
-    cast_training_params(trained, torch.float32)
-    for network in trained:
-        network.enable_gradient_checkpointing()
+    loras = train_loras([models.transformer, models.controlnet])
     autocast = partial(torch.autocast, torch.device(device).type, torch.get_default_dtype())
     step = alignment_step(models, setup.crop, 1, setup.text_length, autocast)
-    optimizer = lora_optimizer(parameters, learning_rate=1e-4)
+    optimizer = lora_optimizer([p for group in loras for p in group], learning_rate=1e-4)
 
     def train() -> None:
         step()

@@ -53,7 +53,7 @@ def show_peak(row: Row) -> str:
     return show_bytes(row.peak) + (f", {row.peak / row.planned:.2f} of the plan" if row.planned else "")
 
 
-def ratios(rows: Sequence[Row]) -> list[str]:
+def ratios(rows: Sequence[Row], ours_is: str) -> list[str]:
     """The reference's time over ours, per step and, for GGI, for a scene of ten arcs with all that goes with them."""
     lines = []
     for phase in dict.fromkeys(row.phase for row in rows):
@@ -63,12 +63,12 @@ def ratios(rows: Sequence[Row]) -> list[str]:
             continue
         text = f"{phase}: the reference computes {theirs.flops / ours.flops:.2f} times as much per step"
         if ours.seconds and theirs.seconds:
-            text += f" and takes {theirs.seconds / ours.seconds:.2f} times as long"
+            text += f" and takes {theirs.seconds / ours.seconds:.2f} times as long as {ours_is}"
         if ours.loading and theirs.loading and found["encoding"].seconds and found["decoding"].seconds:
             alike = ARCS * (found["encoding"].seconds + found["decoding"].seconds)
             mine = alike + ours.loading + ARCS * ARC_PASSES * ours.seconds
             other = alike + ARCS * (theirs.loading + ARC_PASSES * theirs.seconds)
-            text += f"; {other / mine:.2f} times for {ARCS} arcs with loading, encoding and decoding"
+            text += f"; {other / mine:.2f} times for {ARCS} arcs with loading the transformer, encoding and decoding"
         if theirs.merged_distance is not None:
             text += f"; merging the LoRA moves one pass by {theirs.merged_distance:.1e}"
         lines.append(text)

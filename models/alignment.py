@@ -13,12 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
-from diffusers.training_utils import cast_training_params
 
 from models.flux import FluxModels, Text, encode_image, training_schedule, velocity
 from models.latents import draw_noise, pack, to_signed
 from models.loading import load_flux, place_flux
-from models.lora import add_lora
+from models.lora import add_lora, train_loras
 from models.memory import KEPT
 from models.sharding import whole
 from utils.references import Reference, crop_size, draw_aspect, draw_crop
@@ -123,10 +122,9 @@ def load_trainable(
     models = load_flux(paths, device, dtype)
     networks = [models.transformer, models.controlnet]
     set_seed(seed % 2**32)  # NumPy's generator takes no more; its state is part of a checkpoint
-    loras = [add_lora(model, rank) for model in networks]
-    cast_training_params(networks, torch.float32)
     for model in networks:
-        model.enable_gradient_checkpointing()
+        add_lora(model, rank)
+    loras = train_loras(networks)
     place_flux(models, kept)
     return models, loras
 

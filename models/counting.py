@@ -1,7 +1,7 @@
 """Counting the bytes of networks and of what they compute, on models and tensors without data.
 
 Weights are counted on empty models of the real configurations, activations by running the real code on tensors that
-have shapes and dtypes, but no memory. Nothing is estimated.
+have shapes and dtypes, but no memory.
 """
 
 import weakref
@@ -66,16 +66,16 @@ def bring_in(
 
 
 def autocast_as_on_card(model: torch.nn.Module) -> None:
-    """Let norms and upsampling give float32 under autocast, as on a GPU; a CPU's, which counts, leaves their dtype.
+    """Let norms and upsampling give float32 under autocast, as on a GPU; a CPU's autocast leaves their dtype.
 
     Changes the dtype of norms' weights: count those before.
     """
+    norms = (torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm)
     for module in model.modules():
-        if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm)):
+        if isinstance(module, norms):
             module.float()
-        elif not isinstance(module, CogVideoXUpsample3D):
-            continue
-        module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+        if isinstance(module, (*norms, CogVideoXUpsample3D)):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
 
 
 def held_bytes(model: torch.nn.Module) -> int:
@@ -85,18 +85,18 @@ def held_bytes(model: torch.nn.Module) -> int:
 
 
 def _scales(module: torch.nn.Module) -> list[torch.Tensor]:
-    """What a quantised layer of bitsandbytes holds beside its codes."""
-    weight, state = getattr(module, "weight", None), getattr(module, "state", None)
+    """What a quantised layer (`models/quantised.py`) holds beside its codes."""
+    weight = getattr(module, "weight", None)
     if (four_bits := getattr(weight, "quant_state", None)) is not None:
         return [four_bits.absmax, four_bits.code]
-    scales = (getattr(weight, "SCB", None), getattr(state, "SCB", None))  # moved by the first forward pass
-    return [scale for scale in scales if scale is not None]
+    scales = getattr(weight, "SCB", None)
+    return [] if scales is None else [scales]
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Bytes of all tensors that were made while this is active and are still alive, and their peak.
 
-    on_card: with what cuDNN takes for a convolution of 16-bit numbers: copies of its input, weights and output, their
+    on_card: with what cuDNN takes for a convolution of 16-bit numbers: copies of its input, weights and output, with
     channels last.
     """
 
@@ -135,7 +135,7 @@ def count_activations(step: Callable[[], object], *models: torch.nn.Module, on_c
 
     on_card: the scratch space of convolutions counts, too.
     """
-    with _LiveBytes(on_card=on_card) as live:
+    with LiveBytes(on_card=on_card) as live:
         for model in models:
             live.ignore(model)
         step()

@@ -10,12 +10,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import CogVideoXImageToVideoPipeline
+from diffusers import AutoencoderKLCogVideoX, CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
 
 from models.latents import draw_noise, posterior_sample
+from models.rotary import use_complex_rotary
 from utils.runs import derive_seed
 
 LATENT_CHANNELS = 16
+
+
+def prepare_networks(transformer: CogVideoXTransformer3DModel, vae: AutoencoderKLCogVideoX, *, tiling: bool) -> None:
+    """Set both up for inference. tiling: of the VAE."""
+    use_complex_rotary(transformer)
+    vae.enable_slicing()
+    if tiling:
+        vae.enable_tiling()
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ from PIL import Image
 
 from models.convert import load_ggi_transformer, load_reference_file, reference_config
 from models.flux import FluxModels, Text
-from models.inbetween import CogVideoXInbetweenPipeline
+from models.inbetween import CogVideoXInbetweenPipeline, prepare_networks
 from models.memory import AT_WORK, KEPT, RESIDENT, keep
-from models.rotary import use_complex_rotary
 from models.weights import CONVERTIBLE, component_folder
 from utils.cli import InputError
 from utils.runs import read_json
@@ -166,10 +165,7 @@ def load_inbetween(
         "cogvideox_text", CogVideoXInbetweenPipeline, paths["cogvideox_text"], dtype, **networks, **no_text
     )
     pipeline.scheduler = CogVideoXDDIMScheduler.from_config(pipeline.scheduler.config)  # whatever the repository names
-    use_complex_rotary(pipeline.transformer)
-    pipeline.vae.enable_slicing()
-    if tiling:
-        pipeline.vae.enable_tiling()
+    prepare_networks(**networks, tiling=tiling)
     if AT_WORK in kept.values():
         pipeline.enable_model_cpu_offload(device=device)
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -103,6 +104,15 @@ def add_lora(model: FluxModel, rank: int) -> list[torch.nn.Parameter]:
 
 def lora_parameters(model: FluxModel) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+
+
+def train_loras(models: Sequence[FluxModel]) -> list[list[torch.nn.Parameter]]:
+    """Let LoRA layers be trained, in float32 and with gradient checkpointing. Returns each model's parameters."""
+    loras = [[parameter.requires_grad_() for parameter in lora_parameters(model)] for model in models]
+    cast_training_params(list(models), torch.float32)
+    for model in models:
+        model.enable_gradient_checkpointing()
+    return loras
 
 
 def _fuse(attention: torch.nn.Module) -> None:

@@ -101,6 +101,13 @@ def kept_bytes(model: torch.nn.Module, how: str) -> int:
     return held_bytes(model)
 
 
+def restored_bytes(model: torch.nn.Module, how: str) -> int:
+    """Bytes of the matrix that a layer kept in fewer bits restores while it is at work, the largest. model: empty."""
+    if how not in (FP8, INT8, NF4):
+        return 0
+    return max(layer.weight.numel() * layer.weight.element_size() for layer in block_linears(model).values())
+
+
 def _quantised_bytes(out: int, features: int, how: str) -> int:
     if how == INT8:
         return out * features + 4 * out  # a float32 scale per row
@@ -110,9 +117,13 @@ def _quantised_bytes(out: int, features: int, how: str) -> int:
 # --- choosing ---
 
 
+def is_card(device: str) -> bool:
+    return torch.device(device).type != "cpu"
+
+
 def free_memory(device: str) -> int:
     """Bytes that are free on a torch device; processes of one launch share a CPU's memory."""
-    if torch.device(device).type == "cpu":
+    if not is_card(device):
         return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return torch.cuda.mem_get_info(torch.device(device))[0]
 
@@ -176,19 +187,20 @@ def quantise(model: torch.nn.Module, how: str) -> None:
     from models.quantised import Int8Linear, Nf4Linear
 
     for name, layer in block_linears(model).items():
-        shape, bias, dtype = (layer.in_features, layer.out_features), layer.bias is not None, layer.weight.dtype
-        four_bits = {"quant_type": "nf4", "compress_statistics": False}
+        shape, weight = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight.data
         with torch.device("meta"):  # its own start weights are not wanted
-            if how == INT8:
-                new = Int8Linear(*shape, bias, has_fp16_weights=False)
-            else:
-                new = Nf4Linear(*shape, bias, **four_bits)
-        new.compute_dtype = dtype
+            new = (
+                Int8Linear(*shape, has_fp16_weights=False)
+                if how == INT8
+                else Nf4Linear(*shape, quant_type="nf4", compress_statistics=False)
+            )
         if how == INT8:
-            new.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+            new.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         else:
-            new.weight = Params4bit(layer.weight.data, requires_grad=False, module=new, **four_bits)
-        new.bias = layer.bias
+            new.weight = Params4bit(
+                weight, requires_grad=False, quant_type="nf4", compress_statistics=False, module=new
+            )
+        new.bias, new.compute_dtype = layer.bias, weight.dtype
         model.set_submodule(name, new)
 
 
@@ -242,10 +254,6 @@ def naming_smaller_mode(stage: str, mode: str, *, sharded: bool = False) -> Iter
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OSError(errno.ENOMEM, f"out of memory with --memory {mode}; {advice}") from error
-
-
-def is_card(device: str) -> bool:
-    return torch.device(device).type != "cpu"
 
 
 def kept_on(device: str, stage: str, mode: str) -> dict[str, str]:

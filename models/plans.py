@@ -18,7 +18,6 @@ from diffusers import (
     FluxTransformer2DModel,
     ModelMixin,
 )
-from diffusers.training_utils import cast_training_params
 from transformers import AutoConfig, CLIPTextModel, T5EncoderModel
 
 from models.counting import (
@@ -31,9 +30,10 @@ from models.counting import (
     without_data,
 )
 from models.flux import FluxModels
+from models.inbetween import prepare_networks
 from models.loading import component_config
-from models.lora import add_lora, lora_parameters
-from models.memory import AT_WORK, RESIDENT, STREAMED, Phase, is_card, kept_bytes, kept_on
+from models.lora import add_lora, train_loras
+from models.memory import AT_WORK, RESIDENT, STREAMED, Phase, is_card, kept_bytes, kept_on, restored_bytes
 from models.rotary import use_complex_rotary
 from models.steps import (
     alignment_step,
@@ -59,7 +59,7 @@ LORA_STATE = 3 * 4  # bytes for each LoRA parameter in training: gradient and tw
 class Work:
     """What a phase needs besides the weights of what is resident; bytes at its peak.
 
-    networks: at work. layers: of those, on the card at that time, if they are streamed; None where no mode does that.
+    networks: at work. layers: what the peak grows by when they are streamed; None if no mode streams them.
     """
 
     networks: Sequence[str]
@@ -71,7 +71,7 @@ class Work:
 def count_work(
     networks: Mapping[str, torch.nn.Module], step: Callable[[], object], device: str, *, streamed: bool = True
 ) -> Work:
-    """Count a step of these networks. Call it inside `without_data`. streamed: in some mode, where there is a card."""
+    """Count a step of these networks. Call it inside `without_data`. streamed: whether some mode streams them."""
     on_card = is_card(device)
     activations = count_activations(step, *networks.values(), on_card=on_card)
     layers = count_streamed(step, *networks.values()) - activations if on_card and streamed else None
@@ -148,13 +148,16 @@ def _plan(
     plan = {}
     for mode in MEMORY_MODES:
         kept = kept_on(device, stage, mode)
-        held = {n: kept_bytes(empty_model(b, dtype), kept[n]) for n, b in builders.items() if kept[n] != STREAMED}
+        empty = {n: empty_model(build, dtype) for n, build in builders.items() if kept[n] != STREAMED}
+        restored = {n: restored_bytes(model, kept[n]) for n, model in empty.items()}
+        held = {n: kept_bytes(model, kept[n]) for n, model in empty.items()}
         plan[mode] = [text[kept["text"]]]
         for name, work in phases.items():
             weights = sum(held[n] for n in held if n in work.networks or kept[n] != AT_WORK)
             if any(kept[n] == STREAMED for n in work.networks):
                 weights += work.layers
-            plan[mode].append(Phase(name, weights, work.activations, work.optimizer))
+            activations = work.activations + max(restored.get(n, 0) for n in work.networks)
+            plan[mode].append(Phase(name, weights, activations, work.optimizer))
     return plan
 
 
@@ -201,26 +204,31 @@ def with_lora(build: Build, rank: int) -> Build:
 
 
 def plan_alignment(
-    paths: dict[str, Path], side: int, batch: int, rank: int, length: int, dtype: torch.dtype, device: str
+    paths: dict[str, Path],
+    side: int,
+    batch: int,
+    rank: int,
+    length: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    autocast: torch.dtype | None,
 ) -> Plan:
     """Stage 1. side: of a training crop in pixels; the largest crop is square. batch: crops per process and step."""
     plain = flux_builders(paths)
     builders = plain | {name: with_lora(plain[name], rank) for name in ("transformer", "controlnet")}
     networks = [empty_model(build, dtype) for build in builders.values()]
     trained = networks[:2]
-    loras = [parameter.requires_grad_() for model in trained for parameter in lora_parameters(model)]
-    cast_training_params(trained, torch.float32)
+    loras = [parameter for group in train_loras(trained) for parameter in group]
     for model in trained:
         model.train()
-        model.enable_gradient_checkpointing()
-        if is_card(device):
+        if is_card(device) and autocast:
             autocast_as_on_card(model)
-    autocast = partial(torch.autocast, "cpu", dtype, enabled=dtype != torch.float32)
+    context = partial(torch.autocast, "cpu", autocast, enabled=autocast is not None)
     with without_data(dtype):
         models = FluxModels(*map(bring_in, networks))
-        training = count_activations(
-            alignment_step(models, side, batch, length, autocast), *trained, on_card=is_card(device)
-        )
+        step = alignment_step(models, side, batch, length, context)
+        training = count_activations(step, *trained, on_card=is_card(device))
     count = sum(parameter.numel() for parameter in loras)
     training -= 4 * count  # gradients: counted below
     master = 4 - torch.empty((), dtype=dtype).element_size()  # beyond the bytes in `dtype`, which `_plan` counts
@@ -246,10 +254,7 @@ def plan_ggi(
     networks = [empty_model(build, dtype) for build in builders.values()]
     with without_data(dtype), torch.no_grad():
         network, vae = map(bring_in, networks)
-        use_complex_rotary(network)
-        vae.enable_slicing()
-        if tiling:
-            vae.enable_tiling()
+        prepare_networks(network, vae, tiling=tiling)
         shape, step = latent_shape(network, size, num_frames), ggi_step(network, size, num_frames, 2 if guided else 1)
         phases = {
             "encoding": count_work({"vae": vae}, video_encoding(vae, size, num_frames), device, streamed=False),

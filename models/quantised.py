@@ -4,7 +4,7 @@ They compute as torch.nn.Linear does under autocast: in one dtype, whatever the 
 that are restored for the moment.
 
 bitsandbytes' own 8-bit layer is not for training with gradient checkpointing: it keeps its inputs where checkpointing
-does not see them (39 GB in the place of 16 for FLUX). On a GPU it also rounds the inputs to 8 bits, and on a CPU not.
+does not see them. It also rounds the inputs to 8 bits.
 """
 
 import bitsandbytes as bnb

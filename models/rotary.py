@@ -1,7 +1,7 @@
 """Attention whose rotary positions are complex numbers of modulus 1, for inference with both diffusion models.
 
-One product turns queries and keys. It moves 20 bytes for each of their 16-bit values, diffusers' formula 56, and gives
-the same numbers.
+One product turns queries and keys. It moves 20 bytes for each of their 16-bit values, diffusers' formulas 52 and 56,
+and gives the same numbers (a GPU may round them otherwise).
 """
 
 import torch
@@ -35,6 +35,7 @@ class CogVideoXComplexAttention:
         image_rotary_emb: Angles | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden_states: video tokens [B, S, D]. encoder_hidden_states: text [B, T, D]. Returns both in this order."""
+        refuse_mask(attention_mask)
         text = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         projected = (layer(tokens) for layer in (attn.to_q, attn.to_k, attn.to_v))
@@ -64,6 +65,7 @@ class FluxComplexAttention:
 
         encoder_hidden_states: text [B, T, D] in double-stream blocks, which return both.
         """
+        refuse_mask(attention_mask)
         query, key, value = self._project(attn, hidden_states, "to_")
         query, key = attn.norm_q(query), attn.norm_k(key)
         if encoder_hidden_states is not None:
@@ -92,6 +94,11 @@ class FluxComplexAttention:
         else:
             parts = attn.add_q_proj(tokens), attn.add_k_proj(tokens), attn.add_v_proj(tokens)
         return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
+
+
+def refuse_mask(mask: torch.Tensor | None) -> None:
+    if mask is not None:
+        raise ValueError(f"an attention mask {tuple(mask.shape)} has no effect here: use diffusers' processors")
 
 
 def rotation_of(angles: Angles) -> torch.Tensor:

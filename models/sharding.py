@@ -141,9 +141,8 @@ def load_state(accelerator: Accelerator, folder: Path, module, optimizer, averag
         before, now = kinds if not accelerator.is_fsdp2 else kinds[::-1]
         raise InputError(f"{folder} is of a training that was {before}; this one is {now}: go on as it was begun")
     if not accelerator.is_fsdp2:
-        accelerator.load_state(
-            folder, map_location="cpu"
-        )  # else the card holds weights and moments twice for a moment
+        # On cards, several processes would else hold all of it twice for a moment.
+        accelerator.load_state(folder, map_location="cpu")
         return
     state = _sharded_state(module, optimizer, average)
     # In place. A parameter that never got a gradient, such as of the ControlNet's last block, has no moments there.

@@ -23,7 +23,7 @@ from utils.cli import InputError
 # torch's plain kernel is left out: it needs all scores at once, 30 GB for a video.
 KERNELS = {name: getattr(SDPBackend, f"{name.upper()}_ATTENTION") for name in ATTENTION_KERNELS}
 HEAD_SIZE = 128  # FLUX's, the largest
-PROGRAMS = 64  # FLUX's blocks need three for each size and batch; beyond the limit torch goes on without, silently
+PROGRAMS = 64  # of one function; FLUX's single blocks need two for each size and batch. Others run as they are
 
 
 @contextmanager

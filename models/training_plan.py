@@ -79,10 +79,10 @@ def plan_training(
         weights, gradients = (sharded_bytes(transformer, trained_only, shards) for trained_only in (False, True))
         average, standing = average // shards, 0
     length = transformer.config.max_text_seq_length
-    on_card = setup.autocast is not None and is_card(device)
+    on_card = is_card(device)
     vae_weights, encoding, decoding = count_vae(paths["cogvideox_vae"], transformer, setup, on_card)
     text = text_phases(paths["cogvideox_text"], VIDEO_ENCODERS, setup.dtype, length, device)[RESIDENT]
-    if on_card:
+    if on_card and setup.autocast:
         autocast_as_on_card(transformer)
     training, denoising = count_transformer(transformer, trained, setup)
     plan = {}
@@ -119,14 +119,14 @@ def sharded_bytes(transformer: torch.nn.Module, trained_only: bool, processes: i
 def count_vae(vae: Path, transformer: torch.nn.Module, setup: TrainingSetup, on_card: bool) -> tuple[int, int, int]:
     """Bytes of the VAE's weights, and of the activations of encoding and decoding a clip.
 
-    on_card: with autocast and convolutions as they are there.
+    on_card: autocast and convolutions count as they are there.
     """
     build = video_builders(vae, Path())["vae"]
     model = empty_model(build, setup.dtype)
     weights = held_bytes(model)
     if setup.tiling:
         model.enable_tiling()
-    if on_card:
+    if on_card and setup.autocast:
         autocast_as_on_card(model)
     with without_data(setup.dtype), torch.no_grad(), autocast(setup):
         bring_in(model)

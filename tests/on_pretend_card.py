@@ -56,7 +56,7 @@ def draw_anchor(device: str, mode: str) -> np.ndarray:
         use_complex_rotary(network)
     place_flux(models, KEPT["anchors"][mode])
     noise = draw_noise((1, 16, *LATENTS), 0)
-    replacement = encode_warped(models, PICTURE, np.ones(PICTURE.shape[:2], np.uint8), noise)
+    replacement = encode_warped(models, PICTURE, np.zeros(PICTURE.shape[:2], np.uint8), noise)  # all of it is kept
     control = to_signed(PICTURE)[None]
     settings = AnchorSettings(num_steps=3, num_replacement=2)
     latents = sample_anchor(models, noise, control, texts["a town"], texts[""], settings, replacement)

@@ -71,7 +71,7 @@ def compute(function, arguments: tuple, options: dict):
         options = options | {"device": torch.device("cpu")}
     inside = lambda leaf: leaf.values if isinstance(leaf, CardTensor) else leaf  # noqa: E731
     result = function(*tree_map(inside, arguments), **tree_map(inside, options))
-    if function._schema.name.endswith("_"):  # in place
+    if function._schema.is_mutable:
         return arguments[0]
     wrap = lambda leaf: CardTensor(leaf) if isinstance(leaf, torch.Tensor) else leaf  # noqa: E731
     return tree_map(wrap, result) if to_card else result

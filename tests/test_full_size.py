@@ -52,7 +52,7 @@ def test_what_cannot_be_measured_leaves_the_rest(tmp_path: Path, monkeypatch, ca
         measure(rows, setup, recipe, *more)
 
     monkeypatch.setattr(full_size, "measure", fail_on_text)
-    arguments = ["--weights", "tiny", "--phases", "anchors", "--no_reference", "--steps", "1"]
+    arguments = ["--weights", "tiny", "--memory", "balanced", "--phases", "anchors", "--no_reference", "--steps", "1"]
     assert exit_code(lambda: full_size.main([*arguments, "--json", str(tmp_path / "out.json")])) == 3
     found = rows(tmp_path / "out.json")
     assert found["anchors", "text"]["seconds"] is None and found["anchors", "decoding"]["seconds"] > 0
@@ -77,9 +77,12 @@ def test_measuring_the_tiny_networks(tmp_path: Path):
     found = rows(tmp_path / "o")
     assert all(row["seconds"] > 0 for row in found.values()) and len(found) == 13
     assert found["anchors", "reference"]["flops"] == 2 * found["anchors", "ours"]["flops"]
+    planned = {key: row["planned"] for key, row in found.items()}
+    assert [key for key, size in planned.items() if not size] == [(phase, "reference") for phase in full_size.PHASES]
+    assert planned["anchors", "ours"] < planned["anchors", "both branches"] < planned["anchors", "decoding"]
     assert found["ggi", "ours"]["loading"] < found["ggi", "reference"]["loading"]
     assert 0 < found["ggi", "reference"]["merged_distance"] < 1e-2
-    assert "for 10 arcs with loading, encoding and decoding" in result.stdout
+    assert "for 10 arcs with loading the transformer, encoding and decoding" in result.stdout
 
 
 def test_bad_phase(capsys: pytest.CaptureFixture):
@@ -89,7 +92,7 @@ def test_bad_phase(capsys: pytest.CaptureFixture):
 
 def test_compiled_blocks_are_resident(capsys: pytest.CaptureFixture):
     assert exit_code(lambda: full_size.main(["--compile", "--memory", "low"])) == 2
-    assert "--compile goes with --memory full" in capsys.readouterr().err
+    assert "--compile goes with --memory full: the transformer would be kept nf4" in capsys.readouterr().err
 
 
 @without_card

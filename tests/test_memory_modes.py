@@ -94,7 +94,8 @@ def test_alignment_holds_what_is_planned(mode: str, tmp_path: Path, held):
     assert call(ALIGN, *train(tmp_path / "loras", "--max_train_steps", 1, "--memory", mode)) == 0
     preset = load_preset("tiny")
     paths, length = locate(argparse.Namespace(), preset, FLUX_STAGE), preset.max_sequence_length
-    plan = plan_alignment(paths, preset.resolution, 1, 16, length, torch.bfloat16, "cpu")
+    bf16 = torch.bfloat16
+    plan = plan_alignment(paths, preset.resolution, 1, 16, length, bf16, "cpu", autocast=bf16)
     training = next(phase for phase in plan[mode] if phase.name == "training")
     lora = training.optimizer // (3 * 4 + 2)  # parameters: gradient, two moments, and the float32 beyond the bfloat16
     assert found == weights(plan, mode) | {"training": training.weights + 2 * lora}

@@ -108,23 +108,31 @@ def test_an_arc_that_finds_no_room_beside_the_next_is_decoded_after_it(
     assert_same(contents(tmp_path / VIDEO), contents(unchained / VIDEO))
 
 
+@pytest.mark.parametrize("decode", ["goes on", "fails first"])
 def test_an_arc_that_is_denoised_without_room_is_denoised_again_alone(
-    tmp_path: Path, anchored: Path, unchained: Path, monkeypatch: pytest.MonkeyPatch
+    decode: str, tmp_path: Path, anchored: Path, unchained: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    failed, denoised = threading.Event(), []
-    decode, denoise = CogVideoXInbetweenPipeline.decode_video, CogVideoXInbetweenPipeline.__call__
+    """decode: what the arc before does, beside it."""
+    failed, decode_failed, denoised = threading.Event(), threading.Event(), []
+    decode_video, denoise = CogVideoXInbetweenPipeline.decode_video, CogVideoXInbetweenPipeline.__call__
 
     def denoise_once(*arguments, **options):
         denoised.append(1)
         if len(denoised) == 2:
+            assert decode == "goes on" or decode_failed.wait(60)
             failed.set()
             raise torch.OutOfMemoryError("both at once")
         return denoise(*arguments, **options)
 
+    def decode_late(*arguments):
+        if decode == "fails first" and not decode_failed.is_set():
+            decode_failed.set()
+            raise torch.OutOfMemoryError("both at once")
+        assert failed.wait(60)
+        return decode_video(*arguments)
+
     monkeypatch.setattr(CogVideoXInbetweenPipeline, "__call__", denoise_once)
-    monkeypatch.setattr(
-        CogVideoXInbetweenPipeline, "decode_video", lambda *arguments: failed.wait(60) and decode(*arguments)
-    )
+    monkeypatch.setattr(CogVideoXInbetweenPipeline, "decode_video", decode_late)
     command = ("--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--no-chain", "--output_dir", tmp_path)
     assert call(GGI, *command) == 0
     assert len(denoised) == NUM_ARCS + 1

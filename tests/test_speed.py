@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
 from models.anchors import AnchorSettings, sample_anchor
 from models.counting import default_dtype
@@ -87,6 +88,14 @@ def test_complex_positions_give_the_same_velocity(dtype: torch.dtype, lora: bool
         assert torch.equal(step(), theirs)
 
 
+def test_masks_are_refused():
+    transformer = load_pipe().transformer
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    tokens = torch.zeros(1, 3, width)
+    with pytest.raises(ValueError, match="an attention mask"):
+        transformer.transformer_blocks[0].attn1(tokens, tokens, attention_mask=torch.ones(1, 6))
+
+
 def test_positions_turn_pairs_of_neighbours():
     x = draw_noise((1, 2, 5, 8), 0)
     pairs = x.clone().unflatten(-1, (-1, 2))
@@ -120,6 +129,7 @@ def test_compiled_blocks_compute_the_same():
     with torch.no_grad():
         before = step()[0]
         compile_blocks(transformer)
+        assert isinstance(transformer.transformer_blocks[0].attn1.processor, CogVideoXAttnProcessor2_0)
         torch.testing.assert_close(step()[0], before, rtol=1e-3, atol=1e-4)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
-from models.counting import _LiveBytes, bring_in, count_activations, held_bytes, without_data
+from models.counting import LiveBytes, bring_in, count_activations, held_bytes, without_data
 from models.inbetween_training import (
     InbetweenObjective,
     add_frozen_lora,
@@ -100,7 +100,7 @@ def test_an_update_takes_what_was_counted(foreach: bool):
     optimizer.param_groups[0]["foreach"] = foreach
     states = [tensor for state in optimizer.state.values() for tensor in state.values()]
     held = holder([*parameters, *(parameter.grad for parameter in parameters), *states])
-    with _LiveBytes() as live:
+    with LiveBytes() as live:
         live.ignore(held)
         optimizer.step()
     assert live.peak == update_bytes(parameters, RESIDENT, "cuda" if foreach else "cpu")
