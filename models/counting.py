@@ -81,7 +81,7 @@ def autocast_as_on_card(model: torch.nn.Module) -> None:
 def held_bytes(model: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers; what two modules share counts once."""
     tensors = [*model.parameters(), *model.buffers(), *(t for module in model.modules() for t in _scales(module))]
-    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 def _scales(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -125,7 +125,7 @@ class LiveBytes(TorchDispatchMode):
                     self.now += size
                     self.peak = max(self.peak, self.now)
         if self.on_card and function is torch.ops.aten.convolution.default and result.element_size() == 2:
-            copies = sum(2 * tensor.numel() for tensor in (*arguments[:2], result))
+            copies = sum(tensor.nbytes for tensor in (*arguments[:2], result))
             self.peak = max(self.peak, self.now + copies)
         return result
 
@@ -171,8 +171,7 @@ def count_streamed(step: Callable[[], object], *models: torch.nn.Module) -> int:
 
 
 def _own_bytes(layer: torch.nn.Module) -> int:
-    tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def kept_bytes(model: torch.nn.Module, how: str) -> int:
     """
     if how in (INT8, NF4):
         matrices = [layer.weight for layer in block_linears(model).values()]
-        before = sum(weight.numel() * weight.element_size() for weight in matrices)
+        before = sum(weight.nbytes for weight in matrices)
         return held_bytes(model) - before + sum(_quantised_bytes(*weight.shape, how) for weight in matrices)
     if how == FP8:
         keep(model, FP8, "meta")
@@ -105,7 +105,7 @@ def restored_bytes(model: torch.nn.Module, how: str) -> int:
     """Bytes of the matrix that a layer kept in fewer bits restores while it is at work, the largest. model: empty."""
     if how not in (FP8, INT8, NF4):
         return 0
-    return max(layer.weight.numel() * layer.weight.element_size() for layer in block_linears(model).values())
+    return max(layer.weight.nbytes for layer in block_linears(model).values())
 
 
 def _quantised_bytes(out: int, features: int, how: str) -> int:
@@ -186,20 +186,15 @@ def quantise(model: torch.nn.Module, how: str) -> None:
 
     from models.quantised import Int8Linear, Nf4Linear
 
+    layer_class, weight_class, options = {
+        INT8: (Int8Linear, Int8Params, {"has_fp16_weights": False}),
+        NF4: (Nf4Linear, Params4bit, {"quant_type": "nf4", "compress_statistics": False}),
+    }[how]
     for name, layer in block_linears(model).items():
-        shape, weight = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight.data
+        weight = layer.weight.data
         with torch.device("meta"):  # its own start weights are not wanted
-            new = (
-                Int8Linear(*shape, has_fp16_weights=False)
-                if how == INT8
-                else Nf4Linear(*shape, quant_type="nf4", compress_statistics=False)
-            )
-        if how == INT8:
-            new.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-        else:
-            new.weight = Params4bit(
-                weight, requires_grad=False, quant_type="nf4", compress_statistics=False, module=new
-            )
+            new = layer_class(layer.in_features, layer.out_features, layer.bias is not None, **options)
+        new.weight = weight_class(weight, requires_grad=False, **options)
         new.bias, new.compute_dtype = layer.bias, weight.dtype
         model.set_submodule(name, new)
 
