@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from models.precision import automatic_precision, report_precision, settle_precision
 from models.weights import (
     EPOCH,
     GGI_STAGE,
@@ -160,7 +161,7 @@ def result_arguments(
     }
 
 
-def open_job(args: argparse.Namespace, target: Path) -> Job:
+def open_job(args: argparse.Namespace, preset: Preset, target: Path) -> Job:
     """Read what `target` holds and open its video's run. Raises InputError for what cannot be used."""
     if not target.is_dir():
         raise InputError(f"run folder {target} does not exist: give one that sag_generate_anchor_view.py wrote")
@@ -169,7 +170,9 @@ def open_job(args: argparse.Namespace, target: Path) -> Job:
     check_anchors(anchors)
     folder = (args.output_dir or target) / video_run_name(args.degradation, args.epoch, args.num_inference_steps)
     noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]
-    run = open_run(folder, result_arguments(args, scene, anchors, noises), overwrite=args.overwrite)
+    automatic = automatic_precision(args, preset.dtype, resolve_device(args.device))
+    arguments = result_arguments(args, scene, anchors, noises)
+    run = open_run(folder, arguments, overwrite=args.overwrite, automatic=automatic)
     prompt = args.prompt if args.prompt is not None else run.manifest.get("prompt")
     return Job(scene, anchors, noises, run, prompt)
 
@@ -179,18 +182,18 @@ def main() -> None:
     preset = load_preset(args.weights)
     args.width, args.height = args.width or preset.video_size[0], args.height or preset.video_size[1]
     args.num_frames = args.num_frames or preset.num_frames
-    args.dtype = args.dtype or preset.dtype
     if len(args.target) > 1 and (args.output_dir or args.scene):
         raise InputError("--output_dir and --scene go with a single --target")
     transformer = find_inbetween(preset, args.model_path, args.epoch)
     check_size(args, read_json(transformer / "config.json"))
-    jobs = [open_job(args, target) for target in args.target]
+    jobs = [open_job(args, preset, target) for target in args.target]
     require_distinct([job.run for job in jobs])
     for job in jobs:
         if job.run.finished and is_first_process():
             require_same_weights(job.run, args, preset, GGI_STAGE, transformer=transformer)
     unfinished = [job for job in jobs if not job.run.finished]
     if unfinished:
+        settle_precision(args, [job.run for job in unfinished])
         fill_arcs(args, preset, unfinished, transformer)
     for job in jobs if is_first_process() else ():
         if job.run.finished and job.run.manifest.get("fps") == args.fps:
@@ -218,6 +221,7 @@ def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transfo
     guided = args.guidance_scale != 1 and args.prompt != ""
     plan = plan_ggi(paths, transformer, size, args.num_frames, dtype, device, guided=guided, tiling=tiling)
     mode, kept = settle_memory("ggi", plan, args.memory, device)
+    report_precision(args)
     shares, early = share_arcs(jobs, args.chain), ("encoding", "denoising")
     overlap = len(shares) > process.num_processes and settle_overlap(plan[mode], "decoding", early, kept, device)
     if args.compile:

@@ -15,6 +15,7 @@ uninterrupted one.
 import argparse
 from pathlib import Path
 
+from models.precision import MIXED, automatic_precision, report_precision, settle_precision
 from models.training import end_training, forward_precision, open_accelerator, write_checkpoint
 from models.weights import (
     FLUX_STAGE,
@@ -36,8 +37,6 @@ from utils.losses import read_losses
 from utils.references import Reference, load_references
 from utils.runs import Run, files_sha256, open_run
 
-PRECISION = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
-
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
@@ -55,7 +54,11 @@ def parse_args() -> argparse.Namespace:
     add("--train_batch_size", type=positive_int, default=1, help="crops per process and step")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
     add(
-        "--mixed_precision", choices=list(PRECISION), default="bf16", help="precision of the networks; LoRA is float32"
+        "--mixed_precision",
+        choices=["auto", *MIXED],
+        default="auto",
+        help="precision of the networks, LoRA is float32; auto: bf16 for full weights, and for tiny ones where the "
+        "device computes in it, else no",
     )
     add("--seed", type=seed, default=0, help="seed of LoRA's start values, crops, noise and timesteps")
     add("--report_to", choices=["tensorboard", "none"], default="tensorboard", help="where the loss is logged")
@@ -102,7 +105,6 @@ def main() -> None:
     preset = load_preset(args.weights)
     args.resolution = args.resolution or preset.resolution
     args.edges = args.edges or preset.edges
-    args.dtype = args.dtype or PRECISION[args.mixed_precision]
     args.prompt = args.prompt or [""] * len(args.path_image)
     if args.resolution % preset.training_multiple:
         raise InputError(
@@ -110,15 +112,20 @@ def main() -> None:
         )
     detect = None if args.path_edges else edge_detector(args.edges)
     references = load_references(args.path_image, args.prompt, args.path_edges, detect, args.resolution)
-    run = open_run(args.output_dir / args.pfix, result_arguments(args), overwrite=args.overwrite)
+    device = resolve_device(args.device)
+    if ":" in device:
+        raise InputError(f"--device {device}: choose GPUs by `accelerate launch --gpu_ids …` and pass --device cuda")
+    if args.dtype == "auto" and args.mixed_precision != "auto":
+        args.dtype = MIXED[args.mixed_precision]
+    automatic = automatic_precision(args, preset.dtype, device)
+    folder = args.output_dir / args.pfix
+    run = open_run(folder, result_arguments(args), overwrite=args.overwrite, automatic=automatic)
+    settle_precision(args, [run])
     first_step = resume_step(args, run)
     if first_step >= args.max_train_steps:
         require_same_weights(run, args, preset, FLUX_STAGE)
         print(f"{run.folder} is finished at step {first_step}; raise --max_train_steps to train on")
         return
-    device = resolve_device(args.device)
-    if ":" in device:
-        raise InputError(f"--device {device}: choose GPUs by `accelerate launch --gpu_ids …` and pass --device cuda")
     paths = locate(args, preset, FLUX_STAGE)
     train(args, preset, references, run, first_step, device, paths)
 
@@ -145,13 +152,14 @@ def train(
     require_shardable(args.memory, args.mixed_precision)
     accelerator = open_accelerator(run, args, device)
     dtype, device, length = DTYPES[args.dtype], accelerator.device, preset.max_sequence_length
-    autocast = None if args.mixed_precision == "no" else DTYPES[PRECISION[args.mixed_precision]]
+    autocast = None if args.mixed_precision == "no" else DTYPES[MIXED[args.mixed_precision]]
     require_attention(args.attention, str(device), autocast or dtype)
     size = (args.resolution, args.train_batch_size, args.rank, length)
     plan = plan_alignment(paths, *size, dtype, str(device), autocast=autocast)
     if accelerator.is_fsdp2:  # before it is divided, each process holds all of it
         plan = {"full": plan["full"]}
     mode, kept = settle_memory("alignment", plan, args.memory, str(device))
+    report_precision(args)
     prompts = [reference.prompt for reference in references]
     texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, length, kept["text"])
     models, loras = load_trainable(paths, device, dtype, args.rank, args.seed, kept)

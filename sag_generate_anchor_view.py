@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from models.precision import automatic_precision, report_precision, settle_precision
 from models.weights import (
     FLUX_STAGE,
     Preset,
@@ -160,15 +161,20 @@ def open_job(
     """The run to continue or begin, for one scene, LoRA and seed. Raises InputError for what cannot be used."""
     prompts, size = pad_prompts(args.prompt, len(scene.arcs) + 1), anchor_size(args, preset, scene)
     arguments = result_arguments(args, scene, pfix, prompts, size, loras)
+    automatic = automatic_precision(args, preset.dtype, resolve_device(args.device))
     parent = args.output_dir or scene.folder / MULTIVIEWS
     if seed < 0:
-        unfinished = find_unfinished(parent, arguments, "seed")
+        unfinished = find_unfinished(parent, arguments, "seed", automatic)
         seed = draw_seed() if unfinished is None else unfinished
         print(f"seed {seed}" + ("" if unfinished is None else ", continuing an unfinished run"))
     name = anchor_run_name(pfix, prompts, args.epoch, seed, args.num_replacement)
     # Videos of these anchors are folders of their own, which stay when the anchors are drawn anew.
     run = open_run(
-        parent / name, arguments | {"seed": seed}, overwrite=args.overwrite, owned=(*ANCHOR_FILES, MANIFEST)
+        parent / name,
+        arguments | {"seed": seed},
+        overwrite=args.overwrite,
+        automatic=automatic,
+        owned=(*ANCHOR_FILES, MANIFEST),
     )
     return Job(scene, pfix, size, seed, prompts, run)
 
@@ -177,13 +183,11 @@ def main() -> None:
     args = parse_args()
     scenes = [load_scene(target) for target in args.target]
     preset = load_preset(args.weights)
-    args.dtype = args.dtype or preset.dtype
     if len(args.target) > 1 and args.output_dir:
         raise InputError("--output_dir goes with a single --target")
     if -1 in args.seed and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("--seed -1: several processes need a seed to agree on")
     loras = {pfix: find_lora(args.loras, pfix, args.epoch) for pfix in args.pfix}
-    resolve_device(args.device)
     jobs = [
         open_job(args, preset, scene, pfix, loras[pfix], seed)
         for pfix in args.pfix
@@ -197,6 +201,7 @@ def main() -> None:
             print(f"{job.run.folder} is finished")
     unfinished = [job for job in jobs if not job.run.finished]
     if unfinished:
+        settle_precision(args, [job.run for job in unfinished])
         draw_anchors(args, preset, unfinished, loras)
     for job in unfinished if is_first_process() else ():
         print(job.run.folder)
@@ -227,6 +232,7 @@ def draw_anchors(
     largest = max((job.size for job in jobs), key=lambda size: size[0] * size[1])
     plan = plan_anchors(paths, largest, max(ranks), length, dtype, device, guided=guided)
     mode, kept = settle_memory("anchors", plan, args.memory, device)
+    report_precision(args)
     if args.compile:
         require_compilable(kept["transformer"])
     weights = weight_hashes(paths) | lossy(kept)

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 from pathlib import Path
 
+from models.precision import automatic_precision, report_precision, settle_precision
 from models.training import FREE_SETTINGS, add_training_flags, fit, is_trained, training_settings
 from models.weights import (
     GGI_STAGE,
@@ -124,23 +125,25 @@ def result_arguments(args: argparse.Namespace, source: ClipSource) -> dict:
 def main() -> None:
     args = parse_args()
     preset = load_preset(args.weights)
-    args.dtype = args.dtype or preset.dtype
+    args.dtype = preset.dtype if args.dtype == "auto" else args.dtype  # of what is saved: alike on every machine
     source = open_dataset(args, preset)
     if args.lora and not args.lora.is_file():
         raise InputError(f"--lora {args.lora} does not exist")
     require_writable(args.cache_dir)
-    run = open_run(args.output_dir, result_arguments(args, source), overwrite=args.overwrite)
+    device = resolve_device(args.device)
+    if ":" in device:
+        raise InputError(f"--device {device}: choose GPUs by `accelerate launch --gpu_ids …` and pass --device cuda")
+    automatic = automatic_precision(args, preset.dtype, device)
+    run = open_run(args.output_dir, result_arguments(args, source), overwrite=args.overwrite, automatic=automatic)
     if args.cache_dir.resolve().is_relative_to(args.output_dir.resolve()):
         raise InputError(f"--cache_dir {args.cache_dir} lies in --output_dir: a cache outlives runs")
+    settle_precision(args, [run])
     if is_trained(run, training_settings(args)):
         require_same_weights(run, args, preset, GGI_STAGE)
         if not run.finished:  # it was stopped after its last checkpoint
             run.finish(steps=args.max_train_steps)
         print(f"{run.folder} is finished; raise --max_train_steps to train on")
         return
-    device = resolve_device(args.device)
-    if ":" in device:
-        raise InputError(f"--device {device}: choose GPUs by `accelerate launch --gpu_ids …` and pass --device cuda")
     paths = locate(args, preset, GGI_STAGE) | {"start": find_start(args, preset)}
     train(args, preset, source, run, paths, device)
 
@@ -168,6 +171,7 @@ def train(
     cache = open_cache(args, preset, source, paths, weights, config["max_text_seq_length"])
     missing = cache.missing_clips(process.process_index, process.num_processes)
     mode, kept = settle_training(args, preset, paths, config, lora, missing, process)
+    report_precision(args)
     weights |= lossy(kept)
     run.require_begun_with(weights)
     fill_cache(args, preset, source, paths, cache, missing, config["max_text_seq_length"], process)

@@ -79,7 +79,13 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults: object) -> N
     add("ema_decay", 0.999, type=decay, help="decay of the averaged weights that are saved; 0 saves the raw ones")
     add("beta2", 0.999, type=decay, help="second beta of AdamW; the first is 0.9")
     add("weight_decay", 0.01, type=non_negative_float, help="weight decay of AdamW")
-    add("mixed_precision", "bf16", choices=["bf16", "no"], help="precision of the computation; weights are float32")
+    add(
+        "mixed_precision",
+        "auto",
+        choices=["auto", "bf16", "no"],
+        help="precision of the computation, weights are float32; auto: bf16 for full weights, and for tiny ones where "
+        "the device computes in it, else no",
+    )
     add("seed", 0, type=seed, help="seed of start values, data order, noise and timesteps")
     add("report_to", "tensorboard", choices=["tensorboard", "none"], help="where curves are logged")
 

@@ -67,7 +67,7 @@ class Preset:
     video_size: tuple[int, int]
     num_frames: int
     edges: str  # edge detector for reference pictures: lines or hed
-    dtype: str
+    dtype: str  # of the weights; --dtype auto may compute float32 ones in bfloat16 (`models/precision.py`)
     max_sequence_length: int  # tokens of T5 for FLUX
     vae_tiling: bool  # decode videos in tiles; changes the numbers slightly
     flux: str
@@ -95,8 +95,10 @@ def add_weight_flags(parser: argparse.ArgumentParser, components: Iterable[str])
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
     group.add_argument(
         "--dtype",
-        choices=["bfloat16", "float16", "float32"],
-        help="precision of the networks (default: bfloat16 for full, float32 for tiny; in training --mixed_precision)",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        default="auto",
+        help="precision of the networks; auto: bfloat16 for full, and for tiny where the device computes in it, else "
+        "float32; in alignment as --mixed_precision, in train_ggi.py float32 for tiny",
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from models.precision import automatic_precision, report_precision, settle_precision
 from models.training import FREE_SETTINGS, add_training_flags, fit, is_trained, training_settings
 from models.weights import resolve_device
 from synthetic.pictures import load_towns
@@ -78,18 +79,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if getattr(args, "image_vae", None) and args.init_from:
         raise InputError("--image_vae and --init_from both say what to start from: pass one of them")
     free = FREE_SETTINGS | {"output_dir", "cache_dir", "overwrite", "device"}
-    run = open_run(
-        args.output_dir, {key: value for key, value in vars(args).items() if key not in free}, overwrite=args.overwrite
-    )
+    args.device = resolve_device(args.device)
+    if ":" in args.device:
+        raise InputError(f"--device {args.device}: choose GPUs by `accelerate launch --gpu_ids …`, pass --device cuda")
+    arguments = {key: value for key, value in vars(args).items() if key not in free}
+    automatic = automatic_precision(args, "float32", args.device)
+    run = open_run(args.output_dir, arguments, overwrite=args.overwrite, automatic=automatic)
+    settle_precision(args, [run])
     if is_trained(run, training_settings(args)):
         if not run.finished:  # it was stopped after its last checkpoint
             run.finish(steps=args.max_train_steps)
         print(f"{run.folder} is finished; raise --max_train_steps to train on")
         return
     run.require_begun_with(weights)
-    args.device = resolve_device(args.device)
-    if ":" in args.device:
-        raise InputError(f"--device {args.device}: choose GPUs by `accelerate launch --gpu_ids …`, pass --device cuda")
+    report_precision(args)
 
     from accelerate import PartialState
 

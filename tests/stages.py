@@ -9,9 +9,11 @@ from utils.arcs import anchor_run_name
 
 STATE = "/state/"  # what alignment needs to go on; its LoRAs are the result
 PROMPT, NUM_ARCS = "a town", 2
-QUICK_LORA = ("--max_train_steps", 4, "--checkpointing_steps", 2, "--learning_rate", 0.01)
+QUICK_LORA = ("--max_train_steps", 4, "--checkpointing_steps", 2, "--learning_rate", 0.01, "--mixed_precision", "no")
+FLOAT32 = ("--dtype", "float32")  # on every CPU
 QUICK_ANCHORS = ("--epoch", 4, "--prompt", PROMPT, "--neg_prompt", "fog", "--num_steps", 3, "--num_replacement", 2)
-QUICK_VIDEO = ("--prompt", PROMPT, "--num_inference_steps", 2)
+QUICK_ANCHORS += FLOAT32
+QUICK_VIDEO = ("--prompt", PROMPT, "--num_inference_steps", 2, *FLOAT32)
 VIDEO = "d0.5_e1350_n2"
 
 

@@ -460,7 +460,7 @@ def flag_lora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         ("--resolution", 96),
         ("--train_batch_size", 2),
         ("--gradient_accumulation_steps", 2),
-        ("--mixed_precision", "no"),
+        ("--mixed_precision", "bf16"),
         ("--seed", 1),
     ],
     ids=lambda flags: flags[0],

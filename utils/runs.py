@@ -17,7 +17,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -197,24 +197,29 @@ def open_run(
     arguments: dict,
     *,
     overwrite: bool = False,
+    automatic: Mapping[str, object] | None = None,
     owned: tuple[str, ...] = ("*",),
     manifest_name: str = MANIFEST,
 ) -> Run:
     """Open or continue the run in `folder`. Nothing is written or removed before `Run.begin`.
 
-    arguments: everything that decides the result (JSON values). owned: patterns of the run's files, when the folder
-    may hold others, which are then left alone. Raises InputError when the folder holds a run with
-    other arguments, or files but no manifest, unless `overwrite`.
+    arguments: everything that decides the result (JSON values). automatic: those that this machine chooses for a new
+    run; one that is continued keeps its own. owned: patterns of the run's files, when the folder may hold others,
+    which are then left alone. Raises InputError when the folder holds a run with other arguments, or files but no
+    manifest, unless `overwrite`.
     """
     require_writable(folder)
-    arguments = json.loads(json.dumps(arguments, default=str))
+    automatic = automatic or {}
+    arguments = json.loads(json.dumps(arguments | automatic, default=str))
     first = {"arguments": arguments, "versions": versions()}
     fresh = Run(folder, first, overwrite, owned, manifest_name)
     if overwrite or not folder.exists():
         return fresh
     if (folder / manifest_name).exists():
         manifest = read_json(folder / manifest_name)
-        _require_same_arguments(folder, manifest.get("arguments", {}), arguments)
+        before = manifest.get("arguments", {})
+        own = {name: before[name] for name in automatic if name in before}
+        _require_same_arguments(folder, before, arguments | own)
         return Run(folder, manifest, False, owned, manifest_name)
     if owned_paths(folder, owned):
         raise InputError(f"{folder} holds files but no {manifest_name}: pass --overwrite to replace them")
@@ -254,11 +259,14 @@ def peak_memory_mib() -> dict[str, int]:
     return peak
 
 
-def find_unfinished(parent: Path, arguments: dict, free: str) -> object | None:
-    """Value of argument `free` in the newest unfinished run below `parent` that agrees in all other arguments."""
+def find_unfinished(parent: Path, arguments: dict, free: str, automatic: Collection[str] = ()) -> object | None:
+    """Value of argument `free` in the newest unfinished run below `parent` that agrees in all others.
+
+    automatic: names of arguments that do not count either (`open_run`).
+    """
 
     def given(values: dict) -> dict:  # a manifest may be older than a flag
-        return {key: value for key, value in values.items() if key != free and value is not None}
+        return {key: value for key, value in values.items() if key not in {free, *automatic} and value is not None}
 
     wanted = given(json.loads(json.dumps(arguments, default=str)))
     candidates = []
