@@ -2,15 +2,28 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import ALIGN, ANCHORS, GGI, call, run
+from tests.small import SESSION
 from tests.stages import QUICK_VIDEO, RUN, VIDEO, draw, last_line, new_scene, train
 
 # Before torch is imported: OpenMP threads that spin while they wait crawl on a machine that is not idle.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder that all workers of a session share."""
+    if not hasattr(config, "workerinput"):
+        os.environ[SESSION] = tempfile.mkdtemp(prefix="pytest-session-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ[SESSION])
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Running the scripts from tests: as subprocesses, or as functions of this process, which saves six seconds each."""
+"""Running the scripts from tests, on small weights: in forked processes (tests/warm.py) or as calls in this one."""
 
 import importlib
 import os
@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,8 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
+from tests import warm
+from tests.small import small_weights
 from utils.cli import run_script
 from utils.runs import MANIFEST
 
@@ -30,9 +33,9 @@ def words(*arguments: object) -> list[str]:
 
 
 def call(script: str, *arguments: object) -> int:
-    """Run `main` of a script in this process on the tiny weights; returns the exit code that a shell would see."""
+    """Run `main` of a script in this process on the small weights; returns the exit code that a shell would see."""
     module = importlib.import_module(script)
-    with pytest.MonkeyPatch.context() as patch:
+    with small_weights(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *words(*arguments)])
         try:
             return exit_code(module.main)
@@ -58,31 +61,49 @@ def forget_accelerator() -> None:
         GradientState._reset_state()
 
 
-def start(script: str, *arguments: object, **options) -> subprocess.Popen:
-    command = [sys.executable, f"{script}.py", *words(*arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
-    )
+def start(script: str, *arguments: object, **options) -> warm.Processes:
+    """Start a script on the small weights. options: of `tests.warm.fork`."""
+    return start_module(script, *words(*arguments), **options)
+
+
+def start_module(name: str, *arguments: object, prepare: Sequence[Callable] = (), **options) -> warm.Processes:
+    """The same of a script or module that does not take --weights."""
+    return warm.fork(name, arguments, prepare=(warm.use_small_weights, *prepare), **options)
 
 
 def run(script: str, *arguments: object, **options) -> subprocess.CompletedProcess:
-    """Run a script as a user does, on the tiny weights."""
-    process = start(script, *arguments, **options)
-    out, err = process.communicate(timeout=SECONDS)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    """Run a script as a user does, but on the small weights. options: of `tests.warm.fork`."""
+    return end(start(script, *arguments, **options))
 
 
-def kill_at(path: Path, script: str, *arguments: object) -> None:
+def end(process: warm.Processes) -> subprocess.CompletedProcess:
+    out, err = process.communicate(SECONDS)
+    return subprocess.CompletedProcess(process.name, process.returncode, out, err)
+
+
+def kill_at(path: Path, script: str, *arguments: object, begin: Callable[..., warm.Processes] = start) -> None:
     """Start a script and kill it, with its children, as soon as `path` is there."""
-    process = start(script, *arguments)
+    process = begin(script, *arguments, prepare=[partial(stop_after, path)])
     wait_for(path, process)
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    out, err = process.communicate()
+        process.kill()
+    out, err = process.communicate(SECONDS)
     assert process.returncode == -signal.SIGKILL, f"{script} ended before it could be killed: {out}{err}"
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def stop_after(path: Path) -> None:
+    """Let this process halt when it has renamed something to `path`: killing it comes in time on a busy machine."""
+    replace = os.replace
+
+    def replace_and_stop(source: object, target: object) -> None:
+        replace(source, target)
+        if Path(target) == path:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    os.replace = replace_and_stop
+
+
+def wait_for(path: Path, process: warm.Processes) -> None:
     """Until `path` is there, or the process has ended."""
     deadline = time.monotonic() + SECONDS
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:

@@ -1,9 +1,8 @@
 """The three scripts on scenes of flat walls, with few steps: what several test files run (fixtures: conftest.py)."""
 
-import sys
 from pathlib import Path
 
-from tests.helpers import words, write_picture
+from tests.helpers import write_picture
 from tests.scenes import make_scene
 from utils.arcs import anchor_run_name
 
@@ -43,9 +42,3 @@ def draw(scene: Path, loras: Path, *arguments: object) -> tuple:
 
 def last_line(text: str) -> str:
     return text.splitlines()[-1]
-
-
-def launch(processes: int, script: str, *arguments: object) -> list[str]:
-    """The command that runs a script in several processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), f"{script}.py"]
-    return [sys.executable, *launcher, *words(*arguments)]

@@ -1,46 +1,32 @@
-"""The three scripts end to end on the tiny weights: files, bytes, flags, and going on after a kill or a full disk."""
+"""The three scripts end to end: files, bytes, the same command again, and the published example."""
 
 import csv
 import json
-import os
 import re
-import resource
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
-from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from safetensors.torch import load_file, save_file
-from torch._subclasses.fake_tensor import FakeTensor
 
-import models.anchors
-from models.inbetween import CogVideoXInbetweenPipeline
-from models.weights import WEIGHTS, load_preset
+from models.lora import lora_targets
+from models.weights import load_preset
 from tests.helpers import (
     ALIGN,
     ANCHORS,
     DATA,
     GGI,
-    ROOT,
-    SECONDS,
     assert_same,
     assert_whole,
     call,
     contents,
     forbid_models,
-    kill_at,
     probe_video,
-    run,
-    words,
     write_picture,
 )
 from tests.scenes import make_scene
+from tests.small import LATENT_SIZE, SIZE, small_weights
 from tests.stages import (
     NUM_ARCS,
     PROMPT,
@@ -55,8 +41,7 @@ from tests.stages import (
     new_scene,
     train,
 )
-from utils.arcs import anchor_run_name
-from utils.images import read_image, write_image
+from utils.images import read_image
 from utils.runs import MANIFEST, read_json
 
 pytestmark = pytest.mark.slow
@@ -82,7 +67,7 @@ def test_alignment_writes_loras_references_and_losses(loras: Path):
     assert not list(folder.rglob(".*"))
 
 
-@pytest.mark.parametrize("name, double_blocks, single_blocks", [("lora", 3, 4), ("controlnet.lora", 2, 0)])
+@pytest.mark.parametrize("name, double_blocks, single_blocks", [("lora", 2, 1), ("controlnet.lora", 2, 0)])
 def test_loras_have_the_references_keys_in_bfloat16(loras: Path, name: str, double_blocks: int, single_blocks: int):
     early, late = (load_file(loras / "town" / f"checkpoint-{step}" / f"{name}.safetensors") for step in (2, 4))
     double = r"double_blocks\.\d+\.processor\.(qkv|proj)_lora[12]\.(down|up)\.weight"
@@ -96,13 +81,20 @@ def test_loras_have_the_references_keys_in_bfloat16(loras: Path, name: str, doub
     assert still == ({f"{unused}.{factor}.weight" for factor in ("down", "up")} if name != "lora" else set())
 
 
+def test_all_double_and_four_single_blocks_carry_loras():
+    sizes = {"num_layers": 3, "num_single_layers": 6, "num_attention_heads": 3, "attention_head_dim": 64}
+    blocks = {".".join(name.split(".")[:2]) for name in lora_targets(sizes)}
+    single = {f"single_transformer_blocks.{i}" for i in (1, 2, 3, 4)}
+    assert blocks == single | {f"transformer_blocks.{i}" for i in range(3)}
+
+
 def test_anchors_of_every_arc(anchored: Path):
     folder = anchored / "multiviews" / RUN
     anchors = [f"image_{k:02d}.png" for k in range(NUM_ARCS + 1)]
     beside = [f"{name}_{k:02d}.png" for name in ("warped_x", "mask") for k in range(1, NUM_ARCS + 1)]
     assert {p.name for p in folder.iterdir()} == {*anchors, *beside, "contact_sheet.png", MANIFEST}
     pictures = [read_image(folder / name) for name in anchors]
-    assert {picture.shape for picture in pictures} == {(96, 144, 3)}
+    assert {picture.shape for picture in pictures} == {(*SIZE[::-1], 3)}
     assert all(picture.std() > 1 for picture in pictures)
     assert (pictures[0] != pictures[1]).any() and (pictures[1] != pictures[2]).any()
     mask = read_image(folder / "mask_01.png")
@@ -118,16 +110,16 @@ def test_video_of_every_arc(filmed: Path):
     numbered = [f"{i:04d}.png" for i in range(46 * NUM_ARCS)]
     assert {p.name for p in folder.iterdir()} == {*numbered, "chain", "video.mp4", "contact_sheet.png", MANIFEST}
     frames = [read_image(folder / name) for name in numbered]
-    assert {frame.shape for frame in frames} == {(96, 144, 3)}
+    assert {frame.shape for frame in frames} == {(*SIZE[::-1], 3)}
     metadata, count = probe_video(folder / "video.mp4")
     assert count == 45 * NUM_ARCS + 1
     assert metadata["codec"] == "h264" and metadata["pix_fmt"].startswith("yuv420p")
-    assert metadata["fps"] == 12 and metadata["size"] == (144, 96)
+    assert metadata["fps"] == 12 and metadata["size"] == SIZE
     manifest = read_json(folder / MANIFEST)
     assert manifest["finished"] and manifest["prompt"] == PROMPT
     for arc in range(NUM_ARCS):
-        noise = np.load(filmed / f"arc{arc}" / "noises_18x12.npy", allow_pickle=False)
-        assert noise.shape == (13, 12, 18, 16) and noise.dtype == np.float32
+        noise = np.load(filmed / f"arc{arc}" / "noises_{}x{}.npy".format(*LATENT_SIZE), allow_pickle=False)
+        assert noise.shape == (13, *LATENT_SIZE[::-1], 16) and noise.dtype == np.float32
 
 
 # The same command again
@@ -210,7 +202,8 @@ def test_other_fps_encode_the_frames_again(tmp_path: Path, one_arc: Path, capsys
 
 def test_finished_runs_notice_other_weights(tmp_path: Path, one_arc: Path, capsys: pytest.CaptureFixture):
     """The same folder of weights, filled anew: what was made with the old ones is not passed off as done."""
-    weights = shutil.copytree(Path(load_preset("tiny").cogvideox), tmp_path / "weights")
+    with small_weights():
+        weights = shutil.copytree(load_preset("tiny").cogvideox, tmp_path / "weights")
     target = one_arc / "multiviews" / anchor_run(1)
     command = ("--target", target, *QUICK_VIDEO, "--output_dir", tmp_path / "out", "--cogvideox", weights)
     assert call(GGI, *command) == 0
@@ -268,137 +261,6 @@ def test_seed_of_the_newest_unfinished_run_is_taken_again(
     assert len(list((scene / "multiviews").iterdir())) == 3
 
 
-# Killed in the middle
-
-
-@pytest.mark.parametrize("moment", ["run.json", "checkpoint-2", "checkpoint-6"])
-def test_killed_alignment_goes_on(tmp_path: Path, long_lora: Path, moment: str):
-    arguments = train(tmp_path / "loras", "--max_train_steps", 12)
-    folder, finished = tmp_path / "loras" / "town", long_lora / "town"
-    kill_at(folder / moment, ALIGN, *arguments)
-    for leftover in (".checkpoint-4.1.abcdef.tmp/lora.safetensors", "references/.00_picture.1.abcdef.tmp.png"):
-        (folder / leftover).parent.mkdir(parents=True, exist_ok=True)
-        (folder / leftover).write_bytes(b"half a file")
-    if moment != "run.json":
-        # loss.csv grows with every checkpoint: its rows so far must be right.
-        assert_whole(folder, contents(finished, "loss."), "loss.")
-        assert (finished / "loss.csv").read_bytes().startswith((folder / "loss.csv").read_bytes())
-    assert call(ALIGN, *arguments) == 0
-    assert_same(contents(folder, STATE), contents(finished, STATE))
-
-
-@pytest.fixture(scope="module")
-def long_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("long") / "loras"
-    assert call(ALIGN, *train(folder, "--max_train_steps", 12)) == 0
-    return folder
-
-
-def test_losses_stay_complete_when_stopped_between_files(tmp_path: Path, loras: Path, monkeypatch: pytest.MonkeyPatch):
-    from models import training
-
-    def stop(folder: Path, losses: list[float]) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "write_losses", stop)
-        assert call(ALIGN, *train(tmp_path / "loras")) == 130
-    assert call(ALIGN, *train(tmp_path / "loras")) == 0
-    assert_same(contents(tmp_path / "loras", STATE), contents(loras, STATE))
-
-
-def test_killed_anchors_go_on(tmp_path: Path, loras: Path):
-    arguments = lambda name: draw(tmp_path / name, loras, "--num_steps", 15, "--num_replacement", 2)  # noqa: E731
-    whole, killed = (new_scene(tmp_path / name) / "multiviews" / RUN for name in ("whole", "killed"))
-    kill_at(killed / "image_01.png", ANCHORS, *arguments("killed"))
-    assert not (killed / "image_02.png").exists()
-    (killed / ".image_02.1.abcdef.tmp.png").write_bytes(b"half a picture")
-    assert call(ANCHORS, *arguments("whole")) == 0
-    assert_whole(killed, contents(whole), "latents_")
-    drawn = (killed / "image_01.png").stat().st_mtime_ns
-    assert call(ANCHORS, *arguments("killed")) == 0
-    assert (killed / "image_01.png").stat().st_mtime_ns == drawn, "finished anchors are not drawn again"
-    assert_same(contents(killed), contents(whole))
-
-
-@pytest.mark.parametrize("moment", ["0060.png", "video.mp4"])
-def test_killed_video_goes_on(tmp_path: Path, anchored: Path, filmed: Path, moment: str):
-    scene = shutil.copytree(anchored, tmp_path / "scene")
-    folder, finished = scene / "multiviews" / RUN / VIDEO, filmed / "multiviews" / RUN / VIDEO
-    arguments = ("--target", scene / "multiviews" / RUN, *QUICK_VIDEO)
-    kill_at(folder / moment, GGI, *arguments)
-    assert_whole(folder, contents(finished), "latents_")
-    for leftover in (".0050.1.abcdef.tmp.png", "chain/.start_01.1.abcdef.tmp.png"):
-        (folder / leftover).parent.mkdir(exist_ok=True)
-        (folder / leftover).write_bytes(b"half a picture")
-    assert call(GGI, *arguments) == 0
-    assert_same(contents(folder), contents(finished))
-
-
-# A full disk
-
-
-def write_less_than(size: int) -> Callable[[], None]:
-    """For `preexec_fn`: no file may grow beyond `size` bytes, which fails as a full disk does."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def assert_failed(result: subprocess.CompletedProcess) -> None:
-    """Exit code 3; after the progress bar, one line that is an error and no traceback."""
-    assert result.returncode == 3, result.stderr
-    lines = [line for line in re.split(r"[\r\n]+", result.stderr) if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()]
-    assert errors == lines[-1:] and errors[0].startswith("error: "), result.stderr
-    assert "Traceback" not in result.stderr
-
-
-# Alignment writes lora.safetensors of 130 KB and its optimizer's state of 740 KB.
-@pytest.mark.parametrize("limit", [90_000, 400_000], ids=["lora", "optimizer"])
-def test_alignment_on_a_full_disk(tmp_path: Path, loras: Path, limit: int):
-    folder = tmp_path / "loras"
-    assert call(ALIGN, *train(folder, "--max_train_steps", 2)) == 0
-    before = contents(folder, "loss.")
-    arguments = train(folder, "--report_to", "none")
-    result = run(ALIGN, *arguments, preexec_fn=write_less_than(limit))
-    assert_failed(result)
-    assert_same(contents(folder, "loss."), before)
-    assert call(ALIGN, *arguments) == 0
-    assert_same(contents(folder, STATE), contents(loras, STATE))
-
-
-@pytest.mark.parametrize("share, kept", [(0.5, 0), (1.5, 3)], ids=["first anchor", "contact sheet"])
-def test_anchors_on_a_full_disk(tmp_path: Path, loras: Path, anchored: Path, share: float, kept: int):
-    scene = new_scene(tmp_path / "scene")
-    folder, finished = scene / "multiviews" / RUN, anchored / "multiviews" / RUN
-    limit = int(share * (finished / "image_00.png").stat().st_size)
-    assert_failed(run(ANCHORS, *draw(scene, loras), preexec_fn=write_less_than(limit)))
-    assert len(list(folder.glob("image_*.png"))) == kept
-    assert not list(folder.glob(".*"))
-    if kept:
-        assert_whole(folder, contents(finished))
-    assert call(ANCHORS, *draw(scene, loras)) == 0
-    assert_same(contents(folder), contents(finished))
-
-
-@pytest.mark.parametrize("share", [0.3, 0.97], ids=["early", "at the very end"])
-def test_video_on_a_full_disk(tmp_path: Path, filmed: Path, share: float):
-    scene = shutil.copytree(filmed, tmp_path / "scene")
-    folder, finished = scene / "multiviews" / RUN / VIDEO, filmed / "multiviews" / RUN / VIDEO
-    limit = int(share * (finished / "video.mp4").stat().st_size)
-    for name in ("video.mp4", "contact_sheet.png"):
-        (folder / name).unlink()
-    manifest = read_json(folder / MANIFEST)
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"finished": False}))
-    arguments = ("--target", scene / "multiviews" / RUN, *QUICK_VIDEO)
-    result = run(GGI, *arguments, preexec_fn=write_less_than(limit))
-    assert not (folder / "video.mp4").exists(), "a video that could not be written whole"
-    assert_failed(result)
-    assert_whole(folder, contents(finished))
-    assert not list(folder.glob(".*"))
-    assert call(GGI, *arguments) == 0
-    assert_same(contents(folder), contents(finished))
-
-
 # Results elsewhere
 
 
@@ -439,271 +301,6 @@ def test_run_named_relative_to_its_folder(tmp_path: Path, one_arc: Path, monkeyp
         monkeypatch.chdir(cwd)
         assert call(GGI, "--target", target, *QUICK_VIDEO) == 0
     assert (run_folder / VIDEO / "video.mp4").exists()
-
-
-# Every flag changes the result
-
-
-@pytest.fixture(scope="module")
-def flag_lora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("flags") / "loras"
-    assert call(ALIGN, *train(folder, "--max_train_steps", 2)) == 0
-    return contents(folder / "town", STATE)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--prompt", "exterior"),
-        ("--learning_rate", 0.02),
-        ("--rank", 8),
-        ("--resolution", 96),
-        ("--train_batch_size", 2),
-        ("--gradient_accumulation_steps", 2),
-        ("--mixed_precision", "bf16"),
-        ("--seed", 1),
-    ],
-    ids=lambda flags: flags[0],
-)
-def test_alignment_flag(tmp_path: Path, flag_lora: dict[str, bytes], flags: tuple):
-    assert call(ALIGN, *train(tmp_path / "loras", "--max_train_steps", 2, "--report_to", "none", *flags)) == 0
-    found = contents(tmp_path / "loras" / "town", STATE)
-    assert found.keys() == flag_lora.keys()
-    for name in ("lora", "controlnet.lora"):
-        path = f"checkpoint-2/{name}.safetensors"
-        assert found[path] != flag_lora[path]
-
-
-def test_alignment_takes_several_pictures_and_ready_edges(tmp_path: Path, flag_lora: dict[str, bytes]):
-    pictures = [write_picture(tmp_path / f"{name}.png", seed=i) for i, name in enumerate(("a", "b"))]
-    edges = tmp_path / "edges.png"
-    write_image(edges, np.full((160, 200, 3), 90, np.uint8))
-    arguments = ("--path_image", *pictures, "--prompt", "exterior", "interior", "--path_edges", edges, edges)
-    # argparse keeps the last --path_image.
-    assert call(ALIGN, *train(tmp_path / "loras", "--max_train_steps", 2, *arguments)) == 0
-    folder = tmp_path / "loras" / "town"
-    names = {"00_a.png", "00_a.edges.png", "01_b.png", "01_b.edges.png"}
-    assert {path.name for path in (folder / "references").iterdir()} == names
-    assert (read_image(folder / "references" / "01_b.edges.png") == 90).all()
-    path = "checkpoint-2/controlnet.lora.safetensors"
-    assert (folder / path).read_bytes() != flag_lora[path]
-
-
-def test_event_log_only_where_wanted(tmp_path: Path, loras: Path):
-    assert list((loras / "town").rglob("*tfevents*"))
-    assert call(ALIGN, *train(tmp_path / "loras", "--max_train_steps", 1, "--report_to", "none")) == 0
-    assert not list((tmp_path / "loras").rglob("*tfevents*"))
-
-
-ANCHOR_FLAGS = [
-    ("--prompt", "a city"),
-    ("--neg_prompt", "rain"),
-    ("--num_steps", 4),
-    ("--guidance", 2),
-    ("--true_gs", 2),
-    ("--timestep_to_start_cfg", 0),
-    ("--control_weight", 0.4),
-    ("--lora_weight", 0.5),
-    ("--epoch", 2),
-    ("--seed", 2),
-    ("--dtype", "bfloat16"),
-    ("--width", 128),
-    ("--height", 80),
-]
-LATER_ANCHOR_FLAGS = [("--num_replacement", 3), ("--use_else_noise",), ("--prompt", PROMPT, "a city")]
-
-
-@pytest.mark.parametrize("flags", ANCHOR_FLAGS + LATER_ANCHOR_FLAGS, ids=lambda flags: " ".join(map(str, flags)))
-def test_anchor_flag(tmp_path: Path, loras: Path, one_arc: Path, flags: tuple):
-    before = one_arc / "multiviews" / anchor_run(1)
-    assert call(ANCHORS, *draw(one_arc, loras, "--output_dir", tmp_path, *flags)) == 0
-    (after,) = tmp_path.iterdir()
-    changed = [
-        (before / name).read_bytes() != (after / name).read_bytes() for name in ("image_00.png", "image_01.png")
-    ]
-    assert changed == [flags not in LATER_ANCHOR_FLAGS, True]
-
-
-def test_run_is_named_after_its_arguments(tmp_path: Path, loras: Path, one_arc: Path):
-    prompts = ("it's a town / 2", "another")
-    arguments = ("--output_dir", tmp_path, "--prompt", *prompts, "--epoch", 2, "--seed", 77, "--num_replacement", 1)
-    assert call(ANCHORS, *draw(one_arc, loras, *arguments)) == 0
-    (folder,) = tmp_path.iterdir()
-    assert folder.name == anchor_run_name("town", prompts, 2, 77, 1)
-    assert re.fullmatch(r"town_pit_s_a_town___2-[0-9a-f]{8}_e002_s000077_r01_ip1", folder.name)
-
-
-@pytest.fixture(scope="module")
-def flag_video(tmp_path_factory: pytest.TempPathFactory, one_arc: Path) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("flags")
-    target = one_arc / "multiviews" / anchor_run(1)
-    assert call(GGI, "--target", target, *QUICK_VIDEO, "--output_dir", folder) == 0
-    return contents(folder / VIDEO)
-
-
-@pytest.mark.parametrize(
-    "flags, frames_change, name",
-    [
-        (("--prompt", "green walls"), True, VIDEO),
-        (("--degradation", 0.0), True, "d0.0_e1350_n2"),
-        (("--num_inference_steps", 3), True, "d0.5_e1350_n3"),
-        (("--guidance_scale", 1), True, VIDEO),
-        (("--seed", 1), True, VIDEO),
-        (("--dtype", "bfloat16"), True, VIDEO),
-        (("--fps", 24), False, VIDEO),
-    ],
-    ids=lambda value: value[0] if isinstance(value, tuple) else "",
-)
-def test_video_flag(
-    tmp_path: Path, one_arc: Path, flag_video: dict[str, bytes], flags: tuple, frames_change: bool, name: str
-):
-    target = one_arc / "multiviews" / anchor_run(1)
-    assert call(GGI, "--target", target, *QUICK_VIDEO, "--output_dir", tmp_path, *flags) == 0
-    found = contents(tmp_path / name)
-    assert found.keys() == flag_video.keys()
-    assert found["video.mp4"] != flag_video["video.mp4"]
-    frames = [f"{i:04d}.png" for i in range(46)]
-    assert all((found[frame] != flag_video[frame]) == frames_change for frame in frames)
-    assert probe_video(tmp_path / name / "video.mp4")[0]["fps"] == (24 if "--fps" in flags else 12)
-
-
-def test_chain_changes_later_arcs_only(unchained: Path, filmed: Path):
-    target = filmed / "multiviews" / RUN
-    changed = [
-        (unchained / VIDEO / name).read_bytes() != (target / VIDEO / name).read_bytes()
-        for name in (f"{i:04d}.png" for i in range(92))
-    ]
-    assert not any(changed[:46]) and all(changed[46:])
-
-
-def test_low_memory_changes_no_frame(filmed: Path, anchored: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    assert (
-        call(GGI, "--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--offload", "--output_dir", tmp_path) == 0
-    )
-    assert "memory low: text " in capsys.readouterr().err
-    assert_same(contents(tmp_path / VIDEO), contents(filmed / "multiviews" / RUN / VIDEO))
-
-
-def test_a_failed_decode_costs_no_denoising(
-    tmp_path: Path, anchored: Path, filmed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    def fail(*arguments):
-        raise torch.OutOfMemoryError("a decoder that needs too much")
-
-    command = ("--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--output_dir", tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(CogVideoXInbetweenPipeline, "decode_video", fail)
-        assert call(GGI, *command, "--memory", "full") == 3
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("error: out of memory") and "--memory balanced" in message
-    denoised, denoise = [], CogVideoXInbetweenPipeline.__call__
-    monkeypatch.setattr(CogVideoXInbetweenPipeline, "__call__", lambda *a, **k: denoised.append(1) or denoise(*a, **k))
-    assert call(GGI, *command) == 0
-    assert len(denoised) == NUM_ARCS - 1
-    assert_same(contents(tmp_path / VIDEO), contents(filmed / "multiviews" / RUN / VIDEO))
-
-
-def test_a_failed_decode_of_an_anchor_costs_no_denoising(
-    tmp_path: Path, anchored: Path, loras: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    def fail(*arguments):
-        raise torch.OutOfMemoryError("a decoder that needs too much")
-
-    command = draw(anchored, loras, "--output_dir", tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(models.anchors, "decode_anchor", fail)
-        assert call(ANCHORS, *command, "--memory", "full") == 3
-    assert "--memory low" in last_line(capsys.readouterr().err)  # balanced would draw other pictures
-    assert (tmp_path / RUN / "latents_00.safetensors").exists()
-    denoised, sample = [], models.anchors.sample_anchor
-    monkeypatch.setattr(models.anchors, "sample_anchor", lambda *a, **k: denoised.append(1) or sample(*a, **k))
-    assert call(ANCHORS, *command) == 0
-    assert len(denoised) == NUM_ARCS
-    assert_same(contents(tmp_path / RUN), contents(anchored / "multiviews" / RUN))
-
-
-@pytest.mark.parametrize("script", [ALIGN, ANCHORS, GGI])
-def test_attention_flag(script: str, tmp_path: Path, loras: Path, one_arc: Path, monkeypatch: pytest.MonkeyPatch):
-    """That kernel and no other is allowed while the transformer works, when its blocks are computed again, too."""
-    video = ("--target", one_arc / "multiviews" / anchor_run(1), *QUICK_VIDEO)
-    block, command = {
-        ALIGN: (FluxTransformerBlock, train(tmp_path / "loras", "--max_train_steps", 1)),
-        ANCHORS: (FluxTransformerBlock, (*draw(one_arc, loras), "--output_dir", tmp_path)),
-        GGI: (CogVideoXBlock, (*video, "--output_dir", tmp_path)),
-    }[script]
-    allowed, forward = [], block.forward
-
-    def watched(self, hidden_states, *arguments, **options):
-        if not isinstance(hidden_states, FakeTensor):  # of the plan
-            allowed.append((torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()))
-        return forward(self, hidden_states, *arguments, **options)
-
-    monkeypatch.setattr(block, "forward", watched)
-    assert call(script, *command, "--attention", "flash") == 0
-    assert set(allowed) == {(False, True)}
-
-
-def test_scene_flag_and_given_noise(tmp_path: Path, one_arc: Path, flag_video: dict[str, bytes]):
-    views = shutil.copytree(one_arc / "multiviews" / anchor_run(1), tmp_path / "views")
-    (views / MANIFEST).unlink()
-    scene = new_scene(tmp_path / "scene", num_arcs=1)
-    rng = np.random.default_rng(5)
-    np.save(scene / "arc0" / "noises_18x12.npy", rng.standard_normal((13, 12, 18, 16), dtype=np.float32))
-    assert call(GGI, "--target", views, "--scene", scene, *QUICK_VIDEO) == 0
-    found = contents(views / VIDEO)
-    assert found.keys() == flag_video.keys() and found["0000.png"] != flag_video["0000.png"]
-
-
-def altered(source: Path, target: Path) -> Path:
-    """A copy of a model's folder with other weights."""
-    shutil.copytree(source, target)
-    (weights,) = target.glob("*.safetensors")
-    save_file({key: 0.9 * tensor for key, tensor in load_file(weights).items()}, weights, {"format": "pt"})
-    return target
-
-
-@pytest.mark.parametrize("flag, part", [("--controlnet", "controlnet"), ("--flux_vae", "flux/vae")])
-def test_other_weights_for_anchors(tmp_path: Path, loras: Path, one_arc: Path, flag: str, part: str):
-    model = altered(WEIGHTS / "tiny" / part, tmp_path / "model")
-    assert call(ANCHORS, *draw(one_arc, loras, "--output_dir", tmp_path / "views", flag, model)) == 0
-    before, after = one_arc / "multiviews" / anchor_run(1), tmp_path / "views" / anchor_run(1)
-    assert (before / "image_00.png").read_bytes() != (after / "image_00.png").read_bytes()
-
-
-def test_another_transformer_for_the_video(tmp_path: Path, one_arc: Path, flag_video: dict[str, bytes]):
-    altered(WEIGHTS / "tiny" / "cogvideox" / "transformer", tmp_path / "model" / "checkpoint-7" / "transformer")
-    target = one_arc / "multiviews" / anchor_run(1)
-    other = ("--model_path", tmp_path / "model", "--epoch", 7, "--output_dir", tmp_path)
-    assert call(GGI, "--target", target, *QUICK_VIDEO, *other) == 0
-    assert (tmp_path / "d0.5_e7_n2" / "0020.png").read_bytes() != flag_video["0020.png"]
-
-
-# Two processes
-
-SLOW_SECOND_PROCESS = """
-import os, time
-import sag_distribution_alignment as script
-from utils.cli import run_script
-
-if os.environ["RANK"] == "1":  # it comes last to every renaming
-    replace = os.replace
-    os.replace = lambda *paths: (time.sleep(0.5), replace(*paths))[1]
-run_script(script.main)
-"""
-
-
-def test_two_processes_write_one_checkpoint(tmp_path: Path):
-    single, double = tmp_path / "single", tmp_path / "double"
-    assert call(ALIGN, *train(single, "--max_train_steps", 2, "--train_batch_size", 2)) == 0
-    (tmp_path / "script.py").write_text(SLOW_SECOND_PROCESS)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "script.py")]
-    command = [sys.executable, *launch, *words(*train(double, "--max_train_steps", 2))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert contents(double, "random_states").keys() == contents(single, "random_states").keys()
-    losses = [np.loadtxt(folder / "town" / "loss.csv", delimiter=",", skiprows=1) for folder in (single, double)]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
 
 
 # The published example
