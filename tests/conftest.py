@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ALIGN, ANCHORS, GGI, call, run
-from tests.small import SESSION
+from tests.small import SESSION, session_folder
 from tests.stages import QUICK_VIDEO, RUN, VIDEO, draw, last_line, new_scene, train
 
 # Before torch is imported: OpenMP threads that spin while they wait crawl on a machine that is not idle.
@@ -27,11 +27,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def scene(tmp_path_factory: pytest.TempPathFactory):
-    """A test scene of the benchmarks, synthetic.check_scenes.CheckScene; what is drawn of it is kept in its cache."""
+def scene():
+    """A test scene of the benchmarks, synthetic.check_scenes.CheckScene; all workers share what is drawn of it."""
     from synthetic.check_scenes import CheckScene
 
-    return CheckScene(200_000, 0, (144, 96), tmp_path_factory.mktemp("scenes"))
+    return CheckScene(200_000, 0, (144, 96), session_folder() / "scenes")
 
 
 @pytest.fixture(scope="session")
@@ -78,3 +78,11 @@ def unchained(tmp_path_factory: pytest.TempPathFactory, anchored: Path) -> Path:
     command = ("--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--no-chain", "--output_dir", folder)
     assert call(GGI, *command) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two training clips; `tests.clips.arguments` puts their encodings beside it."""
+    from tests.clips import make_dataset
+
+    return make_dataset(tmp_path_factory.mktemp("dataset") / "clips")

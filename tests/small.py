@@ -10,12 +10,14 @@ import hashlib
 import inspect
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from models.weights import WEIGHTS, Preset, load_preset
 from utils.runs import atomic_path, write_json
 
 WIDTH, HEIGHT = 48, 32
@@ -37,11 +39,20 @@ def small_checkpoints() -> Path:
         if not folder.exists():
             with atomic_path(folder) as temporary:
                 write_small_weights(temporary / "tiny")
+                shutil.copytree(WEIGHTS / "full", temporary / "full")
     return folder
 
 
-def write_small_weights(folder: Path) -> None:
-    """Matrices are drawn wider than untrained ones are: whatever changes an input then changes the pictures."""
+def small_preset() -> Preset:
+    with small_weights():
+        return load_preset("tiny")
+
+
+def write_small_weights(folder: Path, size: tuple[int, int] = SIZE) -> None:
+    """Matrices are drawn wider than untrained ones are: whatever changes an input then changes the pictures.
+
+    size: width, height in pixels.
+    """
     import torch
 
     from synthetic import tiny_models
@@ -52,7 +63,7 @@ def write_small_weights(folder: Path) -> None:
         flux, control, video = tiny_models.flux_pipeline(), tiny_models.controlnet(), tiny_models.cogvideox_pipeline()
         flux.transformer = resized(flux.transformer, **flux_layers, num_single_layers=2)
         control = resized(control, **flux_layers)
-        positions = {"sample_width": LATENT_SIZE[0], "sample_height": LATENT_SIZE[1]}
+        positions = {"sample_width": size[0] // 8, "sample_height": size[1] // 8}
         video.transformer = resized(video.transformer, num_layers=2, num_attention_heads=1, **positions)
         flux.vae, video.vae = (resized(vae, block_out_channels=(8, 8, 16, 16)) for vae in (flux.vae, video.vae))
         for network in (flux.transformer, flux.vae, control, video.transformer, video.vae):
@@ -62,7 +73,7 @@ def write_small_weights(folder: Path) -> None:
                     torch.nn.init.normal_(parameter, std=gain * parameter[0].numel() ** -0.5)
         for name, part in (("flux", flux), ("controlnet", control), ("cogvideox", video)):
             part.to(torch.bfloat16).save_pretrained(folder / name)
-    sizes = {"image_size": SIZE, "resolution": WIDTH, "video_size": SIZE}
+    sizes = {"image_size": size, "resolution": size[0], "video_size": size}
     write_json(folder / "preset.json", tiny_models.PRESET | sizes)
 
 
