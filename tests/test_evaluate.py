@@ -24,6 +24,7 @@ from utils.videos import read_frames
 
 SAMPLE, REFERENCE = ROOT / "assets" / "sampleA", ROOT / "assets" / "references" / "boxtown.png"
 SIZE = (36, 24)  # width, height
+FLAT = (72, 12)  # the same where lines are looked for, which is done in 720x120 pixels
 GEOMETRIC = ("anchors_error", "temporal_1", "temporal_8", "temporal_24", "flicker", "seams")
 
 
@@ -255,7 +256,7 @@ def test_every_metric_is_explained():
 
 @pytest.mark.slow
 def test_a_scene_without_a_mesh_says_what_is_missing(monkeypatch, capsys, tmp_path: Path, scene: Path):
-    run = write_frames(tmp_path / "run", draw(91))
+    run = write_frames(tmp_path / "run", draw(91, FLAT))
     assert call(monkeypatch, "--video", run, "--scene", scene) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["metric", *(metric.name for metric in METRICS)]
@@ -268,7 +269,7 @@ def test_a_scene_without_a_mesh_says_what_is_missing(monkeypatch, capsys, tmp_pa
 
 @pytest.mark.slow
 def test_numbers_do_not_depend_on_the_form_or_the_time(monkeypatch, capsys, tmp_path: Path, scene: Path):
-    frames = draw(91)
+    frames = draw(91, FLAT)
     truth = write_frames(tmp_path / "truth", np.roll(frames, 1, axis=2))
     results = []
     for video in (
@@ -282,7 +283,7 @@ def test_numbers_do_not_depend_on_the_form_or_the_time(monkeypatch, capsys, tmp_
         assert results[-1].pop("video") == str(video)
     assert results[0] == results[1] == results[2]
     assert set(results[0]) == {"frames", "arcs", "size", "metrics", "missing"}
-    assert results[0]["frames"] == 91 and results[0]["size"] == list(SIZE)
+    assert results[0]["frames"] == 91 and results[0]["size"] == list(FLAT)
     assert {name for name, value in results[0]["metrics"].items() if value is None} == set(results[0]["missing"])
     assert set(GEOMETRIC) <= set(results[0]["missing"]) and results[0]["metrics"]["fidelity_psnr"] < 40
 
@@ -290,7 +291,7 @@ def test_numbers_do_not_depend_on_the_form_or_the_time(monkeypatch, capsys, tmp_
 @pytest.mark.slow
 def test_true_frames_of_the_sample_as_a_user_measures_them(tmp_path: Path):
     """The command itself, in a process of its own; JSON alone on stdout, progress on stderr."""
-    frames = true_frames(load_scene(SAMPLE), style_of(REFERENCE), (144, 96))
+    frames = true_frames(load_scene(SAMPLE), style_of(REFERENCE), (108, 72))
     run = write_frames(tmp_path / "run", as_run(frames))
     words = ["--video", run, "--scene", SAMPLE, "--reference", REFERENCE, "--ground_truth", run, "--json"]
     line = [sys.executable, "evaluate.py", *map(str, words)]
@@ -306,8 +307,8 @@ def test_true_frames_of_the_sample_as_a_user_measures_them(tmp_path: Path):
 @pytest.mark.slow
 def test_targets_serve_many_videos(tmp_path: Path, scene: Path):
     """Lines made once; networks left out when they are not asked for."""
-    targets = load_targets(load_scene(scene), SIZE)
-    first, second = (measure(video, targets, networks=False) for video in (draw(91), draw(91)[::-1]))
+    frames, targets = draw(91, FLAT), load_targets(load_scene(scene), FLAT)
+    first, second = (measure(video, targets, networks=False) for video in (frames, frames[::-1]))
     assert list(first) == [metric.name for metric in METRICS]
     assert first["style_clip"] == Missing("not asked for")
     assert first["structure_f1"] != second["structure_f1"]
@@ -316,7 +317,7 @@ def test_targets_serve_many_videos(tmp_path: Path, scene: Path):
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "sampleA").is_dir(), reason="the paper's example is not here")
 def test_the_papers_example_says_what_it_lacks(monkeypatch, capsys, tmp_path: Path):
-    frames = np.repeat(draw(1, (90, 60)), 138, axis=0)
+    frames = np.repeat(draw(1, FLAT), 138, axis=0)
     run = write_frames(tmp_path / "run", frames)
     assert call(monkeypatch, "--video", run, "--scene", DATA / "sampleA", "--reference", REFERENCE, "--json") == 0
     result = json.loads(capsys.readouterr().out)
