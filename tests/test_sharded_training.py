@@ -1,10 +1,7 @@
 """Training sharded over two processes (FSDP2, on a CPU: tests/sharded.py) against data-parallel training."""
 
 import csv
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +13,10 @@ from safetensors.torch import load_file
 
 from models.memory import naming_smaller_mode
 from models.sharding import require_shardable, sharding_plugin
-from models.weights import WEIGHTS
-from tests.helpers import ALIGN, ROOT, SECONDS, call, words, write_picture
+from tests.clips import TRAIN, WEIGHTS, weights_of
+from tests.helpers import ALIGN, ROOT, call, end, start_module, words, write_picture
 from tests.sharded import launch_environment
-from tests.test_train_ggi import TRAIN, make_dataset, weights_of
+from tests.small import small_checkpoints
 from utils.arcs import LOSS_FILE, STATE_FOLDER
 from utils.cli import InputError
 from utils.images import read_image
@@ -28,17 +25,10 @@ slow = pytest.mark.slow
 
 
 def launch(script: str, sharded: bool, *arguments: object) -> None:
-    """Run a script in two processes on the tiny weights."""
-    program = ["-m", "tests.sharded", script] if sharded else [f"{script}.py"]
-    result = in_two_processes(*program, *words("--mixed_precision", "no", *arguments))
+    """Run a script in two processes on the small weights."""
+    program = ("tests.sharded", script) if sharded else (script,)
+    result = end(start_module(*program, *words("--mixed_precision", "no", *arguments), processes=2))
     assert result.returncode == 0, result.stderr[-4000:]
-
-
-def in_two_processes(*command: str) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 2 * SECONDS, "env": environment}
-    return subprocess.run([*launcher, *command], **options)
 
 
 def losses(folder: Path) -> list[float]:
@@ -98,7 +88,7 @@ def test_sharding_needs_the_full_mode(monkeypatch: pytest.MonkeyPatch):
 @slow
 def test_other_trainings_say_that_they_are_not_sharded(tmp_path: Path):
     flags = ("--output_dir", str(tmp_path / "run"), "--mixed_precision", "no")
-    result = in_two_processes("-m", "tests.sharded", "tests.toy_training", *flags)
+    result = end(start_module("tests.sharded", "tests.toy_training", *flags, processes=2))
     assert result.returncode != 0 and "this training cannot be sharded" in result.stderr
     assert not (tmp_path / "run").exists()
 
@@ -118,9 +108,9 @@ def test_one_process_is_not_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One clip: painting two takes half a minute."""
-    folder = make_dataset(tmp_path_factory.mktemp("dataset") / "clips")
+def clip(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
+    """A dataset of one clip."""
+    folder = shutil.copytree(dataset, tmp_path_factory.mktemp("dataset") / "clips")
     shutil.rmtree(folder / "town")
     return folder
 
@@ -133,19 +123,19 @@ def ggi_arguments(dataset: Path, folder: Path) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def sharded(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    launch(TRAIN, True, *ggi_arguments(dataset, folder))
+    launch(TRAIN, True, *ggi_arguments(clip, folder))
     return folder
 
 
 @slow
-def test_sharded_training_is_data_parallel_training(sharded: Path, dataset: Path, tmp_path: Path):
+def test_sharded_training_is_data_parallel_training(sharded: Path, clip: Path, tmp_path: Path):
     """The order of sums differs: losses to 1e-6, weights to 1e-4 of how far they moved (measured: 2e-6)."""
-    launch(TRAIN, False, *ggi_arguments(dataset, tmp_path))
+    launch(TRAIN, False, *ggi_arguments(clip, tmp_path))
     assert names(sharded / "run") == names(tmp_path / "run")
     assert losses(sharded / "run") == pytest.approx(losses(tmp_path / "run"), abs=1e-6)
-    start = load_file(WEIGHTS / "tiny/cogvideox/transformer/diffusion_pytorch_model.safetensors")
+    start = load_file(small_checkpoints() / "tiny/cogvideox/transformer" / WEIGHTS)
     for step in (2, 4):
         found, wanted = weights_of(sharded, step), weights_of(tmp_path, step)
         assert found.keys() == wanted.keys()
@@ -157,14 +147,14 @@ def test_sharded_training_is_data_parallel_training(sharded: Path, dataset: Path
 
 
 @slow
-def test_sharded_training_goes_on_exactly(sharded: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_sharded_training_goes_on_exactly(sharded: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     folder = tmp_path / "copy"
     shutil.copytree(sharded, folder)
     shutil.rmtree(folder / "run" / "checkpoint-4")
-    assert call(TRAIN, "--mixed_precision", "no", *ggi_arguments(dataset, folder)) == 2
+    assert call(TRAIN, "--mixed_precision", "no", *ggi_arguments(clip, folder)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "was sharded (configs/fsdp.yaml); this one is not sharded" in error
-    launch(TRAIN, True, *ggi_arguments(dataset, folder))
+    launch(TRAIN, True, *ggi_arguments(clip, folder))
     found, wanted = weights_of(folder, 4), weights_of(sharded, 4)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert losses(folder / "run") == losses(sharded / "run")

@@ -2,9 +2,6 @@
 
 import itertools
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +14,7 @@ import synthetic.clips
 import synthetic.pictures
 import synthetic.train
 from synthetic.pictures import DETECTED, SIZE, STYLES, VIEWS, TownPictures, draw_town
-from tests.helpers import ROOT, SECONDS, assert_same, contents, exit_code, forget_accelerator
+from tests.helpers import ROOT, assert_same, contents, exit_code, forget_accelerator, kill_at, start_module
 from utils.arcs import LOSS_FILE, SAMPLES_FOLDER, STATE_FOLDER
 from utils.images import read_image
 from utils.runs import MANIFEST, file_sha256, read_json, write_json
@@ -162,12 +159,7 @@ def test_image(tmp_path: Path, pictures: Path, vae_run: Path):
 def test_killed_training_goes_on_to_the_same_weights(tmp_path: Path, pictures: Path, vae_run: Path):
     run = tmp_path / "run"
     flags = on_pictures(run, pictures)
-    process = subprocess.Popen([sys.executable, "-m", "synthetic.train", "vae", *map(str, flags)], cwd=ROOT)
-    deadline = time.monotonic() + SECONDS
-    while not (run / "checkpoint-1").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
+    kill_at(run / "checkpoint-1", "synthetic.train", "vae", *flags, begin=start_module)
     assert (run / "checkpoint-1").exists() and not (run / "checkpoint-2").exists()
     assert train("vae", *flags) == 0
     assert_same(contents(run, "random_states"), contents(vae_run, "random_states"))

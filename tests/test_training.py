@@ -1,10 +1,6 @@
 """The training loop: what it learns, averages and keeps, and that it goes on exactly where it was interrupted."""
 
 import csv
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +11,7 @@ from safetensors.torch import load_file
 
 import tests.toy_training as toy
 from models.training import KEPT_STATES, TrainSettings, is_trained, training_settings
-from tests.helpers import ROOT, SECONDS, assert_same, assert_whole, contents, forget_accelerator
+from tests.helpers import assert_same, assert_whole, contents, end, forget_accelerator, kill_at, start_module
 from utils.arcs import LOSS_CURVE, LOSS_FILE, SAMPLES_FOLDER, STATE_FOLDER, find_checkpoints
 from utils.cli import InputError
 from utils.images import read_image
@@ -36,14 +32,6 @@ def train(folder: Path, *arguments: object, save=None) -> toy.Line:
     """Train the line in this process."""
     forget_accelerator()
     return toy.main(["--output_dir", str(folder), *map(str, arguments)], save)
-
-
-def command(folder: Path, *arguments: object) -> list[str]:
-    return ["-m", "tests.toy_training", "--output_dir", str(folder), *map(str, arguments)]
-
-
-def start(words: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(words, cwd=ROOT)
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -218,15 +206,9 @@ def test_an_older_state_serves_when_the_newest_is_gone(tmp_path: Path, line: Pat
 
 @pytest.mark.slow
 def test_killed_training_goes_on_to_the_same_bytes(tmp_path: Path):
-    flags = ("--max_train_steps", 9, "--pause", 0.1, "--dropout", 0.3)
+    flags = ("--max_train_steps", 9, "--dropout", 0.3)
     folder = tmp_path / "run"
-    process = start([sys.executable, *command(folder, *flags)])
-    deadline = time.monotonic() + SECONDS
-    while not (folder / "checkpoint-3").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    time.sleep(0.15)  # some step after the checkpoint
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    kill_at(folder / "checkpoint-3", "tests.toy_training", "--output_dir", folder, *flags, begin=start_module)
     assert 3 in find_checkpoints(folder) and 9 not in find_checkpoints(folder)
     train(tmp_path / "undisturbed", *flags)
     wanted = contents(tmp_path / "undisturbed", RANDOM_STATES)
@@ -283,13 +265,8 @@ def test_accumulated_batches_equal_a_larger_one(tmp_path: Path, line: Path):
 def test_two_processes_equal_one(tmp_path: Path, line: Path, accumulation: int):
     part = 4 // accumulation
     flags = ("--train_batch_size", part // 2, "--gradient_accumulation_steps", accumulation, "--points", part)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = start([*launch, *command(tmp_path / "run", *flags)])
-    try:
-        assert process.wait(SECONDS) == 0
-    finally:
-        process.terminate()  # the launcher ends its processes, which are sessions of their own
-        process.wait()
+    result = end(start_module("tests.toy_training", "--output_dir", tmp_path / "run", *flags, processes=2))
+    assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(line), abs=1e-6)
     for step in (3, 6):
         assert (flat(tmp_path / "run", step) - flat(line, step)).abs().max() < 1e-6

@@ -27,9 +27,10 @@ from models.memory import (
 from models.optimizers import gradient_bytes, holder, make_optimizer, moment_bytes, update_bytes
 from models.steps import inbetween_training_step
 from models.training_plan import TrainingSetup, empty_trained, plan_training, trained_builder
-from models.weights import MEMORY_MODES, WEIGHTS, Preset, load_preset
+from models.weights import MEMORY_MODES, Preset
+from tests.clips import TRAIN, arguments, weights_of, write_lora
 from tests.helpers import ROOT, call, forbid_models, kill_at, profiled_peak
-from tests.test_train_ggi import TRAIN, arguments, make_dataset, weights_of, write_lora
+from tests.small import small_checkpoints, small_preset
 from utils.cli import InputError
 from utils.runs import MANIFEST, read_json
 
@@ -45,16 +46,15 @@ slow = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def preset() -> Preset:
-    return load_preset("tiny")
+    return small_preset()
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("dataset") / "clips")
+def start_folder() -> Path:
+    return small_checkpoints() / "tiny/cogvideox/transformer"
 
 
 def tiny_config() -> dict:
-    return read_json(WEIGHTS / "tiny/cogvideox/transformer/config.json")
+    return read_json(start_folder() / "config.json")
 
 
 # --- what is held ---
@@ -64,7 +64,7 @@ def tiny_config() -> dict:
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_training_holds_what_was_counted(moments: str, with_lora: bool, tmp_path: Path):
     """Weights, gradients and moments of the tiny transformer after one update."""
-    transformer, lora = load_start(WEIGHTS / "tiny/cogvideox/transformer"), {}
+    transformer, lora = load_start(start_folder()), {}
     if with_lora:
         lora = read_frozen_lora(write_lora(tmp_path / "lora.safetensors", transformer), transformer.config)
         add_frozen_lora(transformer, lora, torch.bfloat16)
@@ -170,16 +170,18 @@ def test_full_size_plan():
 
 @slow
 def test_what_changes_the_plan():
-    build = trained_builder(tiny_config(), {}, torch.float32)
-    small = {"size": (144, 96), "dtype": torch.float32, "tiling": False}
-    paths = dict.fromkeys(("cogvideox_vae", "cogvideox_text"), WEIGHTS / "tiny/cogvideox")
+    larger = {"num_layers": 8, "sample_width": 18, "sample_height": 12}
+    build = trained_builder(tiny_config() | larger, {}, torch.float32)
+    small = {"size": (144, 96), "num_frames": 9, "dtype": torch.float32, "tiling": False}
+    paths = dict.fromkeys(("cogvideox_vae", "cogvideox_text"), small_checkpoints() / "tiny/cogvideox")
     base = TrainingSetup(**{**vars(SETUP), **small})
 
     def phases(**changes: object) -> dict:
         plan = plan_training(paths, build, TrainingSetup(**{**vars(base), **changes}), "cuda")
         return {phase.name: phase for phase in plan["balanced"]}
 
-    before, weights = phases(), phases()["training"].weights
+    before = phases()
+    weights = before["training"].weights
     assert list(before) == ["encoding", "text", "training", "update", "sheets"]
     assert "encoding" not in phases(encoding=False)
     assert phases(checkpointing=False)["training"].activations > 1.5 * before["training"].activations
@@ -211,7 +213,7 @@ def test_eight_bit_moments_stay_near(dataset: Path, tmp_path: Path):
         steps = ("--train_batch_size", 2, "--max_grad_norm", 1, "--memory", mode)
         assert call(TRAIN, *arguments(dataset, tmp_path / mode, 4, *steps)) == 0
     full, balanced = weights_of(tmp_path / "full", 4), weights_of(tmp_path / "balanced", 4)
-    start = load_start(WEIGHTS / "tiny/cogvideox/transformer").state_dict()
+    start = load_start(start_folder()).state_dict()
     moved = sum((full[name] - start[name]).square().sum() for name in full).sqrt()
     apart = sum((full[name] - balanced[name]).square().sum() for name in full).sqrt()
     assert 1e-4 < apart / moved < 0.05, (apart, moved)

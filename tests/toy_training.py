@@ -7,7 +7,6 @@ of a step: the points of a step depend on --points, their number in all, and not
 """
 
 import argparse
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -59,21 +58,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="run folder")
     parser.add_argument("--points", type=int, help="points of one part, in all processes (default: the batch's)")
     parser.add_argument("--dropout", type=unit_float, default=0.0, help="share of inputs left out")
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds that each step takes longer")
     add_training_flags(parser, **QUICK)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None, save: Callable[[Line, Path], None] | None = None) -> Line:
     args = parse_args(argv)
-    free = FREE_SETTINGS | {"output_dir", "pause"}
+    free = FREE_SETTINGS | {"output_dir"}
     run = open_run(args.output_dir, {key: value for key, value in vars(args).items() if key not in free})
     objective = Line(args.dropout)
     draw = draw_points(args.points or args.train_batch_size)
-
-    def slow_draw(step_seed: tuple[int, ...], items: Iterable[int]) -> dict:
-        time.sleep(args.pause)
-        return draw(step_seed, items)
 
     def write(folder: Path) -> None:
         weights = {name: tensor.detach().clone() for name, tensor in objective.line.state_dict().items()}
@@ -86,7 +80,7 @@ def main(argv: Sequence[str] | None = None, save: Callable[[Line, Path], None] |
         level = int(objective.line.weight[0, 0].detach().clamp(-1, 1) * 127 + 128)
         return np.full((4, 4, 3), level, np.uint8)
 
-    fit(run, objective, training_settings(args), slow_draw, write, sheet)
+    fit(run, objective, training_settings(args), draw, write, sheet)
     return objective
 
 
