@@ -50,7 +50,17 @@ from utils.arcs import (
     video_run_name,
 )
 from utils.background import Beside
-from utils.cli import InputError, Parser, guidance_float, positive_float, positive_int, run_script, seed, unit_float
+from utils.cli import (
+    InputError,
+    Parser,
+    guidance_float,
+    heavy_imports,
+    positive_float,
+    positive_int,
+    run_script,
+    seed,
+    unit_float,
+)
 from utils.edges import resize_edges
 from utils.images import read_image, resize_image, write_image
 from utils.noise import blend_noise, load_or_make_noise
@@ -205,11 +215,12 @@ def main() -> None:
 
 def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transformer: Path) -> None:
     """Generate every arc that is not there yet, shared among all processes."""
-    from models.loading import DTYPES, caption_image, encode_video_prompts, load_inbetween
-    from models.memory import lossy, settle_memory, settle_overlap
-    from models.parallel import open_processes
-    from models.plans import plan_ggi
-    from models.speed import compile_blocks, require_attention, require_compilable
+    with heavy_imports():
+        from models.loading import DTYPES, caption_image, encode_video_prompts, load_inbetween
+        from models.memory import lossy, settle_memory, settle_overlap
+        from models.parallel import open_processes
+        from models.plans import plan_ggi
+        from models.speed import compile_blocks, require_attention, require_compilable
 
     process, device = open_processes(resolve_device(args.device))
     require_attention(args.attention, device, DTYPES[args.dtype])

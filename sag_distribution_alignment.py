@@ -30,7 +30,7 @@ from models.weights import (
     weight_hashes,
 )
 from utils.arcs import STATE_FOLDER, checkpoint_lora_paths, find_checkpoints
-from utils.cli import InputError, Parser, folder_name, positive_float, positive_int, run_script, seed
+from utils.cli import InputError, Parser, folder_name, heavy_imports, positive_float, positive_int, run_script, seed
 from utils.edges import edge_detector
 from utils.images import write_image
 from utils.losses import read_losses
@@ -139,15 +139,16 @@ def train(
     device: str,
     paths: dict[str, Path],
 ) -> None:
-    from tqdm import tqdm
+    with heavy_imports():
+        from tqdm import tqdm
 
-    from models.alignment import FlowObjective, load_trainable, lora_optimizer, optimizer_step
-    from models.loading import DTYPES, encode_flux_prompts
-    from models.lora import lora_parameters, save_lora, save_loras_only
-    from models.memory import lossy, naming_smaller_mode, settle_memory
-    from models.plans import plan_alignment
-    from models.sharding import load_state, require_shardable, save_state
-    from models.speed import require_attention
+        from models.alignment import FlowObjective, load_trainable, lora_optimizer, optimizer_step
+        from models.loading import DTYPES, encode_flux_prompts
+        from models.lora import lora_parameters, save_lora, save_loras_only
+        from models.memory import lossy, naming_smaller_mode, settle_memory
+        from models.plans import plan_alignment
+        from models.sharding import load_state, require_shardable, save_state
+        from models.speed import require_attention
 
     require_shardable(args.memory, args.mixed_precision)
     accelerator = open_accelerator(run, args, device)

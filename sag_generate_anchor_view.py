@@ -51,6 +51,7 @@ from utils.cli import (
     Parser,
     finite_float,
     folder_name,
+    heavy_imports,
     non_negative_int,
     positive_int,
     run_script,
@@ -211,13 +212,14 @@ def draw_anchors(
     args: argparse.Namespace, preset: Preset, jobs: list[Job], loras: Mapping[str, tuple[Path, Path]]
 ) -> None:
     """Draw all anchors that are not there yet, shared among all processes. loras: files of each --pfix."""
-    from models.loading import DTYPES, component_config, encode_flux_prompts, load_flux, place_flux
-    from models.lora import add_lora, common_ranks, read_loras
-    from models.memory import lossy, settle_memory
-    from models.parallel import open_processes
-    from models.plans import plan_anchors
-    from models.rotary import use_complex_rotary
-    from models.speed import compile_blocks, require_attention, require_compilable
+    with heavy_imports():
+        from models.loading import DTYPES, component_config, encode_flux_prompts, load_flux, place_flux
+        from models.lora import add_lora, common_ranks, read_loras
+        from models.memory import lossy, settle_memory
+        from models.parallel import open_processes
+        from models.plans import plan_anchors
+        from models.rotary import use_complex_rotary
+        from models.speed import compile_blocks, require_attention, require_compilable
 
     process, device = open_processes(resolve_device(args.device))
     dtype, length = DTYPES[args.dtype], preset.max_sequence_length

@@ -30,7 +30,7 @@ from models.weights import (
     weight_hashes,
 )
 from utils.arcs import find_checkpoints
-from utils.cli import InputError, Parser, positive_int, require_writable, run_script, unit_float
+from utils.cli import InputError, Parser, heavy_imports, positive_int, require_writable, run_script, unit_float
 from utils.clips import FLOWS, ClipSource, FolderClips
 from utils.edges import DETECTORS
 from utils.runs import Run, open_run, read_json
@@ -151,14 +151,15 @@ def main() -> None:
 def train(
     args: argparse.Namespace, preset: Preset, source: ClipSource, run: Run, paths: dict[str, Path], device: str
 ) -> None:
-    from diffusers import CogVideoXDDIMScheduler
+    with heavy_imports():
+        from diffusers import CogVideoXDDIMScheduler
 
-    from models import inbetween_training as training
-    from models.loading import DTYPES
-    from models.memory import lossy, naming_smaller_mode
-    from models.parallel import open_processes
-    from models.sharding import require_shardable, sharding_wanted
-    from models.speed import attention_kernel, require_attention
+        from models import inbetween_training as training
+        from models.loading import DTYPES
+        from models.memory import lossy, naming_smaller_mode
+        from models.parallel import open_processes
+        from models.sharding import require_shardable, sharding_wanted
+        from models.speed import attention_kernel, require_attention
 
     autocast, dtype = autocast_dtype(args), DTYPES[args.dtype]
     require_shardable(args.memory, args.mixed_precision)

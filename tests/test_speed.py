@@ -1,6 +1,10 @@
 """What makes denoising faster, on the tiny networks: that it is in effect, and what it changes."""
 
 import argparse
+import gc
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +31,8 @@ from models.speed import (
 )
 from models.steps import anchor_step, ggi_step
 from models.weights import FLUX_STAGE, GGI_STAGE, load_preset, locate
-from utils.cli import InputError
+from tests.helpers import ROOT
+from utils.cli import InputError, heavy_imports
 
 Fill = Callable[..., tuple[torch.Tensor, int]]
 STEPS = 15
@@ -201,3 +206,43 @@ def test_a_kernel_that_the_device_lacks_is_refused():
         require_attention(name, "cpu", torch.float32)
     with pytest.raises(InputError, match="--attention cudnn: cpu has no such kernel"):
         require_attention("cudnn", "cpu", torch.float32)
+
+
+# --- start and end of a process ---
+
+
+@pytest.mark.parametrize("error", [None, ImportError])
+def test_garbage_is_looked_for_again_after_the_imports(monkeypatch: pytest.MonkeyPatch, error: type | None):
+    monkeypatch.delitem(sys.modules, "diffusers")
+    frozen = gc.get_freeze_count()
+    try:
+        with heavy_imports():
+            assert not gc.isenabled()
+            if error:
+                raise error
+    except ImportError:
+        pass
+    assert gc.isenabled() and gc.get_freeze_count() > frozen
+    gc.unfreeze()
+
+
+def test_what_is_there_already_is_not_kept_for_ever():
+    """A second script in one process: the networks of the first may still be garbage."""
+    frozen = gc.get_freeze_count()
+    with heavy_imports():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen
+
+
+def test_libraries_have_nothing_to_say():
+    """With their warnings on, which the scripts switch off."""
+    code = """
+import argparse, torch
+import models.alignment, models.inbetween_training, models.plans
+from models.loading import load_flux
+from models.weights import FLUX_STAGE, load_preset, locate
+load_flux(locate(argparse.Namespace(), load_preset("tiny"), FLUX_STAGE), "cpu", torch.float32)
+"""
+    loud = os.environ | {f"{library}_VERBOSITY": "warning" for library in ("TRANSFORMERS", "DIFFUSERS")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=loud, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -2,13 +2,13 @@
 
 import argparse
 import errno
-import logging
+import gc
 import math
 import os
 import re
 import sys
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
@@ -42,8 +42,6 @@ def run_script(main: Callable[[], None]) -> None:
     """Call `main` and exit: 0, 2 for bad input, 3 when the machine fails (disk full, I/O error), 130 on Ctrl-C."""
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # read when they are imported; their errors still raise
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed, it speaks of faster kernels
     # OpenMP threads that spin while they wait are many times slower when anything else runs on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -60,6 +58,23 @@ def run_script(main: Callable[[], None]) -> None:
         _stop(f"out of memory ({error}); try a smaller --memory mode", FAILED)
     except KeyboardInterrupt:
         _stop("interrupted; run the same command again to continue", INTERRUPTED)
+
+
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Import the libraries of the networks in the block, and let no search for garbage touch what they bring.
+
+    It is half a million objects that stay: searches cost two seconds of the imports, and two more at the exit.
+    """
+    if "diffusers" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def _stop(message: object, code: int) -> None:
