@@ -16,14 +16,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the folder that all workers of a session share."""
-    if not hasattr(config, "workerinput"):
-        os.environ[SESSION] = tempfile.mkdtemp(prefix="pytest-session-")
+    """Make the folder that a session shares: its workers, and the processes that they start."""
+    if SESSION not in os.environ:
+        config.session_folder = os.environ[SESSION] = tempfile.mkdtemp(prefix="pytest-session-")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):
-        shutil.rmtree(os.environ[SESSION])
+    if hasattr(config, "session_folder"):
+        shutil.rmtree(config.session_folder)
 
 
 @pytest.fixture(scope="session")

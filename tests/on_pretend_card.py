@@ -23,17 +23,18 @@ from models.loading import (
 from models.lora import add_lora
 from models.memory import KEPT
 from models.rotary import use_complex_rotary
-from models.weights import FLUX_STAGE, GGI_STAGE, load_preset, locate
+from models.weights import FLUX_STAGE, GGI_STAGE, locate
 from tests.helpers import ROOT
 from tests.pretend_card import CARD, PretendCard
+from tests.small import HEIGHT, LATENT_SIZE, WIDTH, small_preset
 from utils.images import read_image
 
-PRESET = load_preset("tiny")
+PRESET = small_preset()
 PATHS = locate(argparse.Namespace(), PRESET, (*FLUX_STAGE, *GGI_STAGE))
 TRANSFORMER = Path(PRESET.ggi_transformer)
-PICTURE = read_image(ROOT / "assets/references/boxtown.png")[:96, :144]
+PICTURE = read_image(ROOT / "assets/references/boxtown.png")[:HEIGHT, :WIDTH]
 FRAMES, LATENT_FRAMES = 9, 3  # of videos: fewer than an arc has
-LATENTS = (12, 18)
+LATENTS = LATENT_SIZE[::-1]
 FLOAT = torch.float32
 
 

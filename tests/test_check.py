@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,9 @@ from synthetic.check_settings import Settings, settings_of
 from synthetic.check_units import PARTS, Unit, finished_parts, part_identity, result_path
 from synthetic.reference_views import ENOUGH, completeness, find_reference
 from synthetic.styles import CLASSES, MAJOR_CLASSES, make_style
-from tests.helpers import ROOT, exit_code
+from tests.helpers import end, exit_code, start_module
+from tests.small import write_small_weights
+from tests.warm import fork_workers
 from utils.cli import InputError
 from utils.correspondence import source_positions
 from utils.runs import read_json, write_json
@@ -277,8 +278,7 @@ QUICK = ("--scenes", 1, "--seeds", 1, "--processes", 1, "--lora_steps", 2, "--tr
 
 
 def run_check(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "synthetic.check", *map(str, (*QUICK, *arguments))]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    return end(start_module("synthetic.check", *QUICK, *arguments, prepare=[fork_workers]))
 
 
 @slow
@@ -287,7 +287,7 @@ def test_one_unit_from_end_to_end(scene: CheckScene, tmp_path: Path) -> None:
     weights, out = tmp_path / "weights", tmp_path / "out"
     assert len(scene.anchors.edges) == 3 and len(scene.arc.edges) == 46
     shutil.copytree(scene.cache, out / "scenes")  # drawing takes half a minute
-    shutil.copytree(Path(load_preset("tiny").flux).parent, weights)
+    write_small_weights(weights, SIZE)
     common = ("--weights_dir", weights, "--output_dir", out)
     done = run_check(*common, "--json", tmp_path / "check.json")
     lines = [line.split() for line in done.stdout.splitlines()]

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from models.hub import Source, parse_source
-from models.weights import WEIGHTS
 from tests.helpers import ROOT, SECONDS
 from tests.hub_server import Hub, serve
+from tests.small import small_checkpoints
 
-TINY, GOLDEN = WEIGHTS / "tiny", Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 FLUX, COGVIDEOX, CONTROLNET = (
     "black-forest-labs/FLUX.1-dev",
     "THUDM/CogVideoX-5b-I2V",
@@ -28,10 +28,10 @@ Prepare = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    """The repositories of the full weights, with the tiny weights in them."""
+    """The repositories of the full weights, with the small weights in them."""
     folder = tmp_path / "repositories"
     for repo, part in ((FLUX, "flux"), (COGVIDEOX, "cogvideox")):
-        shutil.copytree(TINY / part, folder / repo)
+        shutil.copytree(small_checkpoints() / "tiny" / part, folder / repo)
     (folder / CONTROLNET).mkdir(parents=True)
     shutil.copy(GOLDEN / "3_flux" / "controlnet_tiny.safetensors", folder / CONTROLNET / CONTROL_FILE)
     with serve(folder) as hub:
@@ -42,7 +42,9 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 def prepare(hub: Hub, tmp_path: Path) -> Prepare:
     """Run the command with an empty cache of its own; the in-between transformer is there."""
     model_path = tmp_path / "released"
-    shutil.copytree(TINY / "cogvideox" / "transformer", model_path / "checkpoint-1350" / "transformer")
+    shutil.copytree(
+        small_checkpoints() / "tiny" / "cogvideox" / "transformer", model_path / "checkpoint-1350" / "transformer"
+    )
     here = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
 
     def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
@@ -96,7 +98,7 @@ def test_fetch_prepares_a_machine_and_check_needs_no_network(hub: Hub, prepare: 
     assert f"models.convert controlnet {tmp_path}" in result.stdout and "inbetween" in result.stdout
     assert prepare("fetch").returncode == 0 and len(hub.asked) == sent
     snapshot = next((tmp_path / "home" / "hub").glob("models--black*/snapshots/3de623*"))
-    assert (snapshot / SHARD).read_bytes() == (TINY / "flux" / SHARD).read_bytes()
+    assert (snapshot / SHARD).read_bytes() == (small_checkpoints() / "tiny" / "flux" / SHARD).read_bytes()
 
 
 def test_a_licence_is_asked_for_before_anything_is_downloaded(hub: Hub, prepare: Prepare):

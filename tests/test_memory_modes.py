@@ -14,8 +14,9 @@ import models.anchors
 from models.counting import held_bytes
 from models.inbetween import CogVideoXInbetweenPipeline
 from models.plans import Plan, plan_alignment, plan_anchors, plan_ggi
-from models.weights import FLUX_STAGE, GGI_STAGE, load_preset, locate
+from models.weights import FLUX_STAGE, GGI_STAGE, locate
 from tests.helpers import ALIGN, ANCHORS, GGI, call, forbid_models
+from tests.small import SIZE, small_preset
 from tests.stages import QUICK_VIDEO, RUN, draw, train
 from utils.images import read_image
 from utils.runs import MANIFEST, read_json
@@ -91,8 +92,9 @@ def test_alignment_holds_what_is_planned(mode: str, tmp_path: Path, held):
     found, watch = held
     watch("text", diffusers.FluxPipeline, "encode_prompt")
     watch("training", models.alignment, "batch_flow_sample")
-    assert call(ALIGN, *train(tmp_path / "loras", "--max_train_steps", 1, "--memory", mode)) == 0
-    preset = load_preset("tiny")
+    precision = ("--mixed_precision", "bf16")
+    assert call(ALIGN, *train(tmp_path / "loras", "--max_train_steps", 1, "--memory", mode, *precision)) == 0
+    preset = small_preset()
     paths, length = locate(argparse.Namespace(), preset, FLUX_STAGE), preset.max_sequence_length
     bf16 = torch.bfloat16
     plan = plan_alignment(paths, preset.resolution, 1, 16, length, bf16, "cpu", autocast=bf16)
@@ -108,9 +110,9 @@ def test_anchors_hold_what_is_planned(mode: str, tmp_path: Path, anchored: Path,
     watch("denoising", models.anchors, "sample_anchor")
     watch("decoding", models.anchors, "decode_anchor")
     assert call(ANCHORS, *draw(anchored, loras, "--memory", mode, "--output_dir", tmp_path)) == 0
-    preset = load_preset("tiny")
+    preset = small_preset()
     paths, length = locate(argparse.Namespace(), preset, FLUX_STAGE), preset.max_sequence_length
-    plan = plan_anchors(paths, (144, 96), 16, length, torch.float32, "cpu", guided=True)
+    plan = plan_anchors(paths, SIZE, 16, length, torch.float32, "cpu", guided=True)
     assert found == weights(plan, mode)
 
 
@@ -120,7 +122,7 @@ def test_a_video_holds_what_is_planned(tmp_path: Path, anchored: Path, held):
         watch(phase, CogVideoXInbetweenPipeline, name)
     watch("decoding", CogVideoXInbetweenPipeline, "decode_video")
     assert call(GGI, "--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--output_dir", tmp_path) == 0
-    preset = load_preset("tiny")
+    preset = small_preset()
     paths, transformer = locate(argparse.Namespace(), preset, GGI_STAGE), Path(preset.ggi_transformer)
-    plan = plan_ggi(paths, transformer, (144, 96), 49, torch.float32, "cpu", guided=True, tiling=False)
+    plan = plan_ggi(paths, transformer, SIZE, 49, torch.float32, "cpu", guided=True, tiling=False)
     assert found == weights(plan, "full")

@@ -142,3 +142,10 @@ def use_small_weights() -> None:
     from tests import small
 
     small.use_small_weights(pytest.MonkeyPatch())
+
+
+def fork_workers() -> None:
+    """To prepare a process with: those that it divides its work among are forked from it, not started anew."""
+    from synthetic import jobs
+
+    jobs.get_context = lambda method: multiprocessing.get_context("fork")
