@@ -1,11 +1,19 @@
 # make demo   set up everything, then run the whole pipeline on the tiny weights; leaves a video and demo.png
-# make test   set up everything, then run all tests
+# make test   set up everything, then run all tests; with another Python: make test PYTHON=python3.13
+# make test-fast  the tests that are not marked slow, of every room something: for daily work
 # make sample make the committed scene folder and reference pictures again
 # make tiny-weights  train the committed tiny weights again, from nothing; hours; goes on where it was interrupted
 PYTHON ?= python3
 BIN ?= .venv/bin
 SETUP ?= .venv/installed
 OUT ?= demo
+# A Python of another version than the one that .venv was made with makes it anew.
+version = $(shell '$1' -c 'import sys; print(sys.version_info[:2])' 2>/dev/null)
+ifneq ($(origin PYTHON),file)
+ifneq ($(call version,$(PYTHON)),$(call version,.venv/bin/python))
+.PHONY: .venv/installed
+endif
+endif
 
 # The demo. STYLE: a reference picture; PROMPT: words, none by default; STEPS, RATE and BATCH: training of its LoRA;
 # TRUE_GS and GUIDANCE: of anchors and of the video, where there are words; THREADS: of the training.
@@ -21,47 +29,48 @@ THREADS := 2
 # make demo FLAGS=--overwrite after a change of RATE, BATCH, TRUE_GS or GUIDANCE, which no folder is named after
 FLAGS :=
 TINY = --weights tiny --device cpu $(FLAGS)
-NAME = $(basename $(notdir $(STYLE)))
+NAME = $(shell name=$$(basename '$(STYLE)'); echo "$${name%.*}")
 # The folder of the anchors; sampleA has three.
-RUN = $(OUT)/$(shell $(BIN)/python -c 'import sys; from utils.arcs import anchor_run_name as name; \
+RUN = $(OUT)/$(shell '$(BIN)/python' -c 'import sys; from utils.arcs import anchor_run_name as name; \
 	print(name(sys.argv[1], 3 * [sys.argv[2]], $(STEPS), $(SEED), 12))' '$(NAME)' '$(PROMPT)')
 
 # OpenMP threads that spin while they wait crawl on a machine that is not idle.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint sample tiny-weights clean
+.PHONY: demo test test-fast lint sample tiny-weights clean
 
 demo: $(SETUP)
-	$(BIN)/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(THREADS) --main_process_port=4401 \
-		sag_distribution_alignment.py --path_image $(STYLE) --prompt '$(PROMPT)' --pfix $(NAME) \
-		--max_train_steps $(STEPS) --learning_rate $(RATE) --train_batch_size $(BATCH) \
-		--output_dir $(OUT)/loras $(TINY)
-	$(BIN)/python sag_generate_anchor_view.py --epoch $(STEPS) --target assets/sampleA --prompt '$(PROMPT)' \
-		--pfix $(NAME) --num_replacement 12 --true_gs $(TRUE_GS) --seed $(SEED) --loras $(OUT)/loras --output_dir $(OUT) $(TINY)
-	$(BIN)/python ggi.py --target $(RUN) --scene assets/sampleA --prompt '$(PROMPT)' \
-		--guidance_scale $(GUIDANCE) $(TINY)
-	$(BIN)/python -m synthetic.demo --run $(RUN) --scene assets/sampleA --reference $(STYLE)
+	OMP_NUM_THREADS=$(THREADS) '$(BIN)/python' sag_distribution_alignment.py --path_image '$(STYLE)' --prompt '$(PROMPT)' \
+		--pfix '$(NAME)' --max_train_steps $(STEPS) --learning_rate $(RATE) --train_batch_size $(BATCH) \
+		--output_dir '$(OUT)/loras' $(TINY)
+	'$(BIN)/python' sag_generate_anchor_view.py --epoch $(STEPS) --target assets/sampleA --prompt '$(PROMPT)' --pfix '$(NAME)' \
+		--num_replacement 12 --true_gs $(TRUE_GS) --seed $(SEED) --loras '$(OUT)/loras' --output_dir '$(OUT)' $(TINY)
+	'$(BIN)/python' ggi.py --target '$(RUN)' --scene assets/sampleA --prompt '$(PROMPT)' --guidance_scale $(GUIDANCE) $(TINY)
+	'$(BIN)/python' -m synthetic.demo --run '$(RUN)' --scene assets/sampleA --reference '$(STYLE)'
 
 # A file stays with one worker, which shares what its tests make; one thread each. Memory that is given back and asked
 # for again all the time costs glibc a fifth of the time: it keeps what it has.
-test: export MALLOC_MMAP_MAX_ = 0
-test: export MALLOC_TRIM_THRESHOLD_ = 8589934592
-test: export MALLOC_TOP_PAD_ = 268435456
-test: $(SETUP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -q -n auto --dist loadfile --no-loadscope-reorder
+test test-fast: export MALLOC_MMAP_MAX_ = 0
+test test-fast: export MALLOC_TRIM_THRESHOLD_ = 8589934592
+test test-fast: export MALLOC_TOP_PAD_ = 268435456
+test test-fast: export OMP_NUM_THREADS = 1
+test: CHOICE =
+test-fast: CHOICE = not slow
+test test-fast: $(SETUP)
+	'$(BIN)/python' -m pytest -m "$(CHOICE)" -q -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(SETUP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	'$(BIN)/python' -m ruff check .
+	'$(BIN)/python' -m ruff format --check .
 
 sample: $(SETUP)
-	$(BIN)/python -m synthetic.scenes --output $(OUT)/town --overwrite
-	$(BIN)/python preprocess.py --scene $(OUT)/town/scene.glb --cameras $(OUT)/town/cameras.json \
+	'$(BIN)/python' -m synthetic.scenes --output '$(OUT)/town' --overwrite
+	'$(BIN)/python' preprocess.py --scene '$(OUT)/town/scene.glb' --cameras '$(OUT)/town/cameras.json' \
 		--output assets/sampleA --overwrite --preview
-	$(BIN)/python -m synthetic.reference --overwrite
+	'$(BIN)/python' -m synthetic.reference --overwrite
 
 # The steps that made checkpoints/tiny, in order; see docs/tiny_weights.md.
-TRAIN = $(BIN)/python -m synthetic.train
+TRAIN = '$(BIN)/python' -m synthetic.train
 tiny-weights: $(SETUP)
 	$(TRAIN) vae --towns 400 --max_train_steps 6000 --output_dir runs/vae
 	$(TRAIN) image --vae runs/vae/checkpoint-6000/vae --towns 1110 --max_train_steps 24000 --output_dir runs/image
@@ -69,18 +78,18 @@ tiny-weights: $(SETUP)
 		--output_dir runs/video_vae
 	$(TRAIN) video-vae --init_from runs/video_vae/checkpoint-1600 --clips 72 --max_train_steps 2600 --decay_steps 1200 \
 		--learning_rate 5e-4 --train_batch_size 2 --output_dir runs/video_vae2
-	$(BIN)/python -m synthetic.assemble --video_vae runs/video_vae2/checkpoint-2600 --output runs/start --overwrite
-	$(BIN)/python train_ggi.py --dataset synthetic --clips 640 --from_scratch --cogvideox runs/start/cogvideox \
+	'$(BIN)/python' -m synthetic.assemble --video_vae runs/video_vae2/checkpoint-2600 --output runs/start --overwrite
+	'$(BIN)/python' train_ggi.py --dataset synthetic --clips 640 --from_scratch --cogvideox runs/start/cogvideox \
 		--weights tiny --device cpu \
 		--max_train_steps 6600 --warmup_steps 200 --decay_steps 1500 --learning_rate 1e-3 --train_batch_size 4 \
 		--gradient_accumulation_steps 1 --ema_decay 0.998 --beta2 0.99 --output_dir runs/ggi
-	$(BIN)/python -m synthetic.assemble --base runs/start --image runs/image/checkpoint-24000 \
+	'$(BIN)/python' -m synthetic.assemble --base runs/start --image runs/image/checkpoint-24000 \
 		--inbetween runs/ggi/checkpoint-6600 --output checkpoints/tiny --overwrite
 
 .venv/installed: requirements.txt requirements-dev.txt
-	$(PYTHON) -m venv .venv
+	'$(PYTHON)' -m venv --clear .venv
 	.venv/bin/python -m pip install -r requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf .venv $(OUT)
+	rm -rf .venv '$(OUT)'
