@@ -171,7 +171,7 @@ def run_edges(*arguments: object, path: Path | None = None) -> subprocess.Comple
     code = f"import sys, runpy; {hide}runpy.run_module('utils.edges', run_name='__main__', alter_sys=True)"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def test_command_writes_the_edges(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_command_writes_the_edges(tmp_path: Path) -> None:
     Image.fromarray(image).save(tmp_path / "town.png")
     output = tmp_path / "new" / "edges.png"
     command = [sys.executable, "-m", "utils.edges", str(tmp_path / "town.png"), str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert (np.array(Image.open(output)) == soft_edges(image)).all()
     assert [path.name for path in output.parent.iterdir()] == ["edges.png"]  # no temporary file stays behind

@@ -345,7 +345,7 @@ def test_interrupted_write_leaves_nothing(arc: Arc, monkeypatch: pytest.MonkeyPa
 
 def command(*arguments: object, **options) -> subprocess.CompletedProcess:
     words = [sys.executable, "-m", "utils.noise", *map(str, arguments)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
 
 
 def test_command_makes_keeps_and_overwrites(tmp_path: Path):

@@ -96,7 +96,7 @@ def test_cameras_only_see_front_faces(towns: list[list[Part]]) -> None:
         triangles = triangles_of(town)
         facing = normals(triangles)
         for pose in make_path(town, kind, 0, 46)[::45]:
-            directions = pixel_rays(45, 30) @ pose[:3, :3].T
+            directions = pixel_rays(30, 20) @ pose[:3, :3].T
             origins = np.broadcast_to(pose[:3, 3], directions.shape)
             front = facing @ pose[:3, 3] > (facing * triangles[:, 0]).sum(axis=1)
             t, t_front = cast(origins, directions, triangles), cast(origins, directions, triangles[front])
