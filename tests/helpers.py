@@ -34,8 +34,14 @@ def words(*arguments: object) -> list[str]:
 
 def call(script: str, *arguments: object) -> int:
     """Run `main` of a script in this process on the small weights; returns the exit code that a shell would see."""
+    with small_weights():
+        return call_shipped(script, *arguments)
+
+
+def call_shipped(script: str, *arguments: object) -> int:
+    """The same on the tiny weights."""
     module = importlib.import_module(script)
-    with small_weights(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *words(*arguments)])
         try:
             return exit_code(module.main)

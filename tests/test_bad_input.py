@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from models.keymaps import lora_from_peft
 from models.lora import lora_targets
 from models.weights import WEIGHTS
-from tests.helpers import ALIGN, ANCHORS, GGI, ROOT, call, forbid_models, words, write_picture
+from tests.helpers import ALIGN, ANCHORS, GGI, ROOT, forbid_models, words, write_picture
+from tests.helpers import call_shipped as call
 from tests.scenes import make_scene
 from utils.arcs import anchor_path
 from utils.runs import MANIFEST, read_json
