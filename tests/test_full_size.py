@@ -35,6 +35,7 @@ def test_operations_of_an_in_betweening_pass():
     assert lora == pytest.approx(0.075 * PFLOP, rel=0.01)
 
 
+@pytest.mark.slow
 @without_card
 def test_without_a_card_nothing_is_called_measured(capsys: pytest.CaptureFixture):
     full_size.main(["--phases", "anchors", "--no_reference"])
@@ -42,6 +43,7 @@ def test_without_a_card_nothing_is_called_measured(capsys: pytest.CaptureFixture
     assert "no CUDA device" in out and out.count("not measured") >= 4 and "reference" not in out
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_leaves_the_rest(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture):
     measure = full_size.measure
 

@@ -87,6 +87,7 @@ def test_what_a_source_means(text: str, source: Source | None):
     assert parse_source(text) == source
 
 
+@pytest.mark.slow
 def test_fetch_prepares_a_machine_and_check_needs_no_network(hub: Hub, prepare: Prepare, tmp_path: Path):
     assert "6 components are missing" in error(prepare("check"))
     assert not hub.asked
@@ -115,6 +116,7 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(hub: Hub, prepare: Prepare):
     assert not files_sent(hub)
 
 
+@pytest.mark.slow
 def test_after_a_download_that_broke_off_the_rest_is_fetched(hub: Hub, prepare: Prepare):
     hub.torn.add(CONTROL_FILE)  # FLUX comes before it, CogVideoX after it
     assert "run the same command again" in error(prepare("fetch"))
@@ -126,6 +128,7 @@ def test_after_a_download_that_broke_off_the_rest_is_fetched(hub: Hub, prepare: 
     assert prepare("check", "--hashes").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_download_is_removed(hub: Hub, prepare: Prepare):
     hub.swapped.add(CONTROL_FILE)
     assert f"{CONTROL_FILE} arrived damaged and was removed" in error(prepare("fetch"))
@@ -133,6 +136,7 @@ def test_a_damaged_download_is_removed(hub: Hub, prepare: Prepare):
     assert prepare("fetch").returncode == 0
 
 
+@pytest.mark.slow
 def test_damage_on_the_disk_is_found(hub: Hub, prepare: Prepare, tmp_path: Path):
     assert prepare("fetch").returncode == 0
     shard = next((tmp_path / "home" / "hub").glob(f"models--THUDM*/snapshots/*/vae/{Path(SHARD).name}"))

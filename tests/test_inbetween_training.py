@@ -242,6 +242,7 @@ def test_a_clip_is_what_its_files_show(dataset):
     assert np.argmin(distances) == 7
 
 
+@pytest.mark.slow
 def test_windows_and_stride(tmp_path):
     for i in range(100):
         write_image(tmp_path / "x" / f"{i}.png", np.full((96, 144, 3), i, np.uint8))

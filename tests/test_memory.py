@@ -369,6 +369,7 @@ def test_quantised_layers_compute_in_one_dtype(how: str):
     assert ((found - wanted).float().norm() / wanted.float().norm()) < (0.02 if how == INT8 else 0.2)
 
 
+@slow
 def test_tiles_of_the_video_autoencoder_stay_near():
     """Decoding in tiles of half the height and a little more than half the width, as at full size."""
     picture = cv2.resize(read_image(ROOT / "assets/references/boxtown.png"), (180, 120), interpolation=cv2.INTER_AREA)

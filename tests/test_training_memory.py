@@ -240,6 +240,7 @@ def test_eight_bit_training_goes_on_exactly(dataset: Path, tmp_path: Path, capsy
 # --- no room ---
 
 
+@slow
 def test_the_plan_comes_before_any_model(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
