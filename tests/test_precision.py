@@ -19,7 +19,8 @@ from models.keymaps import lora_from_peft
 from models.lora import lora_targets
 from models.precision import automatic_precision, computes_in_bfloat16, settle_precision
 from models.weights import WEIGHTS
-from tests.helpers import ALIGN, ANCHORS, GGI, ROOT, assert_same, call, contents, write_picture
+from tests.helpers import ALIGN, ANCHORS, GGI, ROOT, assert_same, contents, write_picture
+from tests.helpers import call_shipped as call
 from tests.scenes import make_scene
 from utils.arcs import anchor_path, anchor_run_name
 from utils.cli import InputError
