@@ -31,7 +31,7 @@ FLAGS :=
 TINY = --weights tiny --device cpu $(FLAGS)
 NAME = $(shell name=$$(basename '$(STYLE)'); echo "$${name%.*}")
 # The folder of the anchors; sampleA has three.
-RUN = $(OUT)/$(shell '$(BIN)/python' -c 'import sys; from utils.arcs import anchor_run_name as name; \
+RUN = $(OUT)/$(shell '$(BIN)/python' -c 'import sys; from utils.layout import anchor_run_name as name; \
 	print(name(sys.argv[1], 3 * [sys.argv[2]], $(STEPS), $(SEED), 12))' '$(NAME)' '$(PROMPT)')
 
 # OpenMP threads that spin while they wait crawl on a machine that is not idle.

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.arcs import find_scene, load_scene
 from utils.cli import InputError, Parser, run_script
 from utils.images import read_image
+from utils.layout import find_scene, load_scene
 from utils.videos import read_frames
 
 DIGITS = 6  # after the point, in JSON
@@ -56,7 +56,7 @@ def print_json(args: argparse.Namespace, frames: np.ndarray, num_arcs: int, valu
 
 
 def print_table(values: dict) -> None:
-    from utils.evaluation import METRICS
+    from utils.evaluation.measure import METRICS
 
     rows = [("metric", "value", "unit", "range", "better")]
     for metric in METRICS:
@@ -83,7 +83,7 @@ def main() -> None:
     frames = read_frames(args.video, num_arcs)
     truth = None if args.ground_truth is None else read_truth(args.ground_truth, frames, num_arcs)
 
-    from utils.evaluation import load_targets, measure
+    from utils.evaluation.measure import load_targets, measure
 
     targets = load_targets(scene, (frames.shape[2], frames.shape[1]), show_progress)
     values = measure(frames, targets, reference=reference, truth=truth, progress=show_progress)

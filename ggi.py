@@ -18,36 +18,19 @@ from pathlib import Path
 
 import numpy as np
 
+from models.flags import add_attention_flag, add_compile_flag, add_memory_flags, resolve_device
 from models.precision import automatic_precision, report_precision, settle_precision
 from models.weights import (
     EPOCH,
     GGI_STAGE,
     Preset,
-    add_attention_flag,
-    add_compile_flag,
-    add_memory_flags,
     add_weight_flags,
     caption_source,
     find_inbetween,
     load_preset,
     locate,
     require_same_weights,
-    resolve_device,
     weight_hashes,
-)
-from utils.arcs import (
-    CONTACT_SHEET,
-    LATENT_FRAMES,
-    VIDEO_FILE,
-    Arc,
-    Scene,
-    chain_path,
-    edge_frame_indices,
-    find_anchors,
-    find_scene,
-    latents_path,
-    load_scene,
-    video_run_name,
 )
 from utils.background import Beside
 from utils.cli import (
@@ -62,17 +45,24 @@ from utils.cli import (
     unit_float,
 )
 from utils.edges import resize_edges
+from utils.files import files_sha256, read_json
 from utils.images import read_image, resize_image, write_image
-from utils.noise import blend_noise, load_or_make_noise
-from utils.runs import (
-    Run,
-    derive_seed,
-    files_sha256,
-    is_first_process,
-    open_run,
-    read_json,
-    require_distinct,
+from utils.layout import (
+    CONTACT_SHEET,
+    LATENT_FRAMES,
+    VIDEO_FILE,
+    Arc,
+    Scene,
+    chain_path,
+    edge_frame_indices,
+    find_anchors,
+    find_scene,
+    latents_path,
+    load_scene,
+    video_run_name,
 )
+from utils.noise import blend_noise, load_or_make_noise
+from utils.runs import Run, derive_seed, is_first_process, open_run, require_distinct
 from utils.video_run import Job, finish_video, is_done, save_arc
 
 
@@ -216,11 +206,12 @@ def main() -> None:
 def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transformer: Path) -> None:
     """Generate every arc that is not there yet, shared among all processes."""
     with heavy_imports():
-        from models.loading import DTYPES, caption_image, encode_video_prompts, load_inbetween
-        from models.memory import lossy, settle_memory, settle_overlap
-        from models.parallel import open_processes
-        from models.plans import plan_ggi
-        from models.speed import compile_blocks, require_attention, require_compilable
+        from benchmarks.memory.plans import plan_ggi
+        from models.inbetween.pipeline import caption_image, encode_video_prompts, load_inbetween
+        from models.loading.networks import DTYPES
+        from models.runtime.memory import lossy, settle_memory, settle_overlap
+        from models.runtime.parallel import open_processes
+        from models.runtime.speed import compile_blocks, require_attention, require_compilable
 
     process, device = open_processes(resolve_device(args.device))
     require_attention(args.attention, device, DTYPES[args.dtype])
@@ -272,9 +263,9 @@ def fill_shares(
     from torch import OutOfMemoryError
     from tqdm import tqdm
 
-    from models.kept_latents import find_or_make
-    from models.memory import naming_smaller_mode
-    from models.parallel import use_own_stream
+    from models.latents import find_or_make
+    from models.runtime.memory import naming_smaller_mode
+    from models.runtime.parallel import use_own_stream
 
     first = is_first_process()
     progress = tqdm(total=sum(len(arcs) for _, arcs in mine), desc="arcs", unit="arc", disable=not first)
@@ -330,9 +321,9 @@ def denoise_arc(args: argparse.Namespace, pipe, job: Job, arc: Arc, positive, ne
     """Latents of one arc between its two end pictures, [1, 13, 16, h, w]. positive, negative: embeddings [1, T, D]."""
     import torch
 
-    from models.inbetween import ConditionEps
+    from models.inbetween.pipeline import ConditionEps
     from models.latents import draw_noise, to_signed
-    from models.speed import attention_kernel, first_block_cache
+    from models.runtime.speed import attention_kernel, first_block_cache
 
     start = chain_path(job.run.folder, arc.index) if args.chain and arc.index else job.anchors[arc.index]
     pictures = (read_image(path) for path in (start, job.anchors[arc.index + 1]))

@@ -20,7 +20,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.arcs import (
+from utils.cameras.builtin import builtin_path
+from utils.cameras.path import CameraPath, to_arcs
+from utils.cameras.read import read_cameras, write_transforms
+from utils.cli import InputError, Parser, non_negative_int, positive_int, run_script, size
+from utils.correspondence import encode_map, write_map
+from utils.edges import DETECTORS, check_edge_detector, edge_detector
+from utils.files import atomic_path
+from utils.images import write_image
+from utils.layout import (
     ARC_FRAMES,
     CAMERAS_FILE,
     LATENT_FRAMES,
@@ -30,18 +38,17 @@ from utils.arcs import (
     count_arcs,
     latent_frame_numbers,
 )
-from utils.cameras import CameraPath, builtin_path, read_cameras, to_arcs, write_transforms
-from utils.cli import InputError, Parser, non_negative_int, positive_int, run_script, size
-from utils.correspondence import encode_map, write_map
-from utils.edges import DETECTORS, check_edge_detector, edge_detector
-from utils.geometry import Geometry, RayCaster, load_geometry, turn, write_glb
-from utils.images import write_image
-from utils.line_art import find_lines, make_line_scene, shade, soften
-from utils.noise import elements_per_cell, warp_noise, write_noise
-from utils.preview import write_preview
-from utils.runs import Run, atomic_path, open_run
-from utils.survey import survey
-from utils.views import View, correspondence, make_views
+from utils.noise import write_noise
+from utils.particles import elements_per_cell, warp_noise
+from utils.runs import Run, open_run
+from utils.scene.lines import find_lines, make_line_scene, shade, soften
+from utils.scene.load import load_geometry
+from utils.scene.mesh import Geometry, turn
+from utils.scene.preview import write_preview
+from utils.scene.raycast import RayCaster
+from utils.scene.survey import survey
+from utils.scene.views import View, correspondence, make_views
+from utils.scene.write import write_glb
 
 MANIFEST = "preprocess.json"
 FPS = 24  # of animated cameras

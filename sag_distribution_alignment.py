@@ -15,27 +15,25 @@ uninterrupted one.
 import argparse
 from pathlib import Path
 
+from models.flags import add_attention_flag, add_memory_flags, resolve_device
 from models.precision import MIXED, automatic_precision, report_precision, settle_precision
-from models.training import end_training, forward_precision, open_accelerator, write_checkpoint
+from models.runtime.training import end_training, forward_precision, open_accelerator, read_losses, write_checkpoint
 from models.weights import (
     FLUX_STAGE,
     Preset,
-    add_attention_flag,
-    add_memory_flags,
     add_weight_flags,
     load_preset,
     locate,
     require_same_weights,
-    resolve_device,
     weight_hashes,
 )
-from utils.arcs import STATE_FOLDER, checkpoint_lora_paths, find_checkpoints
 from utils.cli import InputError, Parser, folder_name, heavy_imports, positive_float, positive_int, run_script, seed
+from utils.data.references import Reference, load_references
 from utils.edges import edge_detector
+from utils.files import files_sha256
 from utils.images import write_image
-from utils.losses import read_losses
-from utils.references import Reference, load_references
-from utils.runs import Run, files_sha256, open_run
+from utils.layout import STATE_FOLDER, checkpoint_lora_paths, find_checkpoints
+from utils.runs import Run, open_run
 
 
 def parse_args() -> argparse.Namespace:
@@ -142,13 +140,14 @@ def train(
     with heavy_imports():
         from tqdm import tqdm
 
-        from models.alignment import FlowObjective, load_trainable, lora_optimizer, optimizer_step
-        from models.loading import DTYPES, encode_flux_prompts
-        from models.lora import lora_parameters, save_lora, save_loras_only
-        from models.memory import lossy, naming_smaller_mode, settle_memory
-        from models.plans import plan_alignment
-        from models.sharding import load_state, require_shardable, save_state
-        from models.speed import require_attention
+        from benchmarks.memory.plans import plan_alignment
+        from models.flux.alignment import FlowObjective, load_trainable, lora_optimizer, optimizer_step
+        from models.flux.lora import lora_parameters, save_lora, save_loras_only
+        from models.flux.network import encode_flux_prompts
+        from models.loading.networks import DTYPES
+        from models.runtime.memory import lossy, naming_smaller_mode, settle_memory
+        from models.runtime.sharding import load_state, require_shardable, save_state
+        from models.runtime.speed import require_attention
 
     require_shardable(args.memory, args.mixed_precision)
     accelerator = open_accelerator(run, args, device)
@@ -209,9 +208,9 @@ def begin(run: Run, references: list[Reference], weights: dict) -> None:
 
 def backward(args, preset: Preset, references, step: int, accelerator, objective, models, texts) -> float:
     """Gradients of one optimizer step, accumulated over its batches; returns their mean loss over all processes."""
-    from models.alignment import batch_flow_sample, draw_batch
-    from models.flux import stack_texts
-    from models.speed import attention_kernel
+    from models.flux.alignment import batch_flow_sample, draw_batch
+    from models.flux.network import stack_texts
+    from models.runtime.speed import attention_kernel
 
     rank, size = accelerator.process_index, args.train_batch_size
     losses = []

@@ -17,34 +17,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from models.flags import add_attention_flag, add_compile_flag, add_memory_flags, resolve_device
 from models.precision import automatic_precision, report_precision, settle_precision
 from models.weights import (
     FLUX_STAGE,
     Preset,
-    add_attention_flag,
-    add_compile_flag,
-    add_memory_flags,
     add_weight_flags,
     load_preset,
     locate,
     require_same_weights,
-    resolve_device,
     weight_hashes,
-)
-from utils.arcs import (
-    ANCHOR_FILES,
-    CONTACT_SHEET,
-    MULTIVIEWS,
-    Scene,
-    anchor_latents_path,
-    anchor_path,
-    anchor_run_name,
-    find_lora,
-    floor_to,
-    load_scene,
-    mask_path,
-    pad_prompts,
-    warped_path,
 )
 from utils.cli import (
     InputError,
@@ -59,17 +41,24 @@ from utils.cli import (
 )
 from utils.correspondence import read_map
 from utils.edges import resize_edges
+from utils.files import files_sha256
 from utils.images import contact_sheet, read_image, write_image
-from utils.runs import (
-    MANIFEST,
-    Run,
-    draw_seed,
-    files_sha256,
-    find_unfinished,
-    is_first_process,
-    open_run,
-    require_distinct,
+from utils.layout import (
+    ANCHOR_FILES,
+    CONTACT_SHEET,
+    MULTIVIEWS,
+    Scene,
+    anchor_latents_path,
+    anchor_path,
+    anchor_run_name,
+    find_lora,
+    floor_to,
+    load_scene,
+    mask_path,
+    pad_prompts,
+    warped_path,
 )
+from utils.runs import MANIFEST, Run, draw_seed, find_unfinished, is_first_process, open_run, require_distinct
 
 
 @dataclass
@@ -213,13 +202,14 @@ def draw_anchors(
 ) -> None:
     """Draw all anchors that are not there yet, shared among all processes. loras: files of each --pfix."""
     with heavy_imports():
-        from models.loading import DTYPES, component_config, encode_flux_prompts, load_flux, place_flux
-        from models.lora import add_lora, common_ranks, read_loras
-        from models.memory import lossy, settle_memory
-        from models.parallel import open_processes
-        from models.plans import plan_anchors
-        from models.rotary import use_complex_rotary
-        from models.speed import compile_blocks, require_attention, require_compilable
+        from benchmarks.memory.plans import plan_anchors
+        from models.flux.lora import add_lora, common_ranks, read_loras
+        from models.flux.network import encode_flux_prompts, load_flux, place_flux
+        from models.loading.networks import DTYPES, component_config
+        from models.runtime.memory import lossy, settle_memory
+        from models.runtime.parallel import open_processes
+        from models.runtime.rotary import use_complex_rotary
+        from models.runtime.speed import compile_blocks, require_attention, require_compilable
 
     process, device = open_processes(resolve_device(args.device))
     dtype, length = DTYPES[args.dtype], preset.max_sequence_length
@@ -259,8 +249,8 @@ def draw_jobs(
     """Draw this process's part. states: from `read_loras`. texts: {prompt: Text}. weights: for the manifests."""
     from tqdm import tqdm
 
-    from models.lora import set_lora
-    from models.memory import naming_smaller_mode
+    from models.flux.lora import set_lora
+    from models.runtime.memory import naming_smaller_mode
 
     steps, styles = sum(len(job.prompts) for job in jobs) * args.num_steps, [job.pfix for job in jobs]
     with tqdm(total=steps, desc="anchors", unit="step", disable=not is_first_process()) as progress:
@@ -277,8 +267,8 @@ def draw_jobs(
 
 def draw_job(args: argparse.Namespace, preset: Preset, job: Job, models, texts: dict, progress) -> None:
     """All anchors of one scene, in order. texts: {prompt: Text}."""
-    from models.anchors import decode_anchor
-    from models.kept_latents import find_or_make
+    from models.flux.anchors import decode_anchor
+    from models.latents import find_or_make
 
     for k in range(len(job.prompts)):
         end = progress.n + args.num_steps
@@ -293,9 +283,9 @@ def draw_job(args: argparse.Namespace, preset: Preset, job: Job, models, texts: 
 
 def denoise_anchor(args: argparse.Namespace, preset: Preset, job: Job, k: int, models, texts: dict, progress):
     """Latents [1, 16, h, w] of anchor k. Writes the warped anchor before it and its mask."""
-    from models.anchors import AnchorSettings, encode_warped, sample_anchor, warp_anchor
+    from models.flux.anchors import AnchorSettings, encode_warped, sample_anchor, warp_anchor
     from models.latents import draw_noise, to_signed
-    from models.speed import attention_kernel
+    from models.runtime.speed import attention_kernel
 
     settings = AnchorSettings(
         args.num_steps,

@@ -7,33 +7,33 @@
 
 Clips are encoded once, into --cache_dir. Writes RUN/checkpoint-<step>/transformer/, which `ggi.py --model_path RUN
 --epoch STEP` loads, loss curves, and sample sheets in RUN/samples. The same command continues an interrupted run, to
-the same weights as an uninterrupted one. Layout of a dataset folder: utils/clips.py.
+the same weights as an uninterrupted one. Layout of a dataset folder: utils/data/clips.py.
 """
 
 import argparse
 import hashlib
 from pathlib import Path
 
+from models.flags import add_attention_flag, add_memory_flags, resolve_device
 from models.precision import automatic_precision, report_precision, settle_precision
-from models.training import FREE_SETTINGS, add_training_flags, fit, is_trained, training_settings
+from models.runtime.training import FREE_SETTINGS, add_training_flags, fit, is_trained, training_settings
 from models.weights import (
     GGI_STAGE,
     Preset,
-    add_attention_flag,
-    add_memory_flags,
     add_weight_flags,
     component_folder,
     load_preset,
     locate,
     require_same_weights,
-    resolve_device,
     weight_hashes,
 )
-from utils.arcs import find_checkpoints
 from utils.cli import InputError, Parser, heavy_imports, positive_int, require_writable, run_script, unit_float
-from utils.clips import FLOWS, ClipSource, FolderClips
+from utils.data.clips import ClipSource, FolderClips
+from utils.data.flow import FLOWS
 from utils.edges import DETECTORS
-from utils.runs import Run, open_run, read_json
+from utils.files import read_json
+from utils.layout import find_checkpoints
+from utils.runs import Run, open_run
 
 SYNTHETIC = "synthetic"
 START = "cogvideox_transformer"
@@ -154,12 +154,12 @@ def train(
     with heavy_imports():
         from diffusers import CogVideoXDDIMScheduler
 
-        from models import inbetween_training as training
-        from models.loading import DTYPES
-        from models.memory import lossy, naming_smaller_mode
-        from models.parallel import open_processes
-        from models.sharding import require_shardable, sharding_wanted
-        from models.speed import attention_kernel, require_attention
+        from models.inbetween import training as training
+        from models.loading.networks import DTYPES
+        from models.runtime.memory import lossy, naming_smaller_mode
+        from models.runtime.parallel import open_processes
+        from models.runtime.sharding import require_shardable, sharding_wanted
+        from models.runtime.speed import attention_kernel, require_attention
 
     autocast, dtype = autocast_dtype(args), DTYPES[args.dtype]
     require_shardable(args.memory, args.mixed_precision)
@@ -221,12 +221,12 @@ def settle_training(
     args, preset: Preset, paths: dict[str, Path], config: dict, lora: dict | None, missing: list[int], process
 ) -> tuple[str, dict[str, str]]:
     """The memory mode, and {"optimizer": how its moments are kept}. missing: clips that this process will encode."""
-    from models.inbetween_training import lora_ranks
-    from models.loading import DTYPES
-    from models.memory import settle_memory
-    from models.parallel import in_any_process
-    from models.sharding import sharding_wanted
-    from models.training_plan import TrainingSetup, plan_training, trained_builder
+    from benchmarks.memory.training_plan import TrainingSetup, plan_training, trained_builder
+    from models.inbetween.training import lora_ranks
+    from models.loading.networks import DTYPES
+    from models.runtime.memory import settle_memory
+    from models.runtime.parallel import in_any_process
+    from models.runtime.sharding import sharding_wanted
 
     device, autocast = str(process.device), autocast_dtype(args)
     setup = TrainingSetup(
@@ -252,7 +252,7 @@ def settle_training(
 
 def open_cache(args, preset: Preset, source: ClipSource, paths: dict[str, Path], weights: dict, length: int):
     """The ClipCache of these clips and networks. weights: hashes of the networks. length: tokens of a caption."""
-    from models.clip_cache import ClipCache
+    from models.inbetween.clip_cache import ClipCache
 
     precision = {"dtype": args.dtype, "mixed_precision": args.mixed_precision}
     vae_config = read_json(component_folder("cogvideox_vae", paths["cogvideox_vae"]) / "config.json")
@@ -268,8 +268,9 @@ def fill_cache(
 
     missing: clips that this process encodes. length: tokens of a caption.
     """
-    from models.clip_cache import ClipEncoder
-    from models.loading import DTYPES, encode_video_prompts
+    from models.inbetween.clip_cache import ClipEncoder
+    from models.inbetween.pipeline import encode_video_prompts
+    from models.loading.networks import DTYPES
 
     if missing and process.is_local_main_process:
         source.prepare()
@@ -289,7 +290,7 @@ def fill_cache(
 def load_video_vae(args: argparse.Namespace, preset: Preset, paths: dict[str, Path], device):
     from diffusers import AutoencoderKLCogVideoX
 
-    from models.loading import DTYPES, load_model
+    from models.loading.networks import DTYPES, load_model
 
     vae = load_model("cogvideox_vae", AutoencoderKLCogVideoX, paths["cogvideox_vae"], DTYPES[args.dtype]).to(device)
     if preset.vae_tiling:

@@ -28,9 +28,9 @@ if not __package__:  # started as a file: its imports begin at the repository's 
 
 from benchmarks.recipes import LORA_RANK, Setup, build, setup_of
 from benchmarks.report import Row, heading, line_of, ratios
-from models.weights import MEMORY_MODES, add_attention_flag, add_compile_flag
+from models.flags import MEMORY_MODES, add_attention_flag, add_compile_flag
 from utils.cli import InputError, Parser, positive_float, positive_int, require_writable, run_script
-from utils.runs import write_json
+from utils.files import write_json
 
 PHASES = ("alignment", "anchors", "ggi")
 RECIPES = ("text", "ours", "reference")  # of each phase, one after the other in memory
@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_writable(args.json.parent)
     import torch
 
-    from models.memory import kept_on
-    from models.speed import require_attention, require_compilable
+    from models.runtime.memory import kept_on
+    from models.runtime.speed import require_attention, require_compilable
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.limit_gb:
@@ -122,7 +122,7 @@ def try_to_measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argpars
     """Measure a recipe. Whatever goes wrong is printed: the others are still worth having."""
     import torch
 
-    from models.loading import free_caches
+    from models.loading.networks import free_caches
 
     try:
         measure(rows, setup, recipe, args, device)
@@ -145,7 +145,7 @@ def count(setup: Setup, phase: str, recipe: str) -> list[Row]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from models.counting import bring_in, empty_model, without_data
+    from benchmarks.memory.counting import bring_in, empty_model, without_data
 
     dtype, rows = torch.bfloat16, []
 
@@ -199,7 +199,7 @@ def outside(function: Callable, *arguments: object) -> object:
 
 
 def plan_of(setup: Setup, phase: str, dtype, device: str, *, guided: bool) -> dict:
-    from models.plans import plan_alignment, plan_anchors, plan_ggi
+    from benchmarks.memory.plans import plan_alignment, plan_anchors, plan_ggi
 
     if phase == "ggi":
         size, frames = setup.video_size, setup.num_frames
@@ -213,9 +213,9 @@ def measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Names
     """Fill in seconds, peak and loading time. rows: from `count`."""
     import torch
 
-    from models.counting import bring_in, default_dtype, empty_model
-    from models.memory import AT_WORK, RESIDENT, keep, kept_on
-    from models.speed import attention_kernel, compile_blocks
+    from benchmarks.memory.counting import bring_in, default_dtype, empty_model
+    from models.runtime.memory import AT_WORK, RESIDENT, keep, kept_on
+    from models.runtime.speed import attention_kernel, compile_blocks
 
     phase, dtype = rows[0].phase, torch.bfloat16
     memory = "full" if recipe == "reference" else args.memory

@@ -20,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cameras import read_cameras
+from utils.cameras.read import read_cameras
 from utils.cli import Parser, positive_int, run_script
-from utils.geometry import Geometry, RayCaster, load_geometry, turn
-from utils.line_art import find_lines, make_line_scene, soften
-from utils.noise import warp_noise
-from utils.views import correspondence, make_views
+from utils.particles import warp_noise
+from utils.scene.lines import find_lines, make_line_scene, soften
+from utils.scene.load import load_geometry
+from utils.scene.mesh import Geometry, turn
+from utils.scene.raycast import RayCaster
+from utils.scene.views import correspondence, make_views
 
 EDGE_SIZE, MAP_SIZE, LATENT_SIZE = (1080, 720), (360, 240), (90, 60)
 MAPS, FRAMES = 12, 4  # of each per measurement

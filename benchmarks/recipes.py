@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from models.weights import FLUX_STAGE, GGI_STAGE, ROOT, load_preset, locate
-from utils.runs import read_json
+from utils.files import read_json
 
 LORA_RANK = 16  # the default of the alignment
 RELEASED_RANK = 2048  # of the LoRA in the released in-between transformer
@@ -76,9 +76,9 @@ def build(setup: Setup, phase: str, recipe: str, make: Make, device: str) -> Rec
 
 
 def build_ggi(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
-    from models.inbetween import prepare_networks
-    from models.plans import video_builders
-    from models.steps import ggi_step, latent_shape, video_decoding, video_encoding
+    from benchmarks.memory.plans import video_builders
+    from benchmarks.memory.steps import ggi_step, latent_shape, video_decoding, video_encoding
+    from models.inbetween.pipeline import prepare_networks
 
     builders = video_builders(setup.paths["cogvideox_vae"], setup.inbetween)
     size, frames = setup.video_size, setup.num_frames
@@ -98,8 +98,8 @@ def build_ggi(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
 
 def make_flux(setup: Setup, make: Make, device: str):
     """({name: network}, the same as FluxModels), with LoRAs of the default rank."""
-    from models.flux import FluxModels
-    from models.plans import flux_builders, with_lora
+    from benchmarks.memory.plans import flux_builders, with_lora
+    from models.flux.network import FluxModels
 
     builders = flux_builders(setup.paths)
     builders |= {name: with_lora(builders[name], LORA_RANK) for name in ("transformer", "controlnet")}
@@ -109,8 +109,8 @@ def make_flux(setup: Setup, make: Make, device: str):
 
 def build_anchors(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
     """Ours is the default, equal prompts, whose one branch is enough; `both branches` go in one batch."""
-    from models.rotary import use_complex_rotary
-    from models.steps import anchor_decoding, anchor_step
+    from benchmarks.memory.steps import anchor_decoding, anchor_step
+    from models.runtime.rotary import use_complex_rotary
 
     networks, models = make_flux(setup, make, device)
     one, both = (anchor_step(models, setup.anchor_size, setup.text_length, branches) for branches in (1, 2))
@@ -130,9 +130,9 @@ def build_anchors(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
 def build_alignment(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
     import torch
 
-    from models.alignment import lora_optimizer
-    from models.lora import train_loras
-    from models.steps import alignment_step
+    from benchmarks.memory.steps import alignment_step
+    from models.flux.alignment import lora_optimizer
+    from models.flux.lora import train_loras
 
     networks, models = make_flux(setup, make, device)
     loras = train_loras([models.transformer, models.controlnet])
@@ -173,7 +173,7 @@ def text_step(setup: Setup, component: str, make: Make, device: str) -> tuple[di
     """Text encoders, and their work on one prompt. component: flux_text or cogvideox_text."""
     import torch
 
-    from models.plans import FLUX_ENCODERS, VIDEO_ENCODERS, encoder_builder
+    from benchmarks.memory.plans import FLUX_ENCODERS, VIDEO_ENCODERS, encoder_builder
 
     if component == "flux_text":
         classes, length = FLUX_ENCODERS, setup.text_length

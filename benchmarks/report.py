@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from utils.runs import show_bytes
+from utils.files import show_bytes
 
 ARCS, ARC_PASSES = 10, 30  # arcs of a scene; denoising steps of each, both branches of guidance in one batch
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import InputError
-from utils.runs import file_sha256, known_sha256, read_json, show_bytes
+from utils.files import file_sha256, known_sha256, read_json, show_bytes
 
 SPARE = 2**30  # bytes that stay free on the disk of the cache
 WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")

@@ -1,8 +1,16 @@
 """Small tensor maths shared by both diffusion models: posterior samples, FLUX's token packing, colour ranges."""
 
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from utils.files import atomic_path
 
 
 def posterior_sample(posterior: DiagonalGaussianDistribution, eps: torch.Tensor | None = None) -> torch.Tensor:
@@ -42,3 +50,19 @@ def to_signed(images: np.ndarray) -> torch.Tensor:
     if images.dtype != np.uint8 or images.shape[-1] != 3:
         raise ValueError(f"expected uint8 [..., H, W, 3], got {images.dtype} {images.shape}")
     return torch.tensor(images).movedim(-1, -3).float() / 127.5 - 1
+
+
+def find_or_make(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Latents from the file `path`; without one they are made and written there first. On the CPU.
+
+    A decode that fails costs no second denoising. Raises OSError when they cannot be written.
+    """
+    if path.exists():
+        return load_file(path)["latents"]
+    latents = make().cpu().contiguous()
+    try:
+        with atomic_path(path) as temporary:
+            save_file({"latents": latents}, temporary)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(errno.EIO, f"cannot write latents ({error})", str(path)) from error
+    return latents

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from models import hub
-from utils.arcs import ggi_transformer_folder
 from utils.cli import InputError, Parser, positive_int, run_script
-from utils.runs import Run, file_sha256, known_sha256, read_json, show_bytes
+from utils.files import file_sha256, known_sha256, read_json, show_bytes
+from utils.layout import ggi_transformer_folder
+from utils.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "checkpoints"  # <name>/preset.json beside each weight set
@@ -40,8 +41,6 @@ COMPONENTS = {
     "cogvideox_transformer": ("cogvideox", "transformer", ["transformer/*"]),
     "cogvideox_text": ("cogvideox", None, ["model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/*"]),
 }
-MEMORY_MODES = ("full", "balanced", "low")  # from fast and large to slow and small
-ATTENTION_KERNELS = ("cudnn", "flash", "efficient")  # of torch (`models/speed.py`)
 FLUX_STAGE = ("flux_transformer", "flux_vae", "flux_text", "controlnet")
 GGI_STAGE = ("cogvideox_vae", "cogvideox_text")
 CONVERTIBLE = {  # component -> its kind in models.convert
@@ -102,34 +101,6 @@ def add_weight_flags(parser: argparse.ArgumentParser, components: Iterable[str])
     )
 
 
-def add_memory_flags(parser: argparse.ArgumentParser) -> None:
-    """--memory, and --offload as another name for its smallest mode."""
-    parser.add_argument(
-        "--memory",
-        choices=["auto", *MEMORY_MODES],
-        default="auto",
-        help="how networks are kept: full is fastest, low needs least; auto takes the fastest mode that fits",
-    )
-    parser.add_argument("--offload", dest="memory", action="store_const", const="low", help="the same as --memory low")
-
-
-def add_compile_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        default=None,  # as in the manifests of runs from before the flag
-        help="compile the transformer's blocks: minutes at the start; other rounding; goes with --memory full",
-    )
-
-
-def add_attention_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--attention",
-        choices=ATTENTION_KERNELS,
-        help="torch's attention kernel for the transformers: other speed and rounding (default: torch chooses)",
-    )
-
-
 def add_source_flags(group: argparse._ActionsContainer, components: Sequence[str]) -> None:
     """--weights, and where each component comes from."""
     group.add_argument("--weights", choices=["full", "tiny"], default="full", help="weight set")
@@ -141,25 +112,6 @@ def add_source_flags(group: argparse._ActionsContainer, components: Sequence[str
             group.add_argument(
                 f"--{name}", metavar="REPO|PATH", help=f"another {name}; overrides --{source} for this part"
             )
-
-
-def resolve_device(name: str) -> str:
-    """Turn --device into a torch device string. Raises InputError when there is no such device."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cpu":
-        return "cpu"
-    if not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise InputError(f"--device {name}: this machine has no such CUDA device; use --device cpu")
-    return name
 
 
 def locate(args: argparse.Namespace, preset: Preset, components: Iterable[str]) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.cli import InputError, Parser, require_writable, run_script
-from utils.runs import atomic_path, write_json
+from utils.files import atomic_path, write_json
 
 PARTS = {
     "image": ("flux", "controlnet"),

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from models.weights import FLUX_STAGE, GGI_STAGE, Preset, locate, weight_hashes
-from synthetic.bench_methods import GROUPS, METHODS, TRUTH, choose_methods, made_as
 from synthetic.check import add_unit_flags, check_unit_flags, load_unit_preset
-from synthetic.check_settings import add_setting_flags, settings_of
-from synthetic.jobs import finish, worker_pool
+from synthetic.measuring.jobs import finish, worker_pool
+from synthetic.measuring.methods import GROUPS, METHODS, TRUTH, choose_methods, made_as
+from synthetic.measuring.settings import add_setting_flags, settings_of
 from utils.cli import InputError, Parser, require_writable, run_script
 
 if TYPE_CHECKING:  # they bring torch along
-    from synthetic.bench_units import Bench
-    from synthetic.check_units import Unit
+    from synthetic.measuring.rows import Bench
+    from synthetic.measuring.units import Unit
 
 PASS_STYLES = 1000  # style seeds set apart for each pass over the scenes
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def choose_passes(scenes: int, seeds: int, first_scene: int, first_style: int) -> list["Unit"]:
     """`seeds` passes over the scenes, in styles of their own: more scenes or seeds add to the units of fewer."""
-    from synthetic.check_units import choose_units
+    from synthetic.measuring.units import choose_units
 
     starts = range(first_style, first_style + seeds * PASS_STYLES, PASS_STYLES)
     return [unit for start in starts for unit in choose_units(scenes, 1, first_scene, start)]
@@ -87,7 +87,7 @@ Setup = tuple[tuple, dict]  # arguments of Bench: (unit, preset, paths, settings
 
 
 def open_bench(setup: Setup) -> "Bench":
-    from synthetic.bench_units import Bench
+    from synthetic.measuring.rows import Bench
 
     arguments, hashes = setup
     return Bench(*arguments, hashes=hashes)
@@ -136,8 +136,8 @@ def make_all(setups: Sequence[Setup], names: Sequence[str], processes: int) -> N
 
 def report(setups: Sequence[Setup], names: Sequence[str], args: argparse.Namespace) -> None:
     """Tables over all units, and pictures of the first one."""
-    from synthetic.bench_report import write_report, write_sheets
-    from synthetic.bench_units import BENCH_METRICS
+    from synthetic.measuring.report import write_report, write_sheets
+    from synthetic.measuring.rows import BENCH_METRICS
 
     benches = [open_bench(setup) for setup in setups]
     results = {name: {bench.unit.name: bench.measure(name) for bench in benches} for name in names}

@@ -21,11 +21,11 @@ import numpy as np
 from tqdm import tqdm
 
 from models.weights import WEIGHTS, Preset, load_preset, locate
-from synthetic.check_settings import MOST_LORA_STEPS, add_setting_flags, settings_of
-from synthetic.jobs import finish, worker_pool
+from synthetic.measuring.jobs import finish, worker_pool
+from synthetic.measuring.settings import MOST_LORA_STEPS, add_setting_flags, settings_of
 from synthetic.pictures import SPLITS
 from utils.cli import InputError, Parser, positive_int, require_writable, run_script
-from utils.runs import write_json
+from utils.files import write_json
 
 FIRST_SEED = SPLITS["test"][0]
 Means = Mapping[str, float]
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(args: argparse.Namespace, parts: list[str]) -> dict[str, dict[str, float]]:
     """{unit: figures} of all units, measured now where they are not there yet."""
-    from synthetic.check_units import PARTS, choose_units, finished_parts, hash_weights
+    from synthetic.measuring.units import PARTS, choose_units, finished_parts, hash_weights
 
     preset = load_unit_preset(args)
     components = dict.fromkeys(component for part in parts for component in PARTS[part].components)
@@ -229,7 +229,7 @@ def run_jobs(jobs: list[tuple], processes: int) -> dict[str, dict[str, float]]:
 
 
 def _draw_scene(job: tuple) -> None:
-    from synthetic.check_units import PARTS, Workbench
+    from synthetic.measuring.units import PARTS, Workbench
 
     unit, parts, *rest, _hashes, folder = job
     scene = Workbench(unit, *rest, folder).scene
@@ -238,7 +238,7 @@ def _draw_scene(job: tuple) -> None:
 
 
 def _measure(job: tuple) -> dict[str, float]:
-    from synthetic.check_units import measure_unit
+    from synthetic.measuring.units import measure_unit
 
     return measure_unit(*job)
 

@@ -21,14 +21,14 @@ from synthetic.pictures import EDGE_SIZE, SIZE, SPLITS, cache_entry, require_cou
 from synthetic.render import World, draw_edges, paint, town_world, trace, typical_depth
 from synthetic.scenes import PATHS, make_path, make_town, to_camera_path
 from synthetic.styles import make_style
-from utils.arcs import ARC_FRAMES, latent_frame_numbers
-from utils.cameras import CameraPath
+from utils.cameras.path import CameraPath
 from utils.cli import InputError, Parser, positive_int, run_script
-from utils.clips import Clip
+from utils.data.clips import Clip
+from utils.data.tensor_cache import holds, read_arrays, write_arrays
 from utils.edges import resize_edges
-from utils.noise import warp_noise
-from utils.tensor_cache import holds, read_arrays, write_arrays
-from utils.views import correspondence, make_views
+from utils.layout import ARC_FRAMES, latent_frame_numbers
+from utils.particles import warp_noise
+from utils.scene.views import correspondence, make_views
 
 STYLES = 2  # of each clip
 VARIANTS = 2 * STYLES  # with flips

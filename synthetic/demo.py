@@ -19,23 +19,16 @@ from tqdm import tqdm
 from synthetic.reference import style_of
 from synthetic.render import make_world, paint, trace
 from synthetic.styles import Style
-from utils.arcs import (
-    ARC_STEPS,
-    CAMERAS_FILE,
-    SCENE_FILE,
-    VIDEO_FILE,
-    Scene,
-    find_anchors,
-    load_scene,
-)
-from utils.cameras import read_cameras
+from utils.cameras.read import read_cameras
 from utils.cli import InputError, Parser, require_writable, run_script
-from utils.covisibility import resize_view
-from utils.geometry import load_geometry, turn
+from utils.files import read_json
 from utils.images import contact_sheet, read_image, resize_image, write_image, write_video
-from utils.runs import MANIFEST, read_json
+from utils.layout import ARC_STEPS, CAMERAS_FILE, SCENE_FILE, VIDEO_FILE, Scene, find_anchors, load_scene
+from utils.runs import MANIFEST
+from utils.scene.load import load_geometry
+from utils.scene.mesh import turn
+from utils.scene.views import make_views, resize_view
 from utils.videos import read_frames
-from utils.views import make_views
 
 SHEET_FILE, MP4_FILE = "demo.png", "demo.mp4"
 SHEET_WIDTH, MOMENTS = 1600, 9  # pixels, and columns: fewer or more where moments do not divide evenly over the arcs

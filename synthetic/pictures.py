@@ -19,11 +19,11 @@ from tqdm import tqdm
 from synthetic.render import draw_edges, paint, town_world, trace, typical_depth
 from synthetic.scenes import PATHS, make_path, make_town, to_camera_path
 from synthetic.styles import make_style
-from utils.arcs import ARC_FRAMES
 from utils.cli import InputError, Parser, positive_int, run_script
+from utils.data.tensor_cache import holds, read_arrays, write_arrays
 from utils.edges import resize_edges, soft_edges
-from utils.tensor_cache import holds, read_arrays, write_arrays
-from utils.views import make_views
+from utils.layout import ARC_FRAMES
+from utils.scene.views import make_views
 
 SIZE = (144, 96)  # width, height of the tiny networks' pictures
 EDGE_SIZE = (540, 360)  # lines are drawn at half the width that preprocessing draws them at: a quarter of the time

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from synthetic.reference_views import find_reference
 from synthetic.styles import Style, make_style
 from utils.cli import InputError, Parser, require_writable, run_script
+from utils.files import read_json, write_json
 from utils.images import write_image
-from utils.runs import read_json, write_json
 
 FOLDER, INDEX = Path("assets/references"), "references.json"
 SIZE = (1152, 768)  # width, height in pixels

@@ -8,10 +8,9 @@ import numpy as np
 from synthetic.render import GBuffer, World, class_map, paint, town_world, trace
 from synthetic.scenes import PATHS, make_path, make_town, to_camera_path
 from synthetic.styles import CLASSES, MAJOR_CLASSES, Style
-from utils.arcs import ARC_FRAMES
 from utils.cli import InputError
-from utils.covisibility import resize_view
-from utils.views import View, make_views
+from utils.layout import ARC_FRAMES
+from utils.scene.views import View, make_views, resize_view
 
 CANDIDATES = 48  # views that are looked at, over all kinds of paths
 THUMBNAIL = (144, 96)  # width, height of a look

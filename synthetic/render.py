@@ -11,11 +11,11 @@ import numpy as np
 
 from synthetic.scenes import Part
 from synthetic.styles import CLASSES, Style, sky_colours, surface_colours
-from utils.geometry import Geometry, build_geometry
-from utils.line_art import LineScene, find_lines, make_line_scene, soften
-from utils.raycast import RayCaster
-from utils.survey import survey
-from utils.views import View
+from utils.scene.lines import LineScene, find_lines, make_line_scene, soften
+from utils.scene.mesh import Geometry, build_geometry
+from utils.scene.raycast import RayCaster
+from utils.scene.survey import survey
+from utils.scene.views import View
 
 SAMPLES = 2  # rays per pixel and axis
 SKY = CLASSES.index("sky")

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from synthetic.shapes import Mesh, box, loft, make_house, place, quads, turned
-from utils.arcs import ARC_STEPS, CAMERAS_FILE, SCENE_FILE
-from utils.cameras import CameraPath, look_at, write_transforms
+from utils.cameras.path import CameraPath, look_at
+from utils.cameras.read import write_transforms
 from utils.cli import InputError, Parser, non_negative_int, positive_int, require_writable, run_script
-from utils.runs import atomic_path
+from utils.files import atomic_path
+from utils.layout import ARC_STEPS, CAMERAS_FILE, SCENE_FILE
 
 SAMPLE_SEED, SAMPLE_PATH, SAMPLE_FRAMES = 46, "walk", 2 * ARC_STEPS + 1
 PATHS = ("walk", "orbit", "flyover", "rise")

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from models.flags import resolve_device
 from models.precision import automatic_precision, report_precision, settle_precision
-from models.training import FREE_SETTINGS, add_training_flags, fit, is_trained, training_settings
-from models.weights import resolve_device
+from models.runtime.training import FREE_SETTINGS, add_training_flags, fit, is_trained, training_settings
 from synthetic.pictures import load_towns
 from utils.cli import InputError, Parser, positive_int, run_script, unit_float
-from utils.runs import file_sha256, open_run, read_json
+from utils.files import file_sha256, read_json
+from utils.runs import open_run
 
 STAGES = ("vae", "image", "video-vae")
 START = {  # of a stage and a flag of it: the parts of the folder that it names, and their classes
@@ -127,8 +128,8 @@ def train_vae(args: argparse.Namespace, process, fit_run: Callable) -> None:
     from diffusers import AutoencoderKL
 
     from models.latents import to_signed
-    from synthetic import vae_training as training
     from synthetic.tiny_models import image_vae
+    from synthetic.training import vae as training
 
     torch.manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.init_from / "vae") if args.init_from else image_vae()
@@ -157,9 +158,9 @@ def train_video_vae(args: argparse.Namespace, process, fit_run: Callable) -> Non
     from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
 
     from models.latents import to_signed
-    from synthetic import vae_training as training
-    from synthetic.inflate import inflate
     from synthetic.tiny_models import video_vae
+    from synthetic.training import vae as training
+    from synthetic.training.inflate import inflate
 
     torch.manual_seed(args.seed)
     vae = AutoencoderKLCogVideoX.from_pretrained(args.init_from / "vae") if args.init_from else video_vae()
@@ -202,8 +203,8 @@ def train_image(args: argparse.Namespace, process, fit_run: Callable) -> None:
     import torch
     from diffusers import AutoencoderKL, FluxControlNetModel, FluxPipeline
 
-    from synthetic import image_training as training
     from synthetic.tiny_models import controlnet, flux_pipeline
+    from synthetic.training import image as training
 
     torch.manual_seed(args.seed)
     if args.init_from:

@@ -28,8 +28,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def scene():
-    """A test scene of the benchmarks, synthetic.check_scenes.CheckScene; all workers share what is drawn of it."""
-    from synthetic.check_scenes import CheckScene
+    """A test scene of the benchmarks, synthetic.measuring.scenes.CheckScene; all workers share what is drawn of it."""
+    from synthetic.measuring.scenes import CheckScene
 
     return CheckScene(200_000, 0, (144, 96), session_folder() / "scenes")
 

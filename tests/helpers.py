@@ -146,13 +146,13 @@ def forbid_models(patch: pytest.MonkeyPatch) -> None:
     """Make the test fail when a script loads a network or a text encoder."""
     import diffusers
 
-    import models.loading
+    import models.loading.networks
 
     def load(*arguments, **options):
         pytest.fail("a model was loaded")
 
-    patch.setattr(models.loading, "load_model", load)
-    patch.setattr(models.loading, "load_ggi_transformer", load)
+    patch.setattr(models.loading.networks, "load_model", load)
+    patch.setattr(models.loading.networks, "load_ggi_transformer", load)
     patch.setattr(diffusers.DiffusionPipeline, "from_pretrained", load)
 
 

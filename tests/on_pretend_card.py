@@ -8,21 +8,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 
-from models import inbetween_training
-from models.anchors import AnchorSettings, decode_anchor, encode_warped, sample_anchor
-from models.inbetween import CogVideoXInbetweenPipeline, ConditionEps
+from models.flux.anchors import AnchorSettings, decode_anchor, encode_warped, sample_anchor
+from models.flux.lora import add_lora
+from models.flux.network import encode_flux_prompts, load_flux, place_flux
+from models.inbetween import training as inbetween_training
+from models.inbetween.pipeline import CogVideoXInbetweenPipeline, ConditionEps, encode_video_prompts, load_inbetween
 from models.latents import draw_noise, to_signed
-from models.loading import (
-    encode_flux_prompts,
-    encode_video_prompts,
-    load_flux,
-    load_inbetween,
-    load_model,
-    place_flux,
-)
-from models.lora import add_lora
-from models.memory import KEPT
-from models.rotary import use_complex_rotary
+from models.loading.networks import load_model
+from models.runtime.memory import KEPT
+from models.runtime.rotary import use_complex_rotary
 from models.weights import FLUX_STAGE, GGI_STAGE, locate
 from tests.helpers import ROOT
 from tests.pretend_card import CARD, PretendCard

@@ -30,12 +30,12 @@ import torch
 from diffusers import CogVideoXTransformer3DModel, FluxControlNetModel, FluxTransformer2DModel
 from safetensors.torch import load_file
 
-from models import keymaps
-from models.convert import MODEL_KINDS, build_empty
-from models.flux import anchor_schedule, shifted_schedule
-from models.lora import add_lora, lora_state, require_fit
+from models.flux.lora import add_lora, lora_state, require_fit
+from models.flux.network import anchor_schedule, shifted_schedule
+from models.loading import keymaps
+from models.loading.files import MODEL_KINDS, build_empty
 from tests.parity_models import formula_image, ggi_cases, image_cases, largest, training_steps
-from utils import arcs
+from utils import layout as arcs
 from utils.cli import InputError, Parser, run_script
 from utils.correspondence import gather_indices, latent_mask, read_map, resize_map, unreliable_mask, warp_image
 from utils.noise import blend_noise

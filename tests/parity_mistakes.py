@@ -20,10 +20,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import alignment, anchors, convert, flux, inbetween, keymaps, lora
+from models import convert
+from models.flux import alignment, anchors, lora
+from models.flux import network as flux
+from models.inbetween import pipeline as inbetween
+from models.loading import keymaps
 from tests import parity, parity_models
 from tests.helpers import ROOT, exit_code
-from utils import arcs
+from utils import layout as arcs
 
 GOLDEN = ROOT / "tests" / "golden"
 Mistake = Callable[[pytest.MonkeyPatch], None]

@@ -14,10 +14,10 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from models.alignment import Batch, FlowObjective, batch_flow_sample, lora_optimizer, optimizer_step
-from models.anchors import AnchorSettings, Step, decode_anchor, encode_warped, sample_anchor, warp_anchor
-from models.convert import build, load_ggi_transformer, load_reference_file, read_weights
-from models.flux import (
+from models.flux.alignment import Batch, FlowObjective, batch_flow_sample, lora_optimizer, optimizer_step
+from models.flux.anchors import AnchorSettings, Step, decode_anchor, encode_warped, sample_anchor, warp_anchor
+from models.flux.lora import check_lora, load_lora, lora_state
+from models.flux.network import (
     FluxModels,
     Text,
     anchor_schedule,
@@ -26,9 +26,9 @@ from models.flux import (
     training_schedule,
     velocity,
 )
-from models.inbetween import CogVideoXInbetweenPipeline, ConditionEps
+from models.inbetween.pipeline import CogVideoXInbetweenPipeline, ConditionEps
 from models.latents import draw_noise, pack, to_signed, token_positions, unpack
-from models.lora import check_lora, load_lora, lora_state
+from models.loading.files import build, load_ggi_transformer, load_reference_file, read_weights
 from utils.correspondence import read_map
 from utils.edges import resize_edges
 from utils.images import read_image

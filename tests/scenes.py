@@ -5,8 +5,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.arcs import ARC_STEPS, Arc, latent_frame_numbers
 from utils.correspondence import VISIBLE
+from utils.layout import ARC_STEPS, Arc, latent_frame_numbers
 
 
 def make_scene(

@@ -33,7 +33,7 @@ def mark_as_sharded(mixed_precision: str) -> None:
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
-    from models.sharding import sharding_plugin
+    from models.runtime.sharding import sharding_plugin
 
     Accelerator(cpu=True, mixed_precision=mixed_precision)
     for state in (AcceleratorState, PartialState):

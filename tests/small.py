@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from models.weights import WEIGHTS, Preset, load_preset
-from utils.runs import atomic_path, write_json
+from utils.files import atomic_path, write_json
 
 WIDTH, HEIGHT = 48, 32
 SIZE, LATENT_SIZE = (WIDTH, HEIGHT), (WIDTH // 8, HEIGHT // 8)
@@ -84,16 +84,16 @@ def resized(network, **sizes: int):
 
 def use_small_weights(patch: pytest.MonkeyPatch) -> None:
     """`--weights tiny` is the small weight set from here on, and no plan is counted twice."""
-    import models.plans
-    import models.training_plan
+    import benchmarks.memory.plans
+    import benchmarks.memory.training_plan
     import tests.warm_imports  # noqa: F401 - once, not by each script
 
     patch.setattr("models.weights.WEIGHTS", small_checkpoints())
     for module, name in (
-        (models.plans, "plan_alignment"),
-        (models.plans, "plan_anchors"),
-        (models.plans, "plan_ggi"),
-        (models.training_plan, "plan_training"),
+        (benchmarks.memory.plans, "plan_alignment"),
+        (benchmarks.memory.plans, "plan_anchors"),
+        (benchmarks.memory.plans, "plan_ggi"),
+        (benchmarks.memory.training_plan, "plan_training"),
     ):
         patch.setattr(module, name, counted_once(getattr(module, name)))
 

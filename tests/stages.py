@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tests.helpers import write_picture
 from tests.scenes import make_scene
-from utils.arcs import anchor_run_name
+from utils.layout import anchor_run_name
 
 STATE = "/state/"  # what alignment needs to go on; its LoRAs are the result
 PROMPT, NUM_ARCS = "a town", 2

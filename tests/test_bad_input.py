@@ -14,14 +14,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.keymaps import lora_from_peft
-from models.lora import lora_targets
+from models.flux.lora import lora_targets
+from models.loading.keymaps import lora_from_peft
 from models.weights import WEIGHTS
 from tests.helpers import ALIGN, ANCHORS, GGI, ROOT, forbid_models, words, write_picture
 from tests.helpers import call_shipped as call
 from tests.scenes import make_scene
-from utils.arcs import anchor_path
-from utils.runs import MANIFEST, read_json
+from utils.files import read_json
+from utils.layout import anchor_path
+from utils.runs import MANIFEST
 
 Refuse = Callable[..., None]
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -10,25 +10,36 @@ import numpy as np
 import pytest
 
 from models.weights import load_preset
-from synthetic import baselines, benchmark
-from synthetic.bench_curves import draw_curves
-from synthetic.bench_methods import BASELINES, CLAIMS, FULL, MAIN, METHODS, REMOVALS, SWEEPS, choose_methods, made_as
-from synthetic.bench_report import CURVES, compare, show, summarise, write_report, write_sheets
-from synthetic.bench_statistics import Estimate, estimate, paired_difference
-from synthetic.check_scenes import CheckScene
-from synthetic.check_settings import Settings
-from synthetic.check_units import Unit, choose_units
+from synthetic import benchmark
+from synthetic.measuring import baselines
+from synthetic.measuring.curves import draw_curves
+from synthetic.measuring.intervals import Estimate, estimate, paired_difference
+from synthetic.measuring.methods import (
+    BASELINES,
+    CLAIMS,
+    FULL,
+    MAIN,
+    METHODS,
+    REMOVALS,
+    SWEEPS,
+    choose_methods,
+    made_as,
+)
+from synthetic.measuring.report import CURVES, compare, show, summarise, write_report, write_sheets
+from synthetic.measuring.scenes import CheckScene
+from synthetic.measuring.settings import Settings
+from synthetic.measuring.units import Unit, choose_units
 from synthetic.render import paint, trace
 from synthetic.styles import make_style
 from tests.helpers import end, exit_code, start_module
 from tests.small import write_small_weights
 from tests.warm import fork_workers
-from utils.arcs import ARC_STEPS
 from utils.cli import InputError
-from utils.evaluation import Metric
+from utils.evaluation.measure import Metric
+from utils.files import read_json, write_json
 from utils.images import read_image
-from utils.runs import read_json, write_json
-from utils.views import correspondence
+from utils.layout import ARC_STEPS
+from utils.scene.views import correspondence
 
 SIZE = (144, 96)
 slow = pytest.mark.slow
@@ -186,7 +197,7 @@ def test_inpainting_touches_holes_alone():
 
 
 def test_the_last_frames_of_every_arc():
-    from synthetic.bench_units import arc_end_frames
+    from synthetic.measuring.rows import arc_end_frames
 
     assert arc_end_frames(91) == [*range(36, 46), *range(81, 91)]
 
@@ -204,7 +215,8 @@ def test_more_scenes_and_seeds_add_to_the_units_of_fewer():
 
 
 def test_identities_hold_what_decides_a_video_and_no_more(tmp_path: Path):
-    from synthetic.bench_units import FLUX_STAGE, GGI_STAGE, Bench
+    from models.weights import FLUX_STAGE, GGI_STAGE
+    from synthetic.measuring.rows import Bench
 
     names = (*FLUX_STAGE, *GGI_STAGE, "transformer")
     hashes = {name: {"model.safetensors": "1"} for name in names}

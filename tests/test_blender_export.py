@@ -16,8 +16,9 @@ bpy = pytest.importorskip("bpy")
 from bpy_extras.object_utils import world_to_camera_view  # noqa: E402
 from mathutils import Matrix, Vector  # noqa: E402
 
-from utils.cameras import read_cameras  # noqa: E402
-from utils.geometry import Geometry, load_geometry, turn  # noqa: E402
+from utils.cameras.read import read_cameras  # noqa: E402
+from utils.scene.load import load_geometry  # noqa: E402
+from utils.scene.mesh import Geometry, turn  # noqa: E402
 
 TOOL = Path(__file__).parent.parent / "tools" / "blender_export.py"
 FRAMES = 46

@@ -11,19 +11,10 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation, Slerp
 
-from utils.camera_files import smooth_curve
-from utils.cameras import (
-    KINDS,
-    Z_UP_TO_Y_UP,
-    CameraPath,
-    builtin_path,
-    catmull_rom,
-    make_path,
-    read_cameras,
-    resample,
-    to_arcs,
-    write_transforms,
-)
+from utils.cameras.builtin import KINDS, builtin_path
+from utils.cameras.keyframes import smooth_curve
+from utils.cameras.path import Z_UP_TO_Y_UP, CameraPath, catmull_rom, make_path, resample, to_arcs
+from utils.cameras.read import read_cameras, write_transforms
 from utils.cli import InputError
 
 TOWN = Path(__file__).parents[1] / "../shared/data/town"

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from models.weights import load_preset
-from synthetic import check, check_units, figures
+from synthetic import check
 from synthetic.check import FIGURES, judge, means_over_units
-from synthetic.check_scenes import ANCHORS, CheckScene
-from synthetic.check_settings import Settings, settings_of
-from synthetic.check_units import PARTS, Unit, finished_parts, part_identity, result_path
+from synthetic.measuring import figures
+from synthetic.measuring import units as check_units
+from synthetic.measuring.scenes import ANCHORS, CheckScene
+from synthetic.measuring.settings import Settings, settings_of
+from synthetic.measuring.units import PARTS, Unit, finished_parts, part_identity, result_path
 from synthetic.reference_views import ENOUGH, completeness, find_reference
 from synthetic.styles import CLASSES, MAJOR_CLASSES, make_style
 from tests.helpers import end, exit_code, start_module
@@ -22,7 +24,7 @@ from tests.small import write_small_weights
 from tests.warm import fork_workers
 from utils.cli import InputError
 from utils.correspondence import source_positions
-from utils.runs import read_json, write_json
+from utils.files import read_json, write_json
 
 SIZE = (144, 96)
 slow = pytest.mark.slow
@@ -325,7 +327,7 @@ def test_missing_networks_end_in_one_line(tmp_path: Path) -> None:
 
 def test_a_town_without_a_path_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = CheckScene(200_000, 0, SIZE, tmp_path)
-    monkeypatch.setattr("synthetic.check_scenes.make_path", _no_path)
+    monkeypatch.setattr("synthetic.measuring.scenes.make_path", _no_path)
     with pytest.raises(InputError, match="town 200000 has no clear camera path"):
         _ = scene.views
 

@@ -16,10 +16,11 @@ from diffusers import (
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from models import convert, keymaps
+from models import convert
 from models.convert import merge_ggi
-from models.flux import FluxModels, Text, velocity
-from models.lora import check_lora, load_lora
+from models.flux.lora import check_lora, load_lora
+from models.flux.network import FluxModels, Text, velocity
+from models.loading import keymaps
 from tests.helpers import profiled_peak
 from utils.cli import InputError
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.upsampling import CogVideoXUpsample3D
 
-from models.counting import (
+from benchmarks.memory.counting import (
     autocast_as_on_card,
     bring_in,
     count_activations,

@@ -12,10 +12,12 @@ from synthetic.demo import MP4_FILE, SHEET_FILE, SHEET_WIDTH, demo_sheet, true_f
 from synthetic.styles import make_style
 from tests.helpers import ROOT, exit_code, probe_video
 from tests.scenes import make_scene
-from utils.arcs import ARC_FRAMES, CAMERAS_FILE, SCENE_FILE, VIDEO_FILE, anchor_path, frame_path, load_scene
-from utils.geometry import build_geometry, write_glb
+from utils.files import write_json
 from utils.images import read_image, write_image
-from utils.runs import MANIFEST, write_json
+from utils.layout import ARC_FRAMES, CAMERAS_FILE, SCENE_FILE, VIDEO_FILE, anchor_path, frame_path, load_scene
+from utils.runs import MANIFEST
+from utils.scene.mesh import build_geometry
+from utils.scene.write import write_glb
 
 SAMPLE, BOXTOWN = ROOT / "assets" / "sampleA", ROOT / "assets" / "references" / "boxtown.png"
 SIZE = (48, 32)  # width, height

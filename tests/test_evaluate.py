@@ -15,11 +15,12 @@ from synthetic.demo import true_frames
 from synthetic.reference import style_of
 from tests.helpers import DATA, ROOT, exit_code
 from tests.scenes import make_scene
-from utils.arcs import CAMERAS_FILE, SCENE_FILE, VIDEO_FILE, find_scene, frame_path, load_scene
 from utils.cli import InputError
-from utils.evaluation import METRICS, Missing, load_targets, measure
+from utils.evaluation.measure import METRICS, Missing, load_targets, measure
+from utils.files import write_json
 from utils.images import write_image, write_video
-from utils.runs import MANIFEST, write_json
+from utils.layout import CAMERAS_FILE, SCENE_FILE, VIDEO_FILE, find_scene, frame_path, load_scene
+from utils.runs import MANIFEST
 from utils.videos import read_frames
 
 SAMPLE, REFERENCE = ROOT / "assets" / "sampleA", ROOT / "assets" / "references" / "boxtown.png"

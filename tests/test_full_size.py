@@ -9,7 +9,7 @@ from benchmarks import full_size
 from benchmarks.recipes import setup_of
 from tests.helpers import end, exit_code, start_module
 from tests.small import small_weights
-from utils.runs import read_json
+from utils.files import read_json
 
 PFLOP = 10**15
 without_card = pytest.mark.skipif(torch.cuda.is_available(), reason="with a card it measures, for minutes")

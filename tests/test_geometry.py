@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from tests.helpers import DATA
-from utils import raycast
 from utils.cli import InputError
-from utils.geometry import Geometry, RayCaster, load_geometry, turn, weld, write_glb
-from utils.raycast import NumpyHits, face_normals
+from utils.scene import raycast
+from utils.scene.load import load_geometry
+from utils.scene.mesh import Geometry, face_normals, turn, weld
+from utils.scene.raycast import NumpyHits, RayCaster
+from utils.scene.write import write_glb
 
 TOWN = DATA / "town"
 CUBE = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)], np.float32)
@@ -379,7 +381,7 @@ def brute_force(triangles: np.ndarray, origin: np.ndarray, directions: np.ndarra
 @pytest.mark.parametrize("hits", ["embree", "numpy"])
 def test_rays_find_the_first_triangle(hits: str, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
     if hits == "numpy":
-        monkeypatch.setattr("utils.raycast._make_embree", lambda *_: None)
+        monkeypatch.setattr("utils.scene.raycast._make_embree", lambda *_: None)
     else:
         pytest.importorskip("embreex")
     rng = np.random.default_rng(3)

@@ -11,10 +11,9 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from models.clip_cache import END_DRAWS, ClipCache, ClipEncoder
-from models.convert import load_ggi_transformer
-from models.inbetween import CogVideoXInbetweenPipeline
-from models.inbetween_training import (
+from models.inbetween.clip_cache import END_DRAWS, ClipCache, ClipEncoder
+from models.inbetween.pipeline import CogVideoXInbetweenPipeline
+from models.inbetween.training import (
     InbetweenObjective,
     add_frozen_lora,
     draw_batch,
@@ -25,15 +24,17 @@ from models.inbetween_training import (
     rotary_positions,
     save_transformer,
 )
-from models.loading import load_model
+from models.loading.files import load_ggi_transformer
+from models.loading.networks import load_model
 from models.weights import Preset
 from tests.clips import CAPTIONS, WEIGHTS, moving, write_lora
 from tests.small import LATENT_SIZE, small_preset
 from tests.small import SIZE as SMALL
 from utils.cli import InputError
-from utils.clips import FolderClips, crop_to_aspect, dis_flow, find_clips, flow_correspondence, read_captions
+from utils.data.clips import FolderClips, crop_to_aspect, find_clips, read_captions
+from utils.data.flow import dis_flow, flow_correspondence
+from utils.files import read_json
 from utils.images import read_image, write_image
-from utils.runs import read_json
 
 SIZE = (144, 96)  # of clips whose noise is looked at
 LATENT_SHAPE = (13, 16, *LATENT_SIZE[::-1])

@@ -13,20 +13,24 @@ import torch
 from diffusers import FluxControlNetModel, FluxPipeline, FluxTransformer2DModel
 from peft import get_peft_model_state_dict
 
-from models.alignment import FlowObjective, FlowSample, load_trainable
-from models.counting import (
+from benchmarks.memory.counting import (
     LiveBytes,
     bring_in,
     count_activations,
     empty_model,
     held_bytes,
+    kept_bytes,
     without_data,
 )
-from models.flux import FluxModels, Text, velocity
+from benchmarks.memory.plans import flux_builders, plan_alignment, plan_anchors, plan_ggi, video_builders, with_lora
+from models.flags import MEMORY_MODES
+from models.flux.alignment import FlowObjective, FlowSample, load_trainable
+from models.flux.lora import add_lora, set_lora
+from models.flux.network import FluxModels, Text, encode_flux_prompts, load_flux, place_flux, velocity
+from models.inbetween.pipeline import load_inbetween
 from models.latents import draw_noise, pack, to_signed
-from models.loading import component_config, encode_flux_prompts, load_encoders, load_flux, load_inbetween, place_flux
-from models.lora import add_lora, set_lora
-from models.memory import (
+from models.loading.networks import component_config, load_encoders
+from models.runtime.memory import (
     AT_WORK,
     FP8,
     INT8,
@@ -38,18 +42,16 @@ from models.memory import (
     block_linears,
     choose_mode,
     keep,
-    kept_bytes,
     kept_on,
     lossy,
     quantise,
     settle_overlap,
 )
-from models.plans import flux_builders, plan_alignment, plan_anchors, plan_ggi, video_builders, with_lora
-from models.weights import FLUX_STAGE, GGI_STAGE, MEMORY_MODES, load_preset, locate
+from models.weights import FLUX_STAGE, GGI_STAGE, load_preset, locate
 from tests.helpers import ROOT, profiled_peak
 from utils.cli import InputError
+from utils.files import read_json
 from utils.images import read_image
-from utils.runs import read_json
 
 FULL = ROOT / "configs" / "full"
 PATHS = {
@@ -245,7 +247,7 @@ def test_what_does_not_fit_names_the_mode_that_would(wanted: str, room: int, sai
 def test_phases_overlap_where_there_is_room(
     monkeypatch: pytest.MonkeyPatch, room: int, encoding: int, kept: str, together: bool
 ):
-    monkeypatch.setattr("models.memory.find_room", lambda device: room * GB)
+    monkeypatch.setattr("models.runtime.memory.find_room", lambda device: room * GB)
     phases = [
         Phase("text", 40 * GB, 0),
         Phase("encoding", 18 * GB, encoding * GB),

@@ -9,24 +9,25 @@ import diffusers
 import pytest
 import torch
 
-import models.alignment
-import models.anchors
-from models.counting import held_bytes
-from models.inbetween import CogVideoXInbetweenPipeline
-from models.plans import Plan, plan_alignment, plan_anchors, plan_ggi
+import models.flux.alignment
+import models.flux.anchors
+from benchmarks.memory.counting import held_bytes
+from benchmarks.memory.plans import Plan, plan_alignment, plan_anchors, plan_ggi
+from models.inbetween.pipeline import CogVideoXInbetweenPipeline
 from models.weights import FLUX_STAGE, GGI_STAGE, locate
 from tests.helpers import ALIGN, ANCHORS, GGI, call, forbid_models
 from tests.small import SIZE, small_preset
 from tests.stages import QUICK_VIDEO, RUN, draw, train
+from utils.files import read_json
 from utils.images import read_image
-from utils.runs import MANIFEST, read_json
+from utils.runs import MANIFEST
 
 pytestmark = pytest.mark.slow
 
 
 def test_the_plan_comes_before_any_model(anchored: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """A machine with room for nothing."""
-    monkeypatch.setattr("models.memory.free_memory", lambda device: 10**6)
+    monkeypatch.setattr("models.runtime.memory.free_memory", lambda device: 10**6)
     forbid_models(monkeypatch)
     video = anchored.parent / "video"
     assert call(GGI, "--target", anchored / "multiviews" / RUN, *QUICK_VIDEO, "--output_dir", video) == 2
@@ -91,7 +92,7 @@ def weights(plan: Plan, mode: str) -> dict[str, int]:
 def test_alignment_holds_what_is_planned(mode: str, tmp_path: Path, held):
     found, watch = held
     watch("text", diffusers.FluxPipeline, "encode_prompt")
-    watch("training", models.alignment, "batch_flow_sample")
+    watch("training", models.flux.alignment, "batch_flow_sample")
     precision = ("--mixed_precision", "bf16")
     assert call(ALIGN, *train(tmp_path / "loras", "--max_train_steps", 1, "--memory", mode, *precision)) == 0
     preset = small_preset()
@@ -107,8 +108,8 @@ def test_alignment_holds_what_is_planned(mode: str, tmp_path: Path, held):
 def test_anchors_hold_what_is_planned(mode: str, tmp_path: Path, anchored: Path, loras: Path, held):
     found, watch = held
     watch("text", diffusers.FluxPipeline, "encode_prompt")
-    watch("denoising", models.anchors, "sample_anchor")
-    watch("decoding", models.anchors, "decode_anchor")
+    watch("denoising", models.flux.anchors, "sample_anchor")
+    watch("decoding", models.flux.anchors, "decode_anchor")
     assert call(ANCHORS, *draw(anchored, loras, "--memory", mode, "--output_dir", tmp_path)) == 0
     preset = small_preset()
     paths, length = locate(argparse.Namespace(), preset, FLUX_STAGE), preset.max_sequence_length

@@ -12,30 +12,17 @@ import pytest
 from synthetic.render import make_world, paint, trace
 from synthetic.styles import make_style
 from tests.helpers import ROOT
-from utils.arcs import CAMERAS_FILE, SCENE_FILE
-from utils.cameras import read_cameras
-from utils.covisibility import (
-    Covisibility,
-    frame_pairs,
-    load_covisibility,
-    make_covisibility,
-    resize_view,
-)
-from utils.evaluation import inverse_depth
-from utils.geometry import build_geometry, load_geometry, turn
-from utils.metrics import anchor_error, flicker, sample, seams, temporal_error, warped_error
-from utils.metrics_image import (
-    colour_distance,
-    line_score,
-    psnr,
-    ssim,
-    texture_distance,
-    thin,
-    video_lines,
-)
-from utils.metrics_learned import depth_psnr
-from utils.raycast import RayCaster
-from utils.views import View, correspondence, make_views
+from utils.cameras.read import read_cameras
+from utils.evaluation.consistency import anchor_error, flicker, sample, seams, temporal_error, warped_error
+from utils.evaluation.covisibility import Covisibility, frame_pairs, load_covisibility, make_covisibility
+from utils.evaluation.measure import inverse_depth
+from utils.evaluation.networks import depth_psnr
+from utils.evaluation.pictures import colour_distance, line_score, psnr, ssim, texture_distance, thin, video_lines
+from utils.layout import CAMERAS_FILE, SCENE_FILE
+from utils.scene.load import load_geometry
+from utils.scene.mesh import build_geometry, turn
+from utils.scene.raycast import RayCaster
+from utils.scene.views import View, correspondence, make_views, resize_view
 
 SAMPLE = ROOT / "assets" / "sampleA"
 SIZE = (72, 48)  # width, height
@@ -391,7 +378,7 @@ def test_damage_moves_its_own_metrics(kind: str, truth, covisibility, best):
 @pytest.mark.slow
 def test_the_right_frames_have_the_scenes_lines(town, path_views):
     """At 360 pixels, against the lines of the scene: moved, mixed-up and blurred frames lose them."""
-    from utils.metrics_image import scene_lines
+    from utils.evaluation.pictures import scene_lines
 
     numbers = (0, 30, 60, 90)
     frames = np.stack(
@@ -423,7 +410,7 @@ def test_networks_of_the_real_classes(tmp_path: Path):
         Dinov2Config,
     )
 
-    from utils.metrics_learned import load_clip, load_depth
+    from utils.evaluation.networks import load_clip, load_depth
 
     torch.manual_seed(0)
     small = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from tests.scenes import make_scene, pan_map
-from utils.arcs import Arc, load_scene
 from utils.cli import InputError
 from utils.correspondence import read_map, source_positions
-from utils.noise import arc_noise, blend_noise, elements_per_cell, load_or_make_noise, warp_noise
+from utils.layout import Arc, load_scene
+from utils.noise import arc_noise, blend_noise, load_or_make_noise
+from utils.particles import elements_per_cell, warp_noise
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT.parent / "shared" / "data" / "sampleA"

@@ -15,16 +15,17 @@ import ggi
 import sag_distribution_alignment
 import sag_generate_anchor_view
 import train_ggi
-from models.keymaps import lora_from_peft
-from models.lora import lora_targets
+from models.flux.lora import lora_targets
+from models.loading.keymaps import lora_from_peft
 from models.precision import automatic_precision, computes_in_bfloat16, settle_precision
 from models.weights import WEIGHTS
 from tests.helpers import ALIGN, ANCHORS, GGI, ROOT, assert_same, contents, write_picture
 from tests.helpers import call_shipped as call
 from tests.scenes import make_scene
-from utils.arcs import anchor_path, anchor_run_name
 from utils.cli import InputError
-from utils.runs import MANIFEST, Run, read_json, write_json
+from utils.files import read_json, write_json
+from utils.layout import anchor_path, anchor_run_name
+from utils.runs import MANIFEST, Run
 
 TRAIN = "train_ggi"
 ASK = "from models.precision import computes_in_bfloat16 as ask; print(ask('cpu'))"

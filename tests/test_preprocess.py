@@ -19,15 +19,17 @@ import tests.town
 from benchmarks import preprocess as benchmark
 from benchmarks.preprocess import subdivide
 from tests.helpers import DATA, ROOT, exit_code
-from utils.arcs import CAMERAS_FILE, SCENE_FILE, load_scene
-from utils.cameras import read_cameras
+from utils.cameras.read import read_cameras
 from utils.correspondence import VISIBLE, encode_map, read_map, source_positions, write_map
-from utils.geometry import Geometry, RayCaster, load_geometry, turn
 from utils.images import read_image
-from utils.line_art import find_lines, make_line_scene, soften
+from utils.layout import CAMERAS_FILE, SCENE_FILE, load_scene
 from utils.noise import read_noise
-from utils.survey import survey
-from utils.views import View, correspondence, make_views
+from utils.scene.lines import find_lines, make_line_scene, soften
+from utils.scene.load import load_geometry
+from utils.scene.mesh import Geometry, turn
+from utils.scene.raycast import RayCaster
+from utils.scene.survey import survey
+from utils.scene.views import View, correspondence, make_views
 
 TOWN = DATA / "town"
 needs_town = pytest.mark.skipif(not TOWN.is_dir(), reason="the recorded town is not at hand")

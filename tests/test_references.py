@@ -17,9 +17,8 @@ from synthetic.scenes import SAMPLE_SEED
 from synthetic.styles import CLASSES, COLOURS, MAJOR_CLASSES, SKIES, make_style
 from tests.helpers import ROOT
 from utils.cli import InputError
-from utils.covisibility import resize_view
 from utils.images import read_image, write_image
-from utils.views import View
+from utils.scene.views import View, resize_view
 
 COMMITTED = ROOT / FOLDER
 BAND = 48  # pixels; how wide the parts are in which pictures are drawn again

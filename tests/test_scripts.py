@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from models.lora import lora_targets
+from models.flux.lora import lora_targets
 from models.weights import load_preset
 from tests.helpers import (
     ALIGN,
@@ -41,8 +41,9 @@ from tests.stages import (
     new_scene,
     train,
 )
+from utils.files import read_json
 from utils.images import read_image
-from utils.runs import MANIFEST, read_json
+from utils.runs import MANIFEST
 
 pytestmark = pytest.mark.slow
 

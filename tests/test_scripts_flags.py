@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tests.helpers import ALIGN, ANCHORS, GGI, assert_same, call, contents, probe_video, write_picture
 from tests.small import LATENT_SIZE, small_checkpoints
 from tests.stages import PROMPT, QUICK_VIDEO, RUN, STATE, VIDEO, anchor_run, draw, new_scene, train
-from utils.arcs import anchor_run_name
 from utils.images import read_image, write_image
+from utils.layout import anchor_run_name
 from utils.runs import MANIFEST
 
 pytestmark = pytest.mark.slow

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import models.anchors
-from models.inbetween import CogVideoXInbetweenPipeline
+import models.flux.anchors
+from models.inbetween.pipeline import CogVideoXInbetweenPipeline
 from tests.helpers import ALIGN, ANCHORS, GGI, assert_same, assert_whole, call, contents, kill_at, run
 from tests.stages import NUM_ARCS, QUICK_VIDEO, RUN, STATE, VIDEO, draw, last_line, new_scene, train
-from utils.runs import MANIFEST, read_json
+from utils.files import read_json
+from utils.runs import MANIFEST
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +47,7 @@ def long_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_losses_stay_complete_when_stopped_between_files(tmp_path: Path, loras: Path, monkeypatch: pytest.MonkeyPatch):
-    from models import training
+    from models.runtime import training
 
     def stop(folder: Path, losses: list[float]) -> None:
         raise KeyboardInterrupt
@@ -180,12 +181,12 @@ def test_a_failed_decode_of_an_anchor_costs_no_denoising(
 
     command = draw(anchored, loras, "--output_dir", tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(models.anchors, "decode_anchor", fail)
+        patch.setattr(models.flux.anchors, "decode_anchor", fail)
         assert call(ANCHORS, *command, "--memory", "full") == 3
     assert "--memory low" in last_line(capsys.readouterr().err)  # balanced would draw other pictures
     assert (tmp_path / RUN / "latents_00.safetensors").exists()
-    denoised, sample = [], models.anchors.sample_anchor
-    monkeypatch.setattr(models.anchors, "sample_anchor", lambda *a, **k: denoised.append(1) or sample(*a, **k))
+    denoised, sample = [], models.flux.anchors.sample_anchor
+    monkeypatch.setattr(models.flux.anchors, "sample_anchor", lambda *a, **k: denoised.append(1) or sample(*a, **k))
     assert call(ANCHORS, *command) == 0
     assert len(denoised) == NUM_ARCS
     assert_same(contents(tmp_path / RUN), contents(anchored / "multiviews" / RUN))

@@ -11,15 +11,15 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from models.memory import naming_smaller_mode
-from models.sharding import require_shardable, sharding_plugin
+from models.runtime.memory import naming_smaller_mode
+from models.runtime.sharding import require_shardable, sharding_plugin
 from tests.clips import TRAIN, WEIGHTS, weights_of
 from tests.helpers import ALIGN, ROOT, call, end, start_module, words, write_picture
 from tests.sharded import launch_environment
 from tests.small import small_checkpoints
-from utils.arcs import LOSS_FILE, STATE_FOLDER
 from utils.cli import InputError
 from utils.images import read_image
+from utils.layout import LOSS_FILE, STATE_FOLDER
 
 slow = pytest.mark.slow
 

@@ -17,11 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextModel, T5EncoderModel
 
-import models.loading
-from models.inbetween import CogVideoXInbetweenPipeline
+import models.loading.networks
+from models.inbetween.pipeline import CogVideoXInbetweenPipeline
 from tests.helpers import ALIGN, ANCHORS, GGI, assert_same, call, contents, kill_at, run, start
 from tests.stages import NUM_ARCS, QUICK_ANCHORS, QUICK_VIDEO, RUN, VIDEO, anchor_run, draw, new_scene, train
-from utils.arcs import anchor_run_name, lora_paths
+from utils.layout import anchor_run_name, lora_paths
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def styles(tmp_path_factory: pytest.TempPathFactory, loras: Path) -> Path:
 def test_networks_and_prompts_are_loaded_once_for_all_targets(tmp_path: Path, one_arc: Path, calls):
     """Two runs, one prompt: one pipeline, one pass of the text encoder for each text, one denoising per arc."""
     calls, count = calls
-    count("load", models.loading, "load_ggi_transformer")
+    count("load", models.loading.networks, "load_ggi_transformer")
     count("encode", T5EncoderModel, "forward")
     count("denoise", CogVideoXInbetweenPipeline, "__call__")
     scenes = [shutil.copytree(one_arc, tmp_path / name) for name in ("first", "second")]
@@ -76,7 +76,7 @@ def test_networks_are_loaded_once_for_all_scenes_and_styles(tmp_path: Path, styl
     """Two scenes in two styles, two prompts: one pass of each text encoder for each, one of the others per step."""
     calls, count = calls
     scenes = [new_scene(tmp_path / name, num_arcs=1) for name in ("first", "second")]
-    count("load", models.loading, "load_model")
+    count("load", models.loading.networks, "load_model")
     for name, cls in (("t5", T5EncoderModel), ("clip", CLIPTextModel)):
         count(name, cls, "forward")
     for name, cls in (("transformer", FluxTransformer2DModel), ("controlnet", FluxControlNetModel)):

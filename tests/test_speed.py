@@ -13,23 +13,22 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
-from models.anchors import AnchorSettings, sample_anchor
-from models.counting import default_dtype
-from models.flux import FluxModels, Text, anchor_schedule, guided_velocity, velocity
-from models.inbetween import CogVideoXInbetweenPipeline
+from benchmarks.memory.counting import default_dtype
+from benchmarks.memory.steps import anchor_step, ggi_step
+from models.flux.anchors import AnchorSettings, sample_anchor
+from models.flux.lora import add_lora
+from models.flux.network import FluxModels, Text, anchor_schedule, guided_velocity, load_flux, velocity
+from models.inbetween.pipeline import CogVideoXInbetweenPipeline, load_inbetween
 from models.latents import draw_noise, pack, unpack
-from models.loading import load_flux, load_inbetween
-from models.lora import add_lora
-from models.memory import FP8, RESIDENT
-from models.rotary import CogVideoXComplexAttention, FluxComplexAttention, turn, use_complex_rotary
-from models.speed import (
+from models.runtime.memory import FP8, RESIDENT
+from models.runtime.rotary import CogVideoXComplexAttention, FluxComplexAttention, turn, use_complex_rotary
+from models.runtime.speed import (
     attention_kernel,
     compile_blocks,
     first_block_cache,
     require_attention,
     require_compilable,
 )
-from models.steps import anchor_step, ggi_step
 from models.weights import FLUX_STAGE, GGI_STAGE, load_preset, locate
 from tests.helpers import ROOT
 from utils.cli import InputError, heavy_imports
@@ -238,7 +237,7 @@ def test_libraries_have_nothing_to_say():
     """With their warnings on, which the scripts switch off."""
     code = """
 import argparse, torch
-import models.alignment, models.inbetween_training, models.plans
+import models.flux.alignment, models.inbetween.training, benchmarks.memory.plans
 from models.loading import load_flux
 from models.weights import FLUX_STAGE, load_preset, locate
 load_flux(locate(argparse.Namespace(), load_preset("tiny"), FLUX_STAGE), "cpu", torch.float32)

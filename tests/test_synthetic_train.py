@@ -15,10 +15,11 @@ import synthetic.pictures
 import synthetic.train
 from synthetic.pictures import DETECTED, SIZE, STYLES, VIEWS, TownPictures, draw_town
 from tests.helpers import ROOT, assert_same, contents, exit_code, forget_accelerator, kill_at, start_module
-from utils.arcs import LOSS_FILE, SAMPLES_FOLDER, STATE_FOLDER
+from utils.data.tensor_cache import write_arrays
+from utils.files import file_sha256, read_json, write_json
 from utils.images import read_image
-from utils.runs import MANIFEST, file_sha256, read_json, write_json
-from utils.tensor_cache import write_arrays
+from utils.layout import LOSS_FILE, SAMPLES_FOLDER, STATE_FOLDER
+from utils.runs import MANIFEST
 
 slow = pytest.mark.slow
 QUICK = ("--max_train_steps", 2, "--checkpointing_steps", 1, "--warmup_steps", 0, "--decay_steps", 0,
@@ -277,8 +278,8 @@ def test_fresh_autoencoders_carry_colours(kind: str, seed: int):
 
 
 def test_an_inflated_autoencoder_sees_single_frames_as_the_image_one():
-    from synthetic.inflate import inflate
     from synthetic.tiny_models import image_vae, video_vae
+    from synthetic.training.inflate import inflate
 
     torch.manual_seed(0)
     image, video = image_vae(), video_vae()
@@ -313,8 +314,8 @@ def towns() -> list[TownPictures]:
 
 
 def draws_of(towns: list[TownPictures]) -> list:
-    from synthetic.image_training import draw_captioned
-    from synthetic.vae_training import draw_pictures, draw_segments
+    from synthetic.training.image import draw_captioned
+    from synthetic.training.vae import draw_pictures, draw_segments
 
     videos = [(np.repeat(town.images[0], 3, axis=0), np.repeat(town.edges, 4, axis=0)) for town in towns]
     return [draw_pictures(towns), draw_segments(videos, 5, 0.5), draw_captioned(towns, 0.5)]
@@ -336,7 +337,7 @@ def test_a_batch_does_not_depend_on_how_it_is_shared_out(towns: list[TownPicture
 
 def test_captions_and_edges_belong_to_their_picture():
     """Pictures of one colour each keep it in every crop; each has its own. So do edges."""
-    from synthetic.image_training import draw_captioned
+    from synthetic.training.image import draw_captioned
 
     shades = np.arange(2 * VIEWS * STYLES, dtype=np.uint8).reshape(2, VIEWS, STYLES)
     captions = tuple(f"caption {k}" for k in range(STYLES))
@@ -362,7 +363,7 @@ def test_captions_and_edges_belong_to_their_picture():
 
 
 def test_pictures_come_in_the_shapes_of_alignment(towns: list[TownPictures]):
-    from synthetic.image_training import draw_captioned
+    from synthetic.training.image import draw_captioned
 
     batches = [draw_captioned(towns, 0.5)((0, step, 0), range(2)) for step in range(24)]
     shapes = {tuple(batch["images"].shape[2:]) for batch in batches}
@@ -374,7 +375,7 @@ def test_pictures_come_in_the_shapes_of_alignment(towns: list[TownPictures]):
 
 
 def test_segments_are_consecutive_frames_or_their_edges():
-    from synthetic.vae_training import CROP, draw_segments
+    from synthetic.training.vae import CROP, draw_segments
 
     rows = np.arange(20, dtype=np.uint8)[:, None, None, None] * 10
     video = np.broadcast_to(rows, (20, 80, 112, 3))

@@ -26,10 +26,11 @@ from synthetic.styles import (
     surface_colours,
     vocabulary,
 )
-from utils.arcs import ARC_FRAMES
 from utils.edges import resize_edges
-from utils.geometry import build_geometry, load_geometry, turn
-from utils.views import View, correspondence, make_views
+from utils.layout import ARC_FRAMES
+from utils.scene.load import load_geometry
+from utils.scene.mesh import build_geometry, turn
+from utils.scene.views import View, correspondence, make_views
 
 SEED = 200_003
 SOME_SEEDS = (*range(400), *range(109_900, 110_000), *range(200_000, 200_100))

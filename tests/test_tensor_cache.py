@@ -12,7 +12,7 @@ import synthetic.pictures
 from synthetic.clips import VARIANTS, SyntheticClips, cached_clip, clip_styles, draw_clips
 from synthetic.pictures import DETECTED, SIZE, STYLES, VIEWS, cached_town, load_towns, style_seeds
 from synthetic.styles import make_style
-from utils.tensor_cache import read_arrays, write_arrays
+from utils.data.tensor_cache import read_arrays, write_arrays
 
 IDENTITY = {"town": 3, "size": [36, 24], "split": "train"}
 SMALL = (36, 24)

@@ -14,16 +14,17 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 import ggi
-from models.convert import load_ggi_transformer
-from models.inbetween_training import load_start, new_transformer
+from models.inbetween.training import load_start, new_transformer
+from models.loading.files import load_ggi_transformer
 from models.weights import Preset, find_inbetween
 from tests.clips import TRAIN, WEIGHTS, arguments, weights_of, write_lora
 from tests.helpers import call, forbid_models, kill_at, run, words
 from tests.small import HEIGHT, SIZE, WIDTH, small_preset
 from utils.cli import InputError
-from utils.clips import check_flow
+from utils.data.flow import check_flow
+from utils.files import read_json
 from utils.images import read_image, write_image
-from utils.runs import MANIFEST, read_json
+from utils.runs import MANIFEST
 
 slow = pytest.mark.slow
 

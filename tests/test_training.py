@@ -10,12 +10,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import tests.toy_training as toy
-from models.training import KEPT_STATES, TrainSettings, is_trained, training_settings
+from models.runtime.training import KEPT_STATES, TrainSettings, is_trained, training_settings
 from tests.helpers import assert_same, assert_whole, contents, end, forget_accelerator, kill_at, start_module
-from utils.arcs import LOSS_CURVE, LOSS_FILE, SAMPLES_FOLDER, STATE_FOLDER, find_checkpoints
 from utils.cli import InputError
+from utils.files import read_json
 from utils.images import read_image
-from utils.runs import MANIFEST, open_run, read_json
+from utils.layout import LOSS_CURVE, LOSS_FILE, SAMPLES_FOLDER, STATE_FOLDER, find_checkpoints
+from utils.runs import MANIFEST, open_run
 
 STATE = f"/{STATE_FOLDER}/"
 RANDOM_STATES = "random_states"  # they hold Python's generator too, which every process starts elsewhere

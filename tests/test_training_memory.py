@@ -6,33 +6,29 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
-from models.counting import LiveBytes, bring_in, count_activations, held_bytes, without_data
-from models.inbetween_training import (
-    InbetweenObjective,
-    add_frozen_lora,
-    load_start,
-    lora_ranks,
-    read_frozen_lora,
+from benchmarks.memory.counting import LiveBytes, bring_in, count_activations, held_bytes, without_data
+from benchmarks.memory.steps import inbetween_training_step
+from benchmarks.memory.training_plan import (
+    TrainingSetup,
+    empty_trained,
+    gradient_bytes,
+    holder,
+    moment_bytes,
+    plan_training,
+    trained_builder,
+    update_bytes,
 )
-from models.memory import (
-    EIGHT_BITS,
-    KEPT,
-    PAGED,
-    RESIDENT,
-    Phase,
-    choose_mode,
-    kept_on,
-    lossy,
-)
-from models.optimizers import gradient_bytes, holder, make_optimizer, moment_bytes, update_bytes
-from models.steps import inbetween_training_step
-from models.training_plan import TrainingSetup, empty_trained, plan_training, trained_builder
-from models.weights import MEMORY_MODES, Preset
+from models.flags import MEMORY_MODES
+from models.inbetween.training import InbetweenObjective, add_frozen_lora, load_start, lora_ranks, read_frozen_lora
+from models.runtime.memory import EIGHT_BITS, KEPT, PAGED, RESIDENT, Phase, choose_mode, kept_on, lossy
+from models.runtime.optimizers import make_optimizer
+from models.weights import Preset
 from tests.clips import TRAIN, arguments, weights_of, write_lora
 from tests.helpers import ROOT, call, forbid_models, kill_at, profiled_peak
 from tests.small import small_checkpoints, small_preset
 from utils.cli import InputError
-from utils.runs import MANIFEST, read_json
+from utils.files import read_json
+from utils.runs import MANIFEST
 
 FULL = ROOT / "configs" / "full"
 PATHS = {"cogvideox_vae": FULL / "cogvideox", "cogvideox_text": FULL / "cogvideox"}
@@ -245,7 +241,7 @@ def test_the_plan_comes_before_any_model(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     forbid_models(monkeypatch)
-    monkeypatch.setattr("models.memory.free_memory", lambda device: 10**6)
+    monkeypatch.setattr("models.runtime.memory.free_memory", lambda device: 10**6)
     command = arguments(dataset, tmp_path, 2, "--cache_dir", tmp_path / "cache")
     assert call(TRAIN, *command) == 2
     assert "cpu has room for 0.9 MB: no mode fits" in capsys.readouterr().err
@@ -266,7 +262,7 @@ def plan_of(total: int) -> list[Phase]:
 def test_bitsandbytes_that_is_not_installed(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setattr("models.memory.find_spec", lambda name: None)
+    monkeypatch.setattr("models.runtime.memory.find_spec", lambda name: None)
     assert call(TRAIN, *arguments(dataset, tmp_path, 2, "--memory", "low")) == 2
     assert "--memory low needs bitsandbytes: pip install bitsandbytes==" in capsys.readouterr().err
 
@@ -291,7 +287,7 @@ def test_out_of_memory_names_a_smaller_mode(
     def fail(*inputs, **more):
         raise torch.OutOfMemoryError("a step that needs too much")
 
-    monkeypatch.setattr("models.training._backward", fail)
+    monkeypatch.setattr("models.runtime.training._backward", fail)
     assert call(TRAIN, *arguments(dataset, tmp_path, 2, "--memory", mode)) == 3
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: out of memory with --memory {mode}") and error.endswith(advice)

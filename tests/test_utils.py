@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from models.alignment import draw_batch
+from models.flux.alignment import draw_batch
 from models.latents import pack, to_signed, token_positions, unpack
-from utils.arcs import anchor_run_name, edge_frame_indices, pad_prompts
 from utils.cli import InputError
+from utils.data.references import Reference, crop_size, draw_crop, load_references
+from utils.files import atomic_path, write_json
 from utils.images import contact_sheet, plot_curve, read_image, write_image, write_video
-from utils.references import Reference, crop_size, draw_crop, load_references
-from utils.runs import atomic_path, clear_leftovers, derive_seed, find_unfinished, open_run, write_json
+from utils.layout import anchor_run_name, edge_frame_indices, pad_prompts
+from utils.runs import clear_leftovers, derive_seed, find_unfinished, open_run
 
 
 def test_atomic_path_keeps_the_old_file_when_writing_fails(tmp_path):

@@ -22,16 +22,11 @@ from transformers import (
     T5Tokenizer,
 )
 
+from models.flags import resolve_device
+from models.flux.network import encode_flux_prompts, load_flux
 from models.hub import is_whole
-from models.loading import (
-    caption_image,
-    component_config,
-    encode_flux_prompts,
-    encode_video_prompts,
-    load_flux,
-    load_inbetween,
-    load_model,
-)
+from models.inbetween.pipeline import caption_image, encode_video_prompts, load_inbetween
+from models.loading.networks import component_config, load_model
 from models.weights import (
     FLUX_STAGE,
     GGI_STAGE,
@@ -40,7 +35,6 @@ from models.weights import (
     caption_source,
     load_preset,
     locate,
-    resolve_device,
     weight_hashes,
 )
 from utils.cli import InputError

@@ -23,14 +23,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.arcs import Arc, latent_frame_numbers
-from utils.cameras import CameraPath, read_cameras
+from utils.cameras.path import CameraPath
+from utils.cameras.read import read_cameras
 from utils.cli import InputError, Parser, run_script
 from utils.correspondence import read_map, source_positions
-from utils.geometry import Geometry, RayCaster, load_geometry, turn
 from utils.images import read_image
-from utils.line_art import LineScene, find_lines, make_line_scene
-from utils.views import View, correspondence, make_views
+from utils.layout import Arc, latent_frame_numbers
+from utils.scene.lines import LineScene, find_lines, make_line_scene
+from utils.scene.load import load_geometry
+from utils.scene.mesh import Geometry, turn
+from utils.scene.raycast import RayCaster
+from utils.scene.views import View, correspondence, make_views
 
 WITHIN = 1.5  # pixels; how far apart two lines may be and still count as the same
 

@@ -1,4 +1,4 @@
-"""A straight line through noisy points, trained by `models.training.fit`: what its tests run, also as a process.
+"""A straight line through noisy points, trained by `fit`: what its tests run, also as a process.
 
     python -m tests.toy_training --output_dir runs/line --max_train_steps 6
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from models.training import FREE_SETTINGS, Draw, add_training_flags, fit, training_settings
+from models.runtime.training import FREE_SETTINGS, Draw, add_training_flags, fit, training_settings
 from utils.cli import Parser, run_script, unit_float
 from utils.runs import open_run
 

@@ -146,6 +146,6 @@ def use_small_weights() -> None:
 
 def fork_workers() -> None:
     """To prepare a process with: those that it divides its work among are forked from it, not started anew."""
-    from synthetic import jobs
+    from synthetic.measuring import jobs
 
     jobs.get_context = lambda method: multiprocessing.get_context("fork")

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from utils.cli import InputError
-from utils.runs import atomic_path
+from utils.files import atomic_path
 
 VISIBLE = 65535  # blue value of a valid pixel
 MASK_KERNEL = 5  # pixels; side of the dilation kernel

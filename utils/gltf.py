@@ -4,7 +4,7 @@
         file = open_gltf(path)
         positions = file.accessor(3, "VEC3", {FLOAT: 4})
 
-Both readers stand on this, of scenes (`utils.gltf_check`) and of cameras (`utils.camera_gltf`). Buffers are memory
+Both readers stand on this, `scene.gltf_scene` and `cameras.gltf`. Buffers are memory
 views of the file: nothing is copied.
 """
 

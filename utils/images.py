@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from utils.cli import InputError
-from utils.runs import atomic_path
+from utils.files import atomic_path
 
 LABEL_HEIGHT = 18  # pixels above each row of a contact sheet
 

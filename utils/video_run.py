@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.arcs import (
+from utils.images import contact_sheet, read_image, write_image, write_video
+from utils.layout import (
     ARC_FRAMES,
     CONTACT_SHEET,
     VIDEO_FILE,
@@ -16,7 +17,6 @@ from utils.arcs import (
     latents_path,
     resample_indices,
 )
-from utils.images import contact_sheet, read_image, write_image, write_video
 from utils.runs import Run
 
 SHEET_COLUMNS = 8  # frames per arc on the contact sheet

@@ -14,10 +14,11 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image
 
-from utils.arcs import ARC_FRAMES, ARC_STEPS
 from utils.cli import InputError
+from utils.files import read_json
 from utils.images import read_image
-from utils.runs import MANIFEST, read_json
+from utils.layout import ARC_FRAMES, ARC_STEPS
+from utils.runs import MANIFEST
 
 PICTURES = (".png", ".jpg", ".jpeg")
 # Damage is an error, not something to conceal; no frame is turned, repeated or dropped.

@@ -1,0 +1,222 @@
+"""Counting the bytes of networks and of what they compute, on models and tensors without data.
+
+Weights are counted on empty models of the real configurations, activations by running the real code on tensors that
+have shapes and dtypes, but no memory.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from diffusers.models.upsampling import CogVideoXUpsample3D
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models.runtime.memory import FP8, INT8, NF4, block_linears, keep
+
+NF4_BLOCK = 64  # weights that share a scale
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New floating-point tensors are of this dtype in the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def without_data(dtype: torch.dtype) -> Iterator[None]:
+    """Tensors made in the block have shapes and dtypes, but no values and no memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True), default_dtype(dtype):
+        yield
+
+
+def empty_model(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> torch.nn.Module:
+    """A model of this dtype on the meta device, frozen."""
+    with torch.device("meta"), default_dtype(dtype):
+        model = build().eval().requires_grad_(False)
+    for module in model.modules():  # loading casts buffers, too
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
+    return model
+
+
+def bring_in(
+    model: torch.nn.Module, new: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+) -> torch.nn.Module:
+    """Replace the parameters and buffers of an empty model; what two modules share stays shared.
+
+    new(name in its module, empty tensor) gives a tensor of the same shape and dtype. By default that is torch.empty:
+    inside `without_data` the model then computes with tensors that count as lying in memory, not on meta.
+    """
+    new = new or (lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in made:
+                    is_parameter, value = isinstance(tensor, torch.nn.Parameter), new(name, tensor)
+                    made[id(tensor)] = torch.nn.Parameter(value, tensor.requires_grad) if is_parameter else value
+                tensors[name] = None if tensor is None else made[id(tensor)]
+    return model
+
+
+def autocast_as_on_card(model: torch.nn.Module) -> None:
+    """Let norms and upsampling give float32 under autocast, as on a GPU; a CPU's autocast leaves their dtype.
+
+    Changes the dtype of norms' weights: count those before.
+    """
+    norms = (torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm)
+    for module in model.modules():
+        if isinstance(module, norms):
+            module.float()
+        if isinstance(module, (*norms, CogVideoXUpsample3D)):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers; what two modules share counts once."""
+    tensors = [*model.parameters(), *model.buffers(), *(t for module in model.modules() for t in _scales(module))]
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+
+def _scales(module: torch.nn.Module) -> list[torch.Tensor]:
+    """What a quantised layer (`models/runtime/quantised.py`) holds beside its codes."""
+    weight = getattr(module, "weight", None)
+    if (four_bits := getattr(weight, "quant_state", None)) is not None:
+        return [four_bits.absmax, four_bits.code]
+    scales = getattr(weight, "SCB", None)
+    return [] if scales is None else [scales]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors that were made while this is active and are still alive, and their peak.
+
+    on_card: with what cuDNN takes for a convolution of 16-bit numbers: copies of its input, weights and output, with
+    channels last.
+    """
+
+    def __init__(self, *, on_card: bool = False):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+        self.on_card = on_card
+
+    def ignore(self, model: torch.nn.Module) -> None:
+        self.known |= {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def _forget(self, key: int, size: int) -> None:
+        self.now -= size
+        self.known.discard(key)
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.known:
+                    self.known.add(key)
+                    weakref.finalize(storage, self._forget, key, size)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+        if self.on_card and function is torch.ops.aten.convolution.default and result.element_size() == 2:
+            copies = sum(tensor.nbytes for tensor in (*arguments[:2], result))
+            self.peak = max(self.peak, self.now + copies)
+        return result
+
+
+def count_activations(step: Callable[[], object], *models: torch.nn.Module, on_card: bool = False) -> int:
+    """Peak bytes of what `step` makes, besides the weights of `models`. Call it inside `without_data`.
+
+    on_card: the scratch space of convolutions counts, too.
+    """
+    with LiveBytes(on_card=on_card) as live:
+        for model in models:
+            live.ignore(model)
+        step()
+    return live.peak
+
+
+def count_streamed(step: Callable[[], object], *models: torch.nn.Module) -> int:
+    """Peak bytes of what `step` makes and of the layers that are on the card meanwhile, streamed from CPU memory.
+
+    Those are the layer at work and the next one, which is on its way. Which is next is what a first run shows, as in
+    diffusers' group offloading by leaves: of a layer that works twice in a row, the next one comes twice.
+    """
+    sizes = {layer: size for model in models for layer in model.modules() if (size := _own_bytes(layer))}
+    order: list[torch.nn.Module] = []
+    with _watched(sizes, order.append):
+        step()
+    following, on_card = dict(pairwise(order)), {}
+
+    def bring(layer: torch.nn.Module) -> None:
+        on_card[layer] = torch.empty(sizes[layer], dtype=torch.uint8)
+
+    def begin(layer: torch.nn.Module) -> None:
+        if layer not in on_card:
+            bring(layer)
+        if layer in following:
+            bring(following[layer])
+
+    def end(layer: torch.nn.Module) -> None:
+        on_card.pop(layer, None)
+
+    with _watched(sizes, begin, end):
+        return count_activations(step, *models, on_card=True)
+
+
+def _own_bytes(layer: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
+
+
+@contextmanager
+def _watched(
+    layers: Iterable[torch.nn.Module],
+    begin: Callable[[torch.nn.Module], None],
+    end: Callable[[torch.nn.Module], None] | None = None,
+) -> Iterator[None]:
+    """Call begin(layer) before, and end(layer) after each call of a layer in the block."""
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: begin(layer)) for layer in layers]
+    if end:
+        hooks += [layer.register_forward_hook(lambda layer, *_: end(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def kept_bytes(model: torch.nn.Module, how: str) -> int:
+    """Bytes on the card while an empty model (`empty_model`) is in use. For FP8 it is changed.
+
+    how: not STREAMED, of which some layers are there at a time (`count_streamed`).
+    """
+    if how in (INT8, NF4):
+        matrices = [layer.weight for layer in block_linears(model).values()]
+        before = sum(weight.nbytes for weight in matrices)
+        return held_bytes(model) - before + sum(_quantised_bytes(*weight.shape, how) for weight in matrices)
+    if how == FP8:
+        keep(model, FP8, "meta")
+    return held_bytes(model)
+
+
+def restored_bytes(model: torch.nn.Module, how: str) -> int:
+    """Bytes of the matrix that a layer kept in fewer bits restores while it is at work, the largest. model: empty."""
+    if how not in (FP8, INT8, NF4):
+        return 0
+    return max(layer.weight.nbytes for layer in block_linears(model).values())
+
+
+def _quantised_bytes(out: int, features: int, how: str) -> int:
+    if how == INT8:
+        return out * features + 4 * out  # a float32 scale per row
+    return (out * features + 1) // 2 + 4 * -(-out * features // NF4_BLOCK) + 4 * 16  # scales, and the 16 values

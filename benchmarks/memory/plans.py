@@ -1,0 +1,268 @@
+"""Memory plans: the phases of each stage and what they hold on the card, for every `--memory` mode.
+
+Counted from the configurations of the weights that will be loaded (`benchmarks/memory/counting.py`). A plan is a dict
+{mode: [Phase, …]}; phases follow each other, so the largest decides.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    CogVideoXTransformer3DModel,
+    FluxControlNetModel,
+    FluxTransformer2DModel,
+    ModelMixin,
+)
+from transformers import AutoConfig, CLIPTextModel, T5EncoderModel
+
+from benchmarks.memory.counting import (
+    autocast_as_on_card,
+    bring_in,
+    count_activations,
+    count_streamed,
+    empty_model,
+    held_bytes,
+    kept_bytes,
+    restored_bytes,
+    without_data,
+)
+from benchmarks.memory.steps import (
+    alignment_step,
+    anchor_decoding,
+    anchor_step,
+    ggi_step,
+    latent_shape,
+    video_decoding,
+    video_encoding,
+)
+from models.flags import MEMORY_MODES
+from models.flux.lora import add_lora, train_loras
+from models.flux.network import FluxModels
+from models.inbetween.pipeline import prepare_networks
+from models.loading.networks import component_config
+from models.runtime.memory import AT_WORK, RESIDENT, STREAMED, Phase, is_card, kept_on
+from models.runtime.rotary import use_complex_rotary
+from utils.cli import InputError
+from utils.files import read_json
+
+Build = Callable[[], torch.nn.Module]
+Plan = dict[str, list[Phase]]
+FLUX_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+VIDEO_ENCODERS = {"text_encoder": T5EncoderModel}
+LORA_STATE = 3 * 4  # bytes for each LoRA parameter in training: gradient and two moments, float32
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a phase needs besides the weights of what is resident; bytes at its peak.
+
+    networks: at work. layers: what the peak grows by when they are streamed; None if no mode streams them.
+    """
+
+    networks: Sequence[str]
+    activations: int
+    layers: int | None = None
+    optimizer: int = 0
+
+
+def count_work(
+    networks: Mapping[str, torch.nn.Module], step: Callable[[], object], device: str, *, streamed: bool = True
+) -> Work:
+    """Count a step of these networks. Call it inside `without_data`. streamed: whether some mode streams them."""
+    on_card = is_card(device)
+    activations = count_activations(step, *networks.values(), on_card=on_card)
+    layers = count_streamed(step, *networks.values()) - activations if on_card and streamed else None
+    return Work(tuple(networks), activations, layers)
+
+
+def flux_builders(paths: dict[str, Path]) -> dict[str, Build]:
+    """{network: how to make an empty one} of FLUX from local paths."""
+    classes = {
+        "transformer": ("flux_transformer", FluxTransformer2DModel),
+        "controlnet": ("controlnet", FluxControlNetModel),
+        "vae": ("flux_vae", AutoencoderKL),
+    }
+    return {
+        key: from_files(name, paths[name], lambda n=name, cls=cls: cls.from_config(component_config(n, paths[n])))
+        for key, (name, cls) in classes.items()
+    }
+
+
+def video_builders(vae: Path, transformer: Path) -> dict[str, Build]:
+    """The same of the in-between model. vae: from `locate`. transformer: folder in either layout."""
+    config = transformer / "config.json"
+    return {
+        "transformer": from_files(
+            "transformer", transformer, lambda: CogVideoXTransformer3DModel.from_config(read_json(config))
+        ),
+        "vae": from_files(
+            "cogvideox_vae", vae, lambda: AutoencoderKLCogVideoX.from_config(component_config("cogvideox_vae", vae))
+        ),
+    }
+
+
+def from_files(name: str, path: Path, build: Build) -> Build:
+    """The same function; what it cannot build is an InputError that names component and path."""
+
+    def build_or_say() -> torch.nn.Module:
+        try:
+            return build()
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{name}: {path} does not describe such a network: {error}") from error
+
+    return build_or_say
+
+
+def encoder_builder(folder: Path, name: str, cls: type) -> Build:
+    """How to make an empty text encoder of a pipeline folder."""
+    return from_files(name, folder, lambda: cls(AutoConfig.from_pretrained(folder / name, local_files_only=True)))
+
+
+def text_phases(
+    folder: Path, encoders: dict[str, type], dtype: torch.dtype, length: int, device: str
+) -> dict[str, Phase]:
+    """{how they are kept: the text encoders of a pipeline folder, all at once, on one prompt of `length` tokens}."""
+    models = {cls: empty_model(encoder_builder(folder, name, cls), dtype) for name, cls in encoders.items()}
+    held = sum(held_bytes(model) for model in models.values())
+    model = models[T5EncoderModel]  # the largest of them
+    with without_data(dtype), torch.no_grad():
+        bring_in(model)
+        tokens = torch.empty(1, length, dtype=torch.long)
+        work = count_work({"text": model}, lambda: model(tokens), device)
+    phases = {RESIDENT: Phase("text", held, work.activations)}
+    return phases | ({STREAMED: Phase("text", work.layers, work.activations)} if is_card(device) else {})
+
+
+def _plan(
+    stage: str,
+    builders: dict[str, Build],
+    dtype: torch.dtype,
+    phases: dict[str, Work],
+    text: dict[str, Phase],
+    device: str,
+) -> Plan:
+    """phases: by name, in order. text: from `text_phases`."""
+    plan = {}
+    for mode in MEMORY_MODES:
+        kept = kept_on(device, stage, mode)
+        empty = {n: empty_model(build, dtype) for n, build in builders.items() if kept[n] != STREAMED}
+        restored = {n: restored_bytes(model, kept[n]) for n, model in empty.items()}
+        held = {n: kept_bytes(model, kept[n]) for n, model in empty.items()}
+        plan[mode] = [text[kept["text"]]]
+        for name, work in phases.items():
+            weights = sum(held[n] for n in held if n in work.networks or kept[n] != AT_WORK)
+            if any(kept[n] == STREAMED for n in work.networks):
+                weights += work.layers
+            activations = work.activations + max(restored.get(n, 0) for n in work.networks)
+            plan[mode].append(Phase(name, weights, activations, work.optimizer))
+    return plan
+
+
+def plan_anchors(
+    paths: dict[str, Path],
+    size: tuple[int, int],
+    rank: int,
+    length: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    guided: bool,
+) -> Plan:
+    """Stage 2. size: width, height of an anchor in pixels. rank: of the LoRAs. length: tokens of a prompt.
+
+    guided: both branches of true CFG go in one batch.
+    """
+    builders = flux_builders(paths)
+    builders |= {name: with_lora(builders[name], rank) for name in ("transformer", "controlnet")}
+    networks = [empty_model(build, dtype) for build in builders.values()]
+    with without_data(dtype), torch.no_grad():
+        models = FluxModels(*map(bring_in, networks))
+        step = anchor_step(models, size, length, 2 if guided else 1)
+        pair = {"transformer": models.transformer, "controlnet": models.controlnet}
+        for network in pair.values():
+            use_complex_rotary(network)
+        phases = {
+            "denoising": count_work(pair, step, device),
+            "decoding": count_work({"vae": models.vae}, anchor_decoding(models, size), device),
+        }
+    text = text_phases(paths["flux_text"], FLUX_ENCODERS, dtype, length, device)
+    return _plan("anchors", builders, dtype, phases, text, device)
+
+
+def with_lora(build: Build, rank: int) -> Build:
+    """The same network with LoRA layers, its fused projections included."""
+
+    def build_with_lora() -> ModelMixin:
+        model = build()
+        add_lora(model, rank)
+        return model
+
+    return build_with_lora
+
+
+def plan_alignment(
+    paths: dict[str, Path],
+    side: int,
+    batch: int,
+    rank: int,
+    length: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    autocast: torch.dtype | None,
+) -> Plan:
+    """Stage 1. side: of a training crop in pixels; the largest crop is square. batch: crops per process and step."""
+    plain = flux_builders(paths)
+    builders = plain | {name: with_lora(plain[name], rank) for name in ("transformer", "controlnet")}
+    networks = [empty_model(build, dtype) for build in builders.values()]
+    trained = networks[:2]
+    loras = [parameter for group in train_loras(trained) for parameter in group]
+    for model in trained:
+        model.train()
+        if is_card(device) and autocast:
+            autocast_as_on_card(model)
+    context = partial(torch.autocast, "cpu", autocast, enabled=autocast is not None)
+    with without_data(dtype):
+        models = FluxModels(*map(bring_in, networks))
+        step = alignment_step(models, side, batch, length, context)
+        training = count_activations(step, *trained, on_card=is_card(device))
+    count = sum(parameter.numel() for parameter in loras)
+    training -= 4 * count  # gradients: counted below
+    master = 4 - torch.empty((), dtype=dtype).element_size()  # beyond the bytes in `dtype`, which `_plan` counts
+    optimizer = count * (LORA_STATE + master)
+    phases = {"training": Work(tuple(builders), training, optimizer=optimizer)}
+    text = text_phases(paths["flux_text"], FLUX_ENCODERS, dtype, length, device)
+    return _plan("alignment", builders, dtype, phases, text, device)
+
+
+def plan_ggi(
+    paths: dict[str, Path],
+    transformer: Path,
+    size: tuple[int, int],
+    num_frames: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    guided: bool,
+    tiling: bool,
+) -> Plan:
+    """Stage 3. size: width, height of the video in pixels. guided: both branches of guidance go in one batch."""
+    builders = video_builders(paths["cogvideox_vae"], transformer)
+    networks = [empty_model(build, dtype) for build in builders.values()]
+    with without_data(dtype), torch.no_grad():
+        network, vae = map(bring_in, networks)
+        prepare_networks(network, vae, tiling=tiling)
+        shape, step = latent_shape(network, size, num_frames), ggi_step(network, size, num_frames, 2 if guided else 1)
+        phases = {
+            "encoding": count_work({"vae": vae}, video_encoding(vae, size, num_frames), device, streamed=False),
+            "denoising": count_work({"transformer": network}, step, device),
+            "decoding": count_work({"vae": vae}, video_decoding(vae, shape), device, streamed=False),
+        }
+        length = network.config.max_text_seq_length
+    text = text_phases(paths["cogvideox_text"], VIDEO_ENCODERS, dtype, length, device)
+    return _plan("ggi", builders, dtype, phases, text, device)

@@ -1,0 +1,55 @@
+"""Flags on how a stage runs, shared by the scripts. Nothing heavy is imported here."""
+
+import argparse
+
+from utils.cli import InputError
+
+MEMORY_MODES = ("full", "balanced", "low")  # from fast and large to slow and small
+ATTENTION_KERNELS = ("cudnn", "flash", "efficient")  # of torch (`models/runtime/speed.py`)
+
+
+def add_memory_flags(parser: argparse.ArgumentParser) -> None:
+    """--memory, and --offload as another name for its smallest mode."""
+    parser.add_argument(
+        "--memory",
+        choices=["auto", *MEMORY_MODES],
+        default="auto",
+        help="how networks are kept: full is fastest, low needs least; auto takes the fastest mode that fits",
+    )
+    parser.add_argument("--offload", dest="memory", action="store_const", const="low", help="the same as --memory low")
+
+
+def add_compile_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,  # as in the manifests of runs from before the flag
+        help="compile the transformer's blocks: minutes at the start; other rounding; goes with --memory full",
+    )
+
+
+def add_attention_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--attention",
+        choices=ATTENTION_KERNELS,
+        help="torch's attention kernel for the transformers: other speed and rounding (default: torch chooses)",
+    )
+
+
+def resolve_device(name: str) -> str:
+    """Turn --device into a torch device string. Raises InputError when there is no such device."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return "cpu"
+    if not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise InputError(f"--device {name}: this machine has no such CUDA device; use --device cpu")
+    return name

@@ -1,0 +1,178 @@
+"""LoRA on FLUX and its ControlNet, where the reference has it.
+
+q, k and v share one `down` matrix in the reference. diffusers' fused projections (`to_qkv`, `to_added_qkv`) give
+exactly that with plain peft layers, and cost nothing once the separate weights of the fused blocks are dropped.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import FluxControlNetModel, FluxTransformer2DModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from models.loading.files import read_weights
+from models.loading.keymaps import MLP_RATIO, lora_from_peft, lora_to_peft
+from models.runtime.sharding import whole
+from utils.cli import InputError
+from utils.files import atomic_path
+from utils.runs import is_first_process
+
+FluxModel = FluxTransformer2DModel | FluxControlNetModel
+SINGLE_BLOCKS = range(1, 5)  # the single-stream blocks that carry LoRA; all double-stream blocks do
+
+
+def lora_targets(config: Mapping) -> dict[str, tuple[int, int]]:
+    """{module name: (in, out features)} of every LoRA layer, from a model's config alone."""
+    hidden = config["num_attention_heads"] * config["attention_head_dim"]
+    targets = {}
+    for i in range(config["num_layers"]):
+        for name, out in (("to_qkv", 3), ("to_out.0", 1), ("to_added_qkv", 3), ("to_add_out", 1)):
+            targets[f"transformer_blocks.{i}.attn.{name}"] = (hidden, out * hidden)
+    for i in SINGLE_BLOCKS:
+        if i < config["num_single_layers"]:
+            targets[f"single_transformer_blocks.{i}.attn.to_qkv"] = (hidden, 3 * hidden)
+            targets[f"single_transformer_blocks.{i}.proj_out"] = ((1 + MLP_RATIO) * hidden, hidden)
+    return targets
+
+
+def check_lora(path: Path, config: Mapping) -> dict[str, torch.Tensor]:
+    """Read a LoRA file and make sure that it fits a model of this config; no model is needed.
+
+    Returns peft's names. Raises InputError naming the first key that is missing, unknown or of another shape.
+    """
+    tensors, _ = read_weights(path)
+    try:
+        state = lora_to_peft(tensors)
+    except ValueError as error:
+        raise InputError(f"{path} is not a LoRA of this project: {error}") from error
+    if not state:
+        raise InputError(f"{path} holds no LoRA")
+    require_fit(path, state, config)
+    return state
+
+
+def read_loras(
+    loras: Mapping[str, Sequence[Path]], configs: Sequence[Mapping]
+) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """{name: values of each network} from {name: file of each network}. configs: of the networks; see `check_lora`."""
+    return {
+        name: [check_lora(file, config) for file, config in zip(files, configs, strict=True)]
+        for name, files in loras.items()
+    }
+
+
+def lora_rank(state: Mapping[str, torch.Tensor]) -> int:
+    """Rank of a LoRA under peft's names."""
+    return next(tensor.shape[0] for key, tensor in state.items() if "lora_A" in key)
+
+
+def common_ranks(loras: Mapping[str, Sequence[Mapping[str, torch.Tensor]]]) -> list[int]:
+    """Rank of each network's LoRA, the same in all of them ({name: values of each network}), else an InputError."""
+    ranks = {name: [lora_rank(state) for state in states] for name, states in loras.items()}
+    first, *others = ranks.values()
+    if any(other != first for other in others):
+        raise InputError(f"LoRAs of several ranks ({ranks}): draw each in a command of its own")
+    return first
+
+
+def require_fit(source: object, state: Mapping[str, torch.Tensor], config: Mapping) -> None:
+    """Raise InputError unless `state` (peft's names) is a whole LoRA for a model of this config."""
+    rank, wanted = lora_rank(state), {}
+    for name, (features, out) in lora_targets(config).items():
+        wanted |= {f"{name}.lora_A.weight": (rank, features), f"{name}.lora_B.weight": (out, rank)}
+    for key in sorted(wanted.keys() | state.keys()):
+        found = tuple(state[key].shape) if key in state else None
+        if found != wanted.get(key):
+            raise InputError(
+                f"{source} does not fit these weights: {key} is {found or 'missing'}, the model needs "
+                f"{wanted.get(key) or 'no such layer'}; was it trained on other weights?"
+            )
+
+
+def add_lora(model: FluxModel, rank: int) -> list[torch.nn.Parameter]:
+    """Fuse q, k, v where LoRA sits, add LoRA layers (down ~ N(0, 1/rank), up = 0), and return their parameters."""
+    targets = lora_targets(model.config)
+    for name in targets:
+        if name.endswith("attn.to_qkv"):
+            _fuse(model.get_submodule(name.removesuffix(".to_qkv")))
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="gaussian"))
+    return lora_parameters(model)
+
+
+def lora_parameters(model: FluxModel) -> list[torch.nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+
+
+def train_loras(models: Sequence[FluxModel]) -> list[list[torch.nn.Parameter]]:
+    """Let LoRA layers be trained, in float32 and with gradient checkpointing. Returns each model's parameters."""
+    loras = [[parameter.requires_grad_() for parameter in lora_parameters(model)] for model in models]
+    cast_training_params(list(models), torch.float32)
+    for model in models:
+        model.enable_gradient_checkpointing()
+    return loras
+
+
+def _fuse(attention: torch.nn.Module) -> None:
+    attention.fuse_projections()
+    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+        if hasattr(attention, name):
+            delattr(attention, name)  # the fused layer holds a copy: at full size the originals are 2 GB
+
+
+def load_lora(model: FluxModel, state: Mapping[str, torch.Tensor], weight: float = 1.0) -> list[torch.nn.Parameter]:
+    """Add LoRA layers holding `state` (peft names, as `check_lora` returns them) and return their parameters.
+
+    weight: see `set_lora`.
+    """
+    parameters = add_lora(model, lora_rank(state))
+    set_lora(model, state, weight)
+    return parameters
+
+
+def set_lora(model: FluxModel, state: Mapping[str, torch.Tensor], weight: float = 1.0) -> None:
+    """Put values (peft names) into LoRA layers that exist already, wherever the model is kept.
+
+    weight: `--lora_weight`. It multiplies both factors, as in the reference, so the strength is its square.
+    """
+    result = set_peft_model_state_dict(model, {key: weight * tensor for key, tensor in state.items()})
+    if result.unexpected_keys:
+        raise ValueError(f"LoRA keys that the model does not have: {result.unexpected_keys[:3]}")
+
+
+def lora_state(model: FluxModel) -> dict[str, torch.Tensor]:
+    """LoRA values under the reference's names, in the dtype they are trained in. In every process if sharded."""
+    state = {key: whole(tensor.detach()) for key, tensor in get_peft_model_state_dict(model).items()}
+    return {key: tensor.contiguous() for key, tensor in lora_from_peft(state).items()}
+
+
+def save_lora(model: FluxModel, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the LoRA as the reference does: its key names, bfloat16. Atomic.
+
+    Call it in every process if the model is sharded; the first one writes.
+    """
+    state = {key: tensor.to("cpu", dtype) for key, tensor in lora_state(model).items()}
+    if is_first_process():
+        with atomic_path(path) as temporary:
+            save_file(state, temporary)
+
+
+def save_loras_only(accelerator: Accelerator, models: Sequence[FluxModel]) -> None:
+    """Make `save_state` and `load_state` of `accelerator` carry the LoRAs alone, in the dtype they are trained in."""
+
+    def save(_: list, weights: list, folder: str) -> None:
+        weights.clear()
+        if accelerator.is_main_process:
+            for i, model in enumerate(models):
+                save_file(lora_state(model), Path(folder) / f"lora_{i}.safetensors")
+
+    def load(modules: list, folder: str) -> None:
+        modules.clear()
+        for i, model in enumerate(models):
+            set_lora(model, lora_to_peft(load_file(Path(folder) / f"lora_{i}.safetensors")))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

@@ -1,0 +1,206 @@
+"""FLUX with its HED ControlNet: the schedule, one velocity with true CFG, and the autoencoder's two directions.
+
+The reference runs the ControlNet for both branches of true CFG; diffusers' ControlNet pipeline reuses the positive
+residuals. The numbers must agree with the reference, so this is a thin layer over diffusers' models instead.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FluxControlNetModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+
+from models.latents import posterior_sample, token_positions
+from models.loading.networks import free_caches, load_encoders, load_model
+from models.runtime.memory import RESIDENT, keep
+
+TRAINING_STEPS, TRAINING_TOKENS = 999, 4096  # schedule from which training draws its timesteps
+CONTROL_STEPS = 25  # the ControlNet acts on the first 25 steps only
+CONTROL_RESIDUALS = 2  # how many of its residuals are used; the reference has this number fixed
+
+
+@dataclass
+class FluxModels:
+    """The networks of one FLUX pipeline, on one device; transformer and ControlNet in one dtype."""
+
+    transformer: FluxTransformer2DModel
+    controlnet: FluxControlNetModel
+    vae: AutoencoderKL
+    device: str = "cpu"  # where they compute; with offloading their weights are elsewhere
+
+
+@dataclass(frozen=True)
+class Text:
+    """An encoded prompt. tokens: T5 output [B, T, D]; pooled: CLIP output [B, P]."""
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor
+
+    def same_as(self, other: "Text") -> bool:
+        return torch.equal(self.tokens, other.tokens) and torch.equal(self.pooled, other.pooled)
+
+    def to(self, device: str) -> "Text":
+        return Text(self.tokens.to(device), self.pooled.to(device))
+
+
+def stack_texts(texts: Sequence[Text]) -> Text:
+    """One batch of prompts that were encoded one by one."""
+    return Text(torch.cat([text.tokens for text in texts]), torch.cat([text.pooled for text in texts]))
+
+
+def shifted_schedule(num_steps: int, tokens: int) -> torch.Tensor:
+    """Timesteps of rectified flow, float32 [num_steps + 1], from 1 (noise) to 0 (image).
+
+    t = e^mu / (e^mu + 1/s - 1), s linear from 1 to 0, mu on the line through (256 tokens, 0.5) and (4096, 1.15).
+    """
+    linear = torch.linspace(1, 0, num_steps + 1)
+    mu = 0.5 + (1.15 - 0.5) / (4096 - 256) * (tokens - 256)
+    shift = float(np.exp(mu))
+    timesteps = shift / (shift + (1 / linear - 1))
+    timesteps[-1] = 0
+    return timesteps
+
+
+def anchor_schedule(num_steps: int, width: int, height: int) -> torch.Tensor:
+    """The schedule of anchor views of width x height pixels.
+
+    Its length parameter is a sixteenth of the token count. The reference has it so, and the released settings are
+    tuned to it.
+    """
+    return shifted_schedule(num_steps, (width // 8) * (height // 8) // 256)
+
+
+def training_schedule() -> torch.Tensor:
+    """The 1000 timesteps from which alignment draws, float32."""
+    return shifted_schedule(TRAINING_STEPS, TRAINING_TOKENS)
+
+
+def encode_image(models: FluxModels, images: torch.Tensor, eps: torch.Tensor | None) -> torch.Tensor:
+    """Images [B, 3, H, W] in [-1, 1] -> float32 latents [B, 16, H/8, W/8].
+
+    eps: N(0, 1) of the latents' shape (the posterior is sampled, as in the reference); None takes the mean.
+    """
+    vae = models.vae
+    latents = posterior_sample(vae.encode(images.to(models.device, vae.dtype)).latent_dist, eps)
+    return vae.config.scaling_factor * (latents.float() - vae.config.shift_factor)
+
+
+def decode_latents(models: FluxModels, latents: torch.Tensor) -> torch.Tensor:
+    """Latents [B, 16, h, w] -> float32 images [B, 3, 8 h, 8 w], about [-1, 1]."""
+    vae = models.vae
+    latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(latents.to(models.device, vae.dtype)).sample.float()
+
+
+def to_bytes(images: torch.Tensor) -> np.ndarray:
+    """Images [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]. Truncates, as the reference does for FLUX."""
+    scaled = 127.5 * (images.float().clamp(-1, 1) + 1)
+    return scaled.to(torch.uint8).movedim(1, -1).cpu().numpy()
+
+
+def control_residuals(
+    models: FluxModels,
+    tokens: torch.Tensor,
+    timestep: float | torch.Tensor,
+    text: Text,
+    control: torch.Tensor,
+    guidance: float | torch.Tensor,
+) -> list[torch.Tensor]:
+    """Unscaled ControlNet residuals, one [B, L, hidden] per ControlNet block. Arguments as for `velocity`."""
+    network = models.controlnet
+    samples, _ = network(
+        controlnet_cond=control.to(tokens.device, network.dtype),
+        return_dict=False,
+        **_inputs(network, tokens, timestep, text, control, guidance),
+    )
+    return samples
+
+
+def velocity(
+    models: FluxModels,
+    tokens: torch.Tensor,
+    timestep: float | torch.Tensor,
+    text: Text,
+    control: torch.Tensor,
+    *,
+    guidance: float | torch.Tensor,
+    control_weight: float = 1.0,
+) -> torch.Tensor:
+    """Predicted velocity (noise minus image) of one branch, in the transformer's dtype, [B, L, 64].
+
+    tokens: packed latents [B, L, 64]. timestep in [0, 1], one or [B]. control: edge images [B, 3, H, W] in [-1, 1], H
+    W = 256 L. guidance: distilled guidance scale, one or [B] (4 at inference, 1 in training). control_weight: 0
+    leaves the ControlNet out.
+    """
+    residuals = None
+    if control_weight:
+        samples = control_residuals(models, tokens, timestep, text, control, guidance)
+        residuals = [control_weight * sample for sample in samples[:CONTROL_RESIDUALS]]
+    return models.transformer(
+        controlnet_block_samples=residuals,
+        controlnet_blocks_repeat=True,  # XLabs: residual k mod 2 is added after double block k
+        return_dict=False,
+        **_inputs(models.transformer, tokens, timestep, text, control, guidance),
+    )[0]
+
+
+def guided_velocity(positive: torch.Tensor, negative: torch.Tensor | None, true_guidance: float) -> torch.Tensor:
+    """True classifier-free guidance: negative + scale * (positive - negative); float32."""
+    if negative is None:
+        return positive.float()
+    return negative.float() + true_guidance * (positive.float() - negative.float())
+
+
+def _inputs(network, tokens, timestep, text, control, guidance) -> dict:
+    """What transformer and ControlNet take alike."""
+    device, dtype = tokens.device, network.dtype
+    batch = tokens.shape[0]
+    return {
+        "hidden_states": tokens.to(dtype),
+        "encoder_hidden_states": text.tokens.to(device, dtype),
+        "pooled_projections": text.pooled.to(device, dtype),
+        "timestep": torch.as_tensor(timestep, dtype=torch.float32).expand(batch).to(device, dtype),
+        "img_ids": token_positions(control.shape[-2] // 8, control.shape[-1] // 8, device),
+        "txt_ids": torch.zeros(text.tokens.shape[1], 3, device=device),
+        "guidance": torch.as_tensor(guidance, dtype=torch.float32).expand(batch).to(device, dtype)
+        if network.config.guidance_embeds
+        else None,
+    }
+
+
+def load_flux(paths: dict[str, Path], device: str, dtype: torch.dtype) -> FluxModels:
+    """Transformer, ControlNet and VAE of FLUX, in CPU memory; `place_flux` brings them to `device`."""
+    return FluxModels(
+        load_model("flux_transformer", FluxTransformer2DModel, paths["flux_transformer"], dtype),
+        load_model("controlnet", FluxControlNetModel, paths["controlnet"], dtype),
+        load_model("flux_vae", AutoencoderKL, paths["flux_vae"], dtype),
+        device,
+    )
+
+
+def place_flux(models: FluxModels, kept: Mapping[str, str]) -> None:
+    """Bring the networks to their device as `kept` says; call it after LoRA layers were added."""
+    for name in kept.keys() & {"transformer", "controlnet", "vae"}:
+        keep(getattr(models, name), kept[name], models.device)
+
+
+def encode_flux_prompts(
+    path: Path, prompts: Iterable[str], device: str, dtype: torch.dtype, max_length: int, how: str = RESIDENT
+) -> dict[str, Text]:
+    """{prompt: Text} from the text encoders of the pipeline folder `path`, which are freed again. On the CPU."""
+    pipeline = load_encoders("flux_text", FluxPipeline, path, device, dtype, how)
+    texts = {}
+    with torch.no_grad():
+        for prompt in dict.fromkeys(prompts):
+            tokens, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=max_length)
+            texts[prompt] = Text(tokens.cpu(), pooled.cpu())
+    del pipeline
+    free_caches()
+    return texts

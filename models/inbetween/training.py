@@ -1,0 +1,295 @@
+"""Training of the in-between transformer: start weights, the objective, what a step sees, and what is saved.
+
+All weights are trained except a LoRA that is given (the reference freezes the one of Go-with-the-Flow inside); it is
+merged into what is saved. The network predicts v; the loss is on the clean latents that follow from it, x0 =
+sqrt(ᾱ) x_t - sqrt(1 - ᾱ) v, weighted by 1/(1 - ᾱ), as in diffusers' CogVideoX training example.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from diffusers.pipelines.cogvideo.pipeline_cogvideox_image2video import (
+    get_3d_rotary_pos_embed,
+    get_resize_crop_region_for_grid,
+)
+
+from models.inbetween.clip_cache import END_DRAWS, ClipCache, Tensors
+from models.inbetween.pipeline import LATENT_CHANNELS, CogVideoXInbetweenPipeline
+from models.latents import draw_noise
+from models.loading.files import Shards, build, load_ggi_transformer, read_weights
+from models.loading.keymaps import merge_tensor, merged_names
+from models.runtime.sharding import whole_state
+from utils.cli import InputError
+from utils.files import read_json
+from utils.images import contact_sheet
+from utils.layout import LATENT_FRAMES, resample_indices
+from utils.noise import blend_noise
+from utils.runs import derive_seed
+
+CHANNELS = 3 * LATENT_CHANNELS  # noisy latents | images | edges
+PATCH_WEIGHT = "patch_embed.proj.weight"
+SHEET_COLUMNS, SHEET_STEPS, SHEET_ALPHA = 8, 10, 0.5
+
+
+# --- start weights ---
+
+
+def check_start(config: Mapping, size: tuple[int, int], num_frames: int) -> None:
+    """Raise InputError unless a transformer of this config can be trained at `size`, (width, height) in pixels."""
+    if config.get("_class_name") != "CogVideoXTransformer3DModel" or config.get("patch_size_t"):
+        raise InputError("the start weights are not a CogVideoX 1.0 transformer (see their config.json)")
+    if config["in_channels"] not in (2 * LATENT_CHANNELS, CHANNELS):
+        raise InputError(f"the start weights have {config['in_channels']} input channels; 32 or 48 can be trained")
+    frames = (LATENT_FRAMES - 1) * config["temporal_compression_ratio"] + 1
+    if num_frames != frames:
+        raise InputError(
+            f"these weights make {num_frames} frames; an arc's {LATENT_FRAMES} latent frames are {frames}"
+        )
+    trained = (8 * config["sample_width"], 8 * config["sample_height"])
+    if config["use_learned_positional_embeddings"] and trained != size:
+        raise InputError(f"the start weights have positions for {trained[0]}x{trained[1]}, not {size[0]}x{size[1]}")
+
+
+def load_start(folder: Path) -> CogVideoXTransformer3DModel:
+    """The transformer of a folder with 48 input channels, float32.
+
+    Of an image-to-video transformer with 32, the columns for edges are new and zero: at first edges change nothing.
+    """
+    config = read_json(folder / "config.json")
+    if config["in_channels"] == CHANNELS:
+        return load_ggi_transformer(folder, torch.float32).requires_grad_(True)
+    shards = Shards(folder)
+    state = {name: shards[name].float() for name in shards}
+    try:
+        weight = state[PATCH_WEIGHT]
+        state[PATCH_WEIGHT] = torch.cat([weight, torch.zeros_like(weight[:, :LATENT_CHANNELS])], dim=1)
+        return build(CogVideoXTransformer3DModel, config | {"in_channels": CHANNELS}, state).requires_grad_(True)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{folder} is not a CogVideoX transformer: {error}") from error
+
+
+def new_transformer(config: Mapping, seed: int) -> CogVideoXTransformer3DModel:
+    """Random start weights of this architecture with 48 input channels, float32."""
+    torch.manual_seed(seed)
+    return CogVideoXTransformer3DModel.from_config({**config, "in_channels": CHANNELS})
+
+
+# --- the frozen LoRA ---
+
+
+def read_frozen_lora(path: Path, config: Mapping) -> Tensors:
+    """A LoRA file in diffusers' format as {module.lora_A.weight, module.lora_B.weight: tensor}.
+
+    A scale (alpha / rank) is multiplied into lora_B. Raises InputError unless it fits a transformer of this config.
+    """
+    tensors, _ = read_weights(path)
+    tensors = {key.removeprefix("base_model.model.").removeprefix("transformer."): t for key, t in tensors.items()}
+    with torch.device("meta"):
+        model = CogVideoXTransformer3DModel.from_config({**config, "in_channels": CHANNELS})
+    sizes = {name: m.weight.shape for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    state = {}
+    for name in sorted({key.rpartition(".lora_A.")[0] or key.rpartition(".lora_B.")[0] for key in tensors} - {""}):
+        down, up = (tensors.get(f"{name}.lora_{factor}.weight") for factor in "AB")
+        fits = down is not None and up is not None and (up.shape[0], down.shape[1]) == tuple(sizes.get(name, ()))
+        if not fits or up.shape[1] != down.shape[0]:
+            raise InputError(f"--lora {path} does not fit these weights at {name}")
+        scale = tensors.pop(f"{name}.alpha", down.shape[0]) / down.shape[0]
+        state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up * scale}
+    unknown = sorted(tensors.keys() - state.keys())
+    if unknown or not state:
+        raise InputError(f"--lora {path} is not a LoRA in diffusers' format ({unknown[:1] or 'it is empty'})")
+    return state
+
+
+def lora_ranks(state: Tensors) -> dict[str, int]:
+    """{layer: rank} of a LoRA, as `read_frozen_lora` gives it."""
+    return {key.removesuffix(".lora_A.weight"): t.shape[0] for key, t in state.items() if key.endswith("_A.weight")}
+
+
+def add_frozen_lora(transformer: CogVideoXTransformer3DModel, state: Tensors, dtype: torch.dtype) -> None:
+    """Add the LoRA's layers in `dtype`, frozen; everything else stays trainable."""
+    transformer.load_lora_adapter(state, prefix=None, adapter_name="default")
+    for name, parameter in transformer.named_parameters():
+        frozen = ".lora_" in name
+        parameter.requires_grad_(not frozen)
+        if frozen:
+            parameter.data = parameter.data.to(dtype)
+
+
+def save_transformer(transformer: CogVideoXTransformer3DModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write a plain CogVideoX transformer with the LoRA merged in, as ggi.py loads it.
+
+    Call it in every process if the transformer is sharded; the first one writes.
+    """
+    if not (state := whole_state(transformer)):
+        return
+    merged = {name: merge_tensor(state, name).to("cpu", dtype, copy=True) for name in merged_names(state)}
+    config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+    build(CogVideoXTransformer3DModel, config, merged).save_pretrained(folder)
+
+
+# --- the objective ---
+
+
+def rotary_positions(config: Mapping, h: int, w: int, frames: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Cosines and sines [frames h/2 w/2, head size] for latents of h x w, as diffusers' pipeline makes them."""
+    if not config["use_rotary_positional_embeddings"]:
+        return None
+    patch = config["patch_size"]
+    grid = (h // patch, w // patch)
+    crops = get_resize_crop_region_for_grid(grid, config["sample_width"] // patch, config["sample_height"] // patch)
+    return get_3d_rotary_pos_embed(config["attention_head_dim"], crops, grid, frames)
+
+
+@contextmanager
+def uncached_casts() -> Iterator[None]:
+    """Autocast copies each weight when it is used and drops the copy; at full size the copies of all are 11 GB.
+
+    The numbers are the same: no weight is used twice in a pass.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+class InbetweenObjective(torch.nn.Module):
+    """Transformer and noise schedule: the loss of a batch."""
+
+    _no_split_modules: ClassVar = ["CogVideoXBlock"]  # what FSDP gathers together
+
+    def __init__(self, transformer: CogVideoXTransformer3DModel, scheduler: CogVideoXDDIMScheduler):
+        super().__init__()
+        self.transformer, self._scheduler = transformer, scheduler
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        conditions: torch.Tensor,
+        text: torch.Tensor,
+        timesteps: torch.Tensor,
+    ) -> Tensors:
+        """Scalars `loss` (weighted, on x0) and `x0_error` (mean squared error of x0).
+
+        latents: clean, [B, F, 16, h, w]. noise: N(0, 1), the same shape. conditions: [B, F, 32, h, w], images | edges.
+        text: [B, T, D]. timesteps: int64 [B].
+        """
+        noisy = self._scheduler.add_noise(latents, noise, timesteps)
+        frames, _, h, w = latents.shape[1:]
+        rotary = rotary_positions(self.transformer.config, h, w, frames)
+        with uncached_casts():
+            velocity = self.transformer(
+                hidden_states=torch.cat([noisy, conditions], dim=2),
+                encoder_hidden_states=text,
+                timestep=timesteps,
+                image_rotary_emb=rotary and tuple(part.to(latents.device) for part in rotary),
+                return_dict=False,
+            )[0]
+        predicted = self._scheduler.get_velocity(velocity.float(), noisy, timesteps)  # the same formula gives x0
+        errors = (predicted - latents).square().flatten(1).mean(dim=1)
+        weights = 1 / (1 - self._scheduler.alphas_cumprod.to(errors)[timesteps])
+        return {"loss": (weights * errors).mean(), "x0_error": errors.detach().mean()}
+
+
+# --- what a step sees ---
+
+
+def mix_channels(noise: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Another sample of warped noise from one: noise [F, C, h, w], channels mixed by a random rotation or reflection.
+
+    The channels are independent samples that were moved alike, so every orthogonal mix of them has their distribution,
+    in space and in time. The matrix is uniform: Q of the QR decomposition of a Gaussian, signs fixed by R's diagonal.
+    """
+    q, r = np.linalg.qr(rng.standard_normal((noise.shape[1],) * 2))
+    matrix = torch.from_numpy(q * np.sign(np.diag(r))).to(noise)
+    return torch.einsum("ij,fjhw->fihw", matrix, noise)
+
+
+def conditions_of(clip: Tensors, start: int, end: int, edges: torch.Tensor) -> torch.Tensor:
+    """Conditions [13, 32, h, w]: (start, zeros …, end) | edges, with these two of the noised end images."""
+    images = torch.zeros_like(edges)
+    images[0], images[-1] = clip["start"][start], clip["end"][end]
+    return torch.cat([images, edges], dim=1)
+
+
+def posterior_draw(stored: torch.Tensor, seed: int) -> torch.Tensor:
+    """mean + deviation ε of stored [2, F, 16, h, w]."""
+    mean, deviation = stored
+    return mean + deviation * draw_noise(mean.shape, seed)
+
+
+def draw_item(cache: ClipCache, item_seed: Sequence[int], caption_dropout: float, num_timesteps: int) -> Tensors:
+    """One training example: what `InbetweenObjective` takes, without the batch dimension.
+
+    Clip, caption or none, end images, α of the noise ~ U(0, 1), timestep, rotation of channels, noise: all from the
+    seed.
+    """
+    rng = np.random.default_rng(item_seed)
+    number, timestep = int(rng.integers(len(cache))), int(rng.integers(num_timesteps))
+    start, end = rng.integers(END_DRAWS, size=2)
+    alpha, dropped = float(rng.random()), rng.random() < caption_dropout
+    clip = cache.clip(number)
+    warped = mix_channels(clip["noise"], rng)
+    edges = posterior_draw(clip["edges"], derive_seed(*item_seed, 1))
+    return {
+        "latents": posterior_draw(clip["video"], derive_seed(*item_seed, 2)),
+        "noise": blend_noise(warped, draw_noise(warped.shape, derive_seed(*item_seed, 3)), alpha),
+        "conditions": conditions_of(clip, start, end, edges),
+        "text": cache.text("" if dropped else cache.caption(number)),
+        "timesteps": torch.tensor(timestep),
+    }
+
+
+def draw_batch(
+    cache: ClipCache, step_seed: Sequence[int], items: Iterable[int], caption_dropout: float, num_timesteps: int
+) -> Tensors:
+    """The batch of one step. items: numbers in the global batch; each depends on `step_seed` and its number alone."""
+    drawn = [draw_item(cache, (*step_seed, item), caption_dropout, num_timesteps) for item in items]
+    return {name: torch.stack([item[name] for item in drawn]) for name in drawn[0]}
+
+
+# --- sample sheets ---
+
+
+def paint_sheet(
+    transformer: CogVideoXTransformer3DModel,
+    vae: AutoencoderKLCogVideoX,
+    scheduler: CogVideoXDDIMScheduler,
+    cache: ClipCache,
+    numbers: Iterable[int],
+    autocast: torch.dtype | None,
+) -> np.ndarray:
+    """Clips as the VAE gives them back, and as the transformer fills them in: uint8 [H, W, 3].
+
+    Few steps and no guidance: this shows what was learnt, not the best that it can do. The networks share a device.
+    """
+    pipe = CogVideoXInbetweenPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler
+    )
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    with torch.autocast(vae.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
+        for number in numbers:
+            clip, text = cache.clip(number), cache.text(cache.caption(number))[None]
+            noise = blend_noise(clip["noise"], draw_noise(clip["noise"].shape, number), SHEET_ALPHA)
+            made = pipe(
+                conditions_of(clip, 0, 0, clip["edges"][0])[None],
+                noise[None],
+                text,
+                text,
+                num_inference_steps=SHEET_STEPS,
+                guidance_scale=1.0,
+            )
+            for label, latents in (("clip through the VAE", clip["video"][:1]), ("generated", made)):
+                frames = pipe.decode_video(latents)
+                label = f"{label}: {cache.caption(number)}"
+                rows.append((label, [frames[i] for i in resample_indices(len(frames), SHEET_COLUMNS)]))
+    return contact_sheet(rows)

@@ -1,0 +1,137 @@
+"""Checkpoint files, in diffusers' layout or the reference's, read into diffusers' models."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, CogVideoXTransformer3DModel, FluxControlNetModel, FluxTransformer2DModel
+from safetensors import safe_open
+
+from models.loading.keymaps import (
+    StateDict,
+    flux_autoencoder,
+    flux_controlnet,
+    flux_transformer,
+    ggi_transformer,
+    merge_tensor,
+    merged_names,
+)
+from utils.cli import InputError
+from utils.files import read_json
+
+MODEL_KINDS: dict[str, tuple[type, Callable, str]] = {
+    "flux": (FluxTransformer2DModel, flux_transformer, "flux_params"),
+    "autoencoder": (AutoencoderKL, flux_autoencoder, "ae_params"),
+    "controlnet": (FluxControlNetModel, flux_controlnet, "flux_params"),
+}
+
+
+class Shards(Mapping[str, torch.Tensor]):
+    """Lazy view of all *.safetensors files of a folder: a tensor is read when asked for, and no file stays open."""
+
+    def __init__(self, folder: Path):
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise InputError(f"{folder} holds no .safetensors file")
+        self._file_of: dict[str, Path] = {}
+        for file in files:
+            with open_weights(file) as handle:
+                self._file_of |= dict.fromkeys(handle.keys(), file)
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        with safe_open(self._file_of[key], "pt") as handle:
+            return handle.get_tensor(key).clone()  # a clone lets go of the memory map
+
+    def empty_like(self, key: str) -> torch.Tensor:
+        """A tensor of the same shape and dtype on the meta device."""
+        with safe_open(self._file_of[key], "pt") as handle:
+            return torch.empty_like(handle.get_tensor(key), device="meta")  # the memory map is not read for this
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+def build_empty(cls: type, config: dict, state: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """A diffusers model on the meta device whose keys and shapes must be exactly those of `state`.
+
+    Raises ValueError naming the first missing, unexpected or misshapen key.
+    """
+    with torch.device("meta"):
+        model = cls.from_config(config)
+    wanted = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{cls.__name__}: missing keys {missing[:3]} ({len(missing)}), unexpected {extra[:3]} ({len(extra)})"
+        )
+    for key, shape in wanted.items():
+        if state[key].shape != shape:
+            raise ValueError(f"{cls.__name__}: {key} has shape {tuple(state[key].shape)}, not {tuple(shape)}")
+    return model
+
+
+def build(cls: type, config: dict, state: StateDict) -> torch.nn.Module:
+    """A diffusers model that holds `state` itself (no copy). Strict: see `build_empty`."""
+    model = build_empty(cls, config, state)
+    model.load_state_dict({key: tensor.contiguous() for key, tensor in state.items()}, strict=True, assign=True)
+    return model.eval()
+
+
+def open_weights(path: Path) -> safe_open:
+    """Open a safetensors file. Raises InputError when it is missing or damaged."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        return safe_open(path, "pt")
+    except Exception as error:  # safetensors has an exception type of its own, which is not exported
+        raise InputError(f"{path} is not a readable safetensors file ({error}); fetch or make it again") from error
+
+
+def read_weights(path: Path) -> tuple[StateDict, dict]:
+    """All tensors of a safetensors file and its metadata, JSON values decoded."""
+    with open_weights(path) as handle:
+        metadata = {key: _decode(value) for key, value in (handle.metadata() or {}).items()}
+        return {key: handle.get_tensor(key) for key in handle.keys()}, metadata  # noqa: SIM118 - not a dict
+
+
+def _decode(value: str) -> object:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def load_reference_file(kind: str, path: Path) -> torch.nn.Module:
+    """Build the diffusers model of a reference-format file. kind: flux, autoencoder or controlnet."""
+    cls, convert, params = MODEL_KINDS[kind]
+    source, metadata = read_weights(path)
+    try:
+        return build(cls, *convert(source, metadata.get(params)))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path} is not a {kind} checkpoint: {error}") from error
+
+
+def reference_config(kind: str, path: Path) -> dict:
+    """The diffusers config of a reference-format file, from its header alone."""
+    with open_weights(path) as handle, torch.device("meta"):
+        shapes = {key: torch.empty(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+        params = _decode((handle.metadata() or {}).get(MODEL_KINDS[kind][2], "null"))
+    try:
+        return MODEL_KINDS[kind][1](shapes, params)[0]
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path} is not a {kind} checkpoint: {error}") from error
+
+
+def load_ggi_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+    """The 48-channel transformer of a folder in either layout, merged and cast tensor by tensor."""
+    config, source = read_json(folder / "config.json"), Shards(folder)
+    try:
+        config, _ = ggi_transformer(config, {})
+        state = {name: merge_tensor(source, name).to(dtype) for name in merged_names(source)}
+        return build(CogVideoXTransformer3DModel, config, state)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{folder} is not a GGI transformer: {error}") from error

@@ -1,0 +1,239 @@
+"""How the networks of a stage are kept (`--memory`), and what that needs of a card, counted before anything is loaded.
+
+`full` holds all networks of a phase on the card; `balanced` and `low` trade precision or speed for room (`KEPT`).
+What a plan holds is counted (`benchmarks/memory`).
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+
+import psutil
+import torch
+from diffusers import ModelMixin
+from diffusers.hooks import apply_group_offloading
+
+from models.flags import MEMORY_MODES
+from utils.cli import InputError
+from utils.files import show_bytes
+from utils.runs import is_first_process
+
+SPARE = 0.06  # share of the free memory that is left to the CUDA context and to fragmentation
+BITSANDBYTES = "bitsandbytes==0.50.2"
+RESIDENT = "resident"  # on the card, as loaded
+FP8 = "fp8"  # on the card, stored in 8 bits, computed in the precision of the rest; for inference
+INT8, NF4 = "int8", "nf4"  # on the card, the blocks' matrices in 8 or 4 bits; gradients pass through
+AT_WORK = "at work"  # in CPU memory, on the card while the network is used
+STREAMED = "streamed"  # in CPU memory, layers come to the card one by one, ahead of their use
+EIGHT_BITS = "8 bits"  # an optimizer's moments, in blocks of values that share a scale
+PAGED = "8 bits, paged"  # the same numbers in CPU memory; the driver brings what an update needs
+LOSSY = (FP8, INT8, NF4, EIGHT_BITS)
+BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
+
+# stage -> mode -> network, or optimizer -> how it is kept; text: encoders, freed before the others are loaded
+KEPT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+    "alignment": {
+        "full": {"text": RESIDENT, "transformer": RESIDENT, "controlnet": RESIDENT, "vae": RESIDENT},
+        "balanced": {"text": RESIDENT, "transformer": INT8, "controlnet": INT8, "vae": RESIDENT},
+        "low": {"text": STREAMED, "transformer": NF4, "controlnet": NF4, "vae": RESIDENT},
+    },
+    "anchors": {
+        "full": {"text": RESIDENT, "transformer": RESIDENT, "controlnet": RESIDENT, "vae": RESIDENT},
+        "balanced": {"text": RESIDENT, "transformer": FP8, "controlnet": RESIDENT, "vae": RESIDENT},
+        "low": {"text": STREAMED, "transformer": STREAMED, "controlnet": STREAMED, "vae": STREAMED},
+    },
+    "ggi": {
+        "full": {"text": RESIDENT, "transformer": RESIDENT, "vae": RESIDENT},
+        "balanced": {"text": RESIDENT, "transformer": AT_WORK, "vae": AT_WORK},
+        "low": {"text": STREAMED, "transformer": STREAMED, "vae": RESIDENT},
+    },
+    "training": {  # of whole networks, whose float32 weights and gradients stay on the card
+        "full": {"optimizer": RESIDENT},
+        "balanced": {"optimizer": EIGHT_BITS},
+        "low": {"optimizer": PAGED},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes that one phase of a stage holds on the card at its peak. optimizer: gradients and moments."""
+
+    name: str
+    weights: int
+    activations: int
+    optimizer: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.optimizer
+
+
+# --- counting ---
+
+
+def block_linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """{name: layer} of the matrices of all transformer blocks, which are nearly all weights; LoRA's are left out."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and name.startswith(BLOCKS) and ".lora_" not in name
+    }
+
+
+# --- choosing ---
+
+
+def is_card(device: str) -> bool:
+    return torch.device(device).type != "cpu"
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a torch device; processes of one launch share a CPU's memory."""
+    if not is_card(device):
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return torch.cuda.mem_get_info(torch.device(device))[0]
+
+
+def find_room(device: str) -> int:
+    """Bytes that a plan may use on the fullest device of a launch, so that all processes choose alike."""
+    room = int((1 - SPARE) * free_memory(device))
+    if torch.distributed.is_initialized():
+        least = torch.tensor([room], device=device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        room = int(least)
+    return room
+
+
+def choose_mode(wanted: str, plans: Mapping[str, Sequence[Phase]], room: int, device: str) -> str:
+    """The mode to use. wanted: a mode of `plans`, or auto: the first, which is the fastest, that fits into `room`.
+
+    Raises InputError for what does not fit, naming the fastest mode that would.
+    """
+    peaks = {mode: max(phase.total for phase in plans[mode]) for mode in MEMORY_MODES if mode in plans}
+    fitting = [mode for mode in peaks if peaks[mode] <= room]
+    if wanted == "auto" and fitting:
+        return fitting[0]
+    if wanted in fitting:
+        return wanted
+    needed = show_bytes(min(peaks.values()) if wanted == "auto" else peaks[wanted])
+    advice = f"use --memory {fitting[0]}" if fitting else "no mode fits: free some, or use a larger one"
+    raise InputError(f"--memory {wanted} needs {needed}, {device} has room for {show_bytes(room)}: {advice}")
+
+
+def describe_plan(mode: str, phases: Sequence[Phase], room: int, device: str) -> str:
+    """One line for the user."""
+    parts = ", ".join(f"{phase.name} {show_bytes(phase.total)}" for phase in phases)
+    return f"memory {mode}: {parts}; {device} has room for {show_bytes(room)}"
+
+
+# --- keeping ---
+
+
+def keep(model: torch.nn.Module, how: str, device: str) -> None:
+    """Bring a loaded network to `device`, or make it come when it is needed. AT_WORK is the pipeline's to do."""
+    if how == STREAMED:
+        streams = torch.device(device).type == "cuda"
+        offload = (
+            model.enable_group_offload if isinstance(model, ModelMixin) else partial(apply_group_offloading, model)
+        )
+        # Not with record_stream: the CPU would run ahead of the card, and layers pile up that it has not computed yet.
+        offload(onload_device=torch.device(device), offload_type="leaf_level", use_stream=streams)
+        return
+    if how == FP8:
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.dtype)
+    elif how in (INT8, NF4):
+        quantise(model, how)
+    model.to(device)
+
+
+def quantise(model: torch.nn.Module, how: str) -> None:
+    """Put layers of 8 or 4 bits in the place of the blocks' matrices; their weights shrink when they are moved."""
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    from models.runtime.quantised import Int8Linear, Nf4Linear
+
+    layer_class, weight_class, options = {
+        INT8: (Int8Linear, Int8Params, {"has_fp16_weights": False}),
+        NF4: (Nf4Linear, Params4bit, {"quant_type": "nf4", "compress_statistics": False}),
+    }[how]
+    for name, layer in block_linears(model).items():
+        weight = layer.weight.data
+        with torch.device("meta"):  # its own start weights are not wanted
+            new = layer_class(layer.in_features, layer.out_features, layer.bias is not None, **options)
+        new.weight = weight_class(weight, requires_grad=False, **options)
+        new.bias, new.compute_dtype = layer.bias, weight.dtype
+        model.set_submodule(name, new)
+
+
+def settle_memory(
+    stage: str, plan: Mapping[str, Sequence[Phase]], wanted: str, device: str
+) -> tuple[str, dict[str, str]]:
+    """Choose a mode for this device, say so on stderr, and return it with {network: how it is kept}."""
+    room = find_room(device)
+    mode = choose_mode(wanted, plan, room, device)
+    if is_first_process():
+        print(describe_plan(mode, plan[mode], room, device), file=sys.stderr)
+    kept = kept_on(device, stage, mode)
+    if {INT8, NF4, EIGHT_BITS, PAGED} & set(kept.values()) and find_spec("bitsandbytes") is None:
+        raise InputError(f"--memory {mode} needs bitsandbytes: pip install {BITSANDBYTES}")
+    return mode, kept
+
+
+def settle_overlap(
+    phases: Sequence[Phase], late: str, early: Sequence[str], kept: Mapping[str, str], device: str
+) -> bool:
+    """Whether the phase `late` may be at work beside any of `early`, those of the next item; said on stderr if so.
+
+    There must be room for both, and no network that gives way to another. kept: as `settle_memory` returns it. Call
+    it in every process: they choose alike.
+    """
+    by_name = {phase.name: phase for phase in phases}
+    weights = max(by_name[name].weights for name in (late, *early))
+    needed = weights + by_name[late].activations + max(by_name[name].activations for name in early)
+    fits = AT_WORK not in kept.values() and needed <= find_room(device)
+    if fits and is_first_process():
+        print(f"{late} runs beside what follows: {show_bytes(needed)} together", file=sys.stderr)
+    return fits
+
+
+@contextmanager
+def naming_smaller_mode(stage: str, mode: str, *, sharded: bool = False) -> Iterator[None]:
+    """Turn running out of memory in the block into an OSError that says which mode needs less.
+
+    The same results come first: a mode that computes as this one does can go on where it stopped. sharded: over
+    several processes, for which there is no other mode.
+    """
+    smaller = () if sharded else MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :]
+    alike = [other for other in smaller if lossy(KEPT[stage][other]) == lossy(KEPT[stage][mode])]
+    if alike:
+        advice = f"what is finished is kept: run the same command again with --memory {alike[0]}"
+    elif smaller:
+        advice = f"begin again with --memory {smaller[0]} --overwrite"
+    else:
+        advice = f"free some, or use a larger card{' or more of them' if sharded else ''}"
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OSError(errno.ENOMEM, f"out of memory with --memory {mode}; {advice}") from error
+
+
+def kept_on(device: str, stage: str, mode: str) -> dict[str, str]:
+    """{network: how it is kept}. Without a card to stream them to, networks lie in CPU memory all the time."""
+    kept = KEPT[stage][mode]
+    if is_card(device):
+        return dict(kept)
+    here = {STREAMED: RESIDENT, AT_WORK: RESIDENT, PAGED: EIGHT_BITS}
+    return {name: here.get(how, how) for name, how in kept.items()}
+
+
+def lossy(kept: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """What of it changes the results, for a manifest's `weights`; empty when nothing does."""
+    values = {name: EIGHT_BITS if how == PAGED else how for name, how in kept.items()}  # pages change no number
+    found = {name: how for name, how in values.items() if how in LOSSY}
+    return {"kept": found} if found else {}

@@ -1,0 +1,47 @@
+"""AdamW with its moments in 32 or in 8 bits, and what its parts hold on the card.
+
+An 8-bit moment is a code for one of 256 values; 256 neighbours share a float32 scale. Tensors below 4096 elements
+keep 32-bit moments, as bitsandbytes has it. Weights and gradients are float32 in every mode.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from models.runtime.memory import EIGHT_BITS, PAGED, RESIDENT
+
+Parameters = Sequence[torch.nn.Parameter]
+
+
+def make_optimizer(
+    parameters: Parameters,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    moments: str = RESIDENT,
+) -> torch.optim.Optimizer:
+    """AdamW. moments: RESIDENT for 32 bits, EIGHT_BITS, or PAGED, which needs a CUDA device."""
+    options = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay}
+    if moments == RESIDENT:
+        return torch.optim.AdamW(parameters, **options)
+    import bitsandbytes as bnb
+
+    return {EIGHT_BITS: bnb.optim.AdamW8bit, PAGED: bnb.optim.PagedAdamW8bit}[moments](parameters, **options)
+
+
+def page_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Page what `load_state_dict` of a paged optimizer left on the card; for all others nothing happens."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            loaded = state[name]
+            buffer = optimizer.get_state_buffer(parameter, loaded.dtype)
+            if getattr(buffer, "is_paged", False):
+                torch.cuda.synchronize()  # its zeros are written by the card, what follows by the CPU
+                buffer.copy_(loaded)
+                state[name] = buffer
+
+
+# --- counting; what counts are sizes alone, so parameters may be empty ---

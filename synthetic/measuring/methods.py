@@ -1,0 +1,100 @@
+"""What the benchmark compares: the method, the method with a part removed or another setting, and baselines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from utils.cli import InputError
+
+GGI, PER_FRAME, CROSSFADE, REPROJECT, COPY, TRUTH = "ggi", "per_frame", "crossfade", "reproject", "copy", "truth"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a video of the whole path comes about. Defaults are the scripts'; rows with equal recipes are made once.
+
+    kind: the in-between model (GGI), a baseline of synthetic/measuring/baselines.py, or the true frames.
+    """
+
+    kind: str = GGI
+    aligned: bool = True  # LoRAs of distribution alignment in the image model
+    num_replacement: int = 12  # steps of an anchor that follow the warped one before; 0: every anchor for itself
+    degradation: float = 0.5  # share of fresh noise in the video's noise; 1: no warped noise
+    edges: bool = True  # edge frames for the in-between model; without: black ones
+    end: bool = True  # the end anchor for the in-between model
+    chain: bool = True  # an arc starts from the last generated frame of the one before; without: from its anchor
+    lora_steps: int | None = None  # optimizer steps of the alignment; None: those of the settings
+    num_inference_steps: int | None = None  # denoising steps of a video; None: those of the settings
+
+    @property
+    def has_anchors(self) -> bool:
+        return self.kind not in (PER_FRAME, TRUTH)
+
+    @property
+    def has_loras(self) -> bool:
+        return self.aligned and self.kind != TRUTH
+
+
+FULL = Method()
+REPLACEMENTS, DEGRADATIONS = (4, 8, 12, 16, 20), (0, 0.25, 0.5, 0.75)
+LORA_STEPS, STEPS = (25, 50, 400), (5, 10, 20, 50)  # `full` has 200 and 30
+REMOVALS = {
+    "no_align": Method(aligned=False),
+    "no_replace": Method(num_replacement=0),
+    "no_warp": Method(degradation=1),
+    "no_edges": Method(edges=False),
+    "no_end": Method(end=False),
+}
+BASELINES = {kind: Method(kind) for kind in (PER_FRAME, CROSSFADE, REPROJECT, COPY)}
+METHODS = {
+    "full": FULL,
+    **REMOVALS,
+    **BASELINES,
+    "truth": Method(TRUTH),  # no video of a method: what a perfect one would measure
+    "no_chain": Method(chain=False),
+    **{f"replace_{n}": Method(num_replacement=n) for n in REPLACEMENTS},
+    **{f"degr_{share}": Method(degradation=share) for share in DEGRADATIONS},
+    **{f"lora_{n}": Method(lora_steps=n) for n in LORA_STEPS},
+    **{f"steps_{n}": Method(num_inference_steps=n) for n in STEPS},
+}
+MAIN = ("full", *REMOVALS, *BASELINES, "truth")
+GROUPS = {"main": MAIN, "all": tuple(METHODS)}
+
+# Curves: name -> (label of its axis, the rows on it with their places). None: where the settings put `full`.
+SWEEPS: dict[str, tuple[str, dict[str, float | None]]] = {
+    "num_replacement": ("--num_replacement", {"no_replace": 0, **{f"replace_{n}": n for n in REPLACEMENTS}}),
+    "degradation": ("--degradation", {**{f"degr_{share}": share for share in DEGRADATIONS}, "no_warp": 1}),
+    "lora_steps": ("--max_train_steps", {"no_align": 0, **{f"lora_{n}": n for n in LORA_STEPS}, "full": None}),
+    "num_inference_steps": ("--num_inference_steps", {**{f"steps_{n}": n for n in STEPS}, "full": None}),
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a part of the method is for. removal: the row without it. metrics: where it must show."""
+
+    part: str
+    removal: str
+    metrics: tuple[str, ...]
+
+
+CLAIMS = (
+    Claim("alignment → style", "no_align", ("style_colour", "style_texture", "class_colour")),
+    Claim("replacement → cross-view consistency", "no_replace", ("anchors_error", "temporal_24")),
+    Claim("warped noise → temporal consistency or fidelity", "no_warp",
+          ("temporal_1", "temporal_8", "temporal_24", "flicker", "fidelity_psnr", "fidelity_ssim")),
+    Claim("edges → structural fidelity", "no_edges", ("structure_precision", "structure_recall", "structure_f1")),
+    Claim("end anchor → fidelity near the arc's end", "no_end", ("end_psnr",)),
+)  # fmt: skip
+
+
+def choose_methods(words: Sequence[str]) -> list[str]:
+    """Names of rows in the table's order, each once. words: names, or groups of them. Raises InputError for others."""
+    wanted = {name for word in words for name in GROUPS.get(word, (word,))}
+    if unknown := sorted(wanted - set(METHODS)):
+        raise InputError(f"--methods {unknown[0]}: choose from {', '.join((*GROUPS, *METHODS))}")
+    return [name for name in METHODS if name in wanted]
+
+
+def made_as(name: str) -> str:
+    """The first row with the same recipe, under which a video is kept: `replace_12` is `full`."""
+    return next(other for other, method in METHODS.items() if method == METHODS[name])

@@ -1,0 +1,263 @@
+"""One unit of the benchmark: a test scene in a test style, its videos by every method, and what they measure.
+
+What rows share is made once and kept on disk with all that decides it: LoRAs and true frames per unit, anchors per
+setting of stage 2, a video per recipe, its metrics. What is there under the same conditions is not made again.
+
+    OUTPUT/scenes/              edges, correspondences and noise of each scene
+    OUTPUT/units/SCENE_STYLE/   reference.png, *.safetensors as above, METHOD.json with the metrics
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.weights import FLUX_STAGE, GGI_STAGE
+from synthetic.measuring import baselines, figures
+from synthetic.measuring.methods import (
+    COPY,
+    CROSSFADE,
+    FULL,
+    GGI,
+    METHODS,
+    PER_FRAME,
+    REPROJECT,
+    TRUTH,
+    Method,
+    made_as,
+)
+from synthetic.measuring.round_trips import AnchorStage, VideoStage, align, load_video_models, without_end
+from synthetic.measuring.scenes import ARCS
+from synthetic.measuring.scenes import VERSION as SCENE_VERSION
+from synthetic.measuring.settings import Settings
+from synthetic.measuring.units import Workbench
+from utils.cli import InputError
+from utils.data.tensor_cache import read_arrays, write_arrays
+from utils.evaluation.measure import METRICS, Metric, Targets, measure
+from utils.evaluation.pictures import psnr
+from utils.files import read_json, write_json
+from utils.images import read_image
+from utils.layout import ARC_FRAMES, ARC_STEPS
+
+VERSION = 2  # of what is made
+METRICS_VERSION = 1  # of what is measured; videos stay when it changes
+END_FRAMES = 10  # at the end of every arc, the anchor's own frame included
+LEARNED = ("structure_psnr_d", "style_clip", "fidelity_lpips")  # they need downloaded weights
+BENCH_METRICS = (
+    *(metric for metric in METRICS if metric.name not in LEARNED),
+    Metric("end_psnr", "dB", "0 … 100", "higher"),
+    Metric("class_colour", "levels", "0 … 255", "lower"),
+    Metric("cpu_seconds", "s", "0 …", "lower"),
+)
+
+ALIGN_SETTINGS = ("lora_steps", "learning_rate", "train_batch_size", "rank", "precision", "prompt")
+ANCHOR_SETTINGS = ("prompt", "num_steps", "true_gs")
+METHOD_SETTINGS = ("lora_steps", "num_inference_steps")  # those that a row may set otherwise
+VIDEO_SETTINGS = ("prompt", "num_inference_steps", "guidance_scale")
+WEIGHT_PATHS = ("name", "flux", "controlnet", "cogvideox", "ggi_transformer")  # of a preset; hashes stand for them
+
+Values = dict[str, float | None]
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """frames: uint8 [91, H, W, 3]. classes: int8 [91, H, W], -1 where a pixel has several."""
+
+    frames: np.ndarray
+    classes: np.ndarray
+
+
+class Bench(Workbench):
+    """Makes what the rows of one unit need. hashes: of all weights, {component: …} with `transformer`.
+
+    `loras`, `anchors` and `video` also give the CPU seconds that they cost when they were made.
+    """
+
+    def __init__(self, *workbench, hashes: dict[str, dict]):
+        super().__init__(*workbench)
+        self.hashes = hashes
+
+    # --- what decides what ---
+
+    def settings_of(self, method: Method) -> Settings:
+        """The settings, with what the row sets otherwise."""
+        own = {name: getattr(method, name) for name in METHOD_SETTINGS}
+        return dataclasses.replace(self.settings, **{name: value for name, value in own.items() if value is not None})
+
+    def _identity(
+        self, settings: Sequence[str] = (), weights: Sequence[str] = (), method: Method = FULL, **others: object
+    ) -> dict:
+        preset = {k: v for k, v in dataclasses.asdict(self.preset).items() if k not in WEIGHT_PATHS}
+        chosen = self.settings_of(method)
+        entries = {
+            "version": [VERSION, SCENE_VERSION],
+            "unit": vars(self.unit),
+            "preset": preset,
+            "settings": {name: getattr(chosen, name) for name in settings},
+            "weights": {name: self.hashes[name] for name in weights},
+        }
+        return json.loads(json.dumps(entries | others))
+
+    def _lora_identity(self, method: Method) -> dict:
+        return self._identity(ALIGN_SETTINGS, FLUX_STAGE, method)
+
+    def _anchor_identity(self, method: Method) -> dict:
+        loras = self._lora_identity(method) if method.aligned else None
+        return self._identity(ANCHOR_SETTINGS, FLUX_STAGE, method, loras=loras, num_replacement=method.num_replacement)
+
+    def video_identity(self, method: Method) -> dict:
+        """Everything that the frames of a row depend on."""
+        recipe = {name: value for name, value in vars(method).items() if name not in METHOD_SETTINGS}
+        if method.kind == TRUTH:
+            return self._identity(recipe=recipe)
+        anchors = self._anchor_identity(method)
+        if method.kind != GGI:
+            return self._identity(recipe=recipe, anchors=anchors)
+        return self._identity(VIDEO_SETTINGS, (*GGI_STAGE, "transformer"), method, recipe=recipe, anchors=anchors)
+
+    def _kept(self, name: str, identity: dict, make: Callable[[], Arrays]) -> tuple[Arrays, float]:
+        """Arrays from disk, made first where they are missing or others; and what making them cost, in CPU seconds."""
+        path = self.folder / f"{name}.safetensors"
+        arrays = read_arrays(path, identity)
+        if arrays is None:
+            started = time.process_time()
+            arrays = make()
+            arrays["cpu_seconds"] = np.array([time.process_time() - started])
+            write_arrays(path, arrays, identity)
+        return arrays, float(arrays.pop("cpu_seconds")[0])
+
+    # --- what is made ---
+
+    @cached_property
+    def truth(self) -> Truth:
+        def draw() -> Arrays:
+            frames, classes = self.scene.path_pictures(self.style)
+            return {"frames": frames, "classes": classes}
+
+        return Truth(**self._kept("truth", self._identity(), draw)[0])
+
+    @cached_property
+    def reference_picture(self) -> np.ndarray:
+        """uint8 [720, 1080, 3], as it lies beside the results."""
+        path = self.folder / "reference.png"
+        if not path.is_file():
+            _ = self.reference  # drawn and written
+        return read_image(path)
+
+    def loras(self, method: Method) -> tuple[list[dict[str, torch.Tensor]], float]:
+        """Of transformer and ControlNet, in bfloat16."""
+        reference, settings = self.reference, self.settings_of(method)
+
+        def train() -> Arrays:
+            states = align(self.paths, self.preset, reference, settings, self.unit.style_seed)
+            return {f"{k} {name}": t.float().numpy() for k, state in enumerate(states) for name, t in state.items()}
+
+        arrays, cost = self._kept(f"loras_{settings.lora_steps}", self._lora_identity(method), train)
+        states: list[dict[str, torch.Tensor]] = [{}, {}]
+        for key, array in arrays.items():
+            number, name = key.split(" ", 1)
+            states[int(number)][name] = torch.from_numpy(array).bfloat16()  # exact: that is how they were saved
+        return states, cost
+
+    def anchor_stage(self, method: Method) -> AnchorStage:
+        stage = AnchorStage(self.paths, self.preset, self.settings_of(method), self.prompt, self.unit.style_seed)
+        if method.aligned:
+            stage.put_in(self.loras(method)[0])
+        return stage
+
+    def anchors(self, method: Method) -> tuple[np.ndarray, float]:
+        """uint8 [3, H, W, 3]. Each follows the one before, unless the method has no replacement."""
+        steps, data = method.num_replacement, self.scene.anchors
+        if method.aligned:
+            self.loras(method)  # not part of this cost
+
+        def draw() -> Arrays:
+            stage = self.anchor_stage(method)
+            drawn = [stage.draw(data.edges[0])]
+            for edges, code in zip(data.edges[1:], data.codes, strict=True):
+                drawn.append(stage.draw(edges, drawn[-1], code, steps) if steps else stage.draw(edges))
+            return {"anchors": np.array(drawn)}
+
+        of = f"aligned_{self.settings_of(method).lora_steps}" if method.aligned else "base"
+        arrays, cost = self._kept(f"anchors_{of}_{steps}", self._anchor_identity(method), draw)
+        return arrays["anchors"], cost
+
+    def video(self, name: str) -> tuple[np.ndarray, float | None]:
+        """Frames of a row, uint8 [91, H, W, 3], and the CPU seconds of all stages; None for the true frames."""
+        method = METHODS[name]
+        if method.kind == TRUTH:
+            return self.truth.frames, None
+        anchors, anchor_cost = self.anchors(method) if method.has_anchors else (None, 0.0)
+        lora_cost = self.loras(method)[1] if method.has_loras else 0.0
+        make = {
+            PER_FRAME: lambda: baselines.per_frame(self.anchor_stage(method).draw, self.scene.path.edges),
+            CROSSFADE: lambda: baselines.crossfade(anchors),
+            COPY: lambda: baselines.copy(anchors),
+            REPROJECT: lambda: baselines.reproject(anchors, self.scene.world.caster, self.scene.views),
+        }.get(method.kind, lambda: self._fill(method, anchors))
+        identity = self.video_identity(method)
+        arrays, cost = self._kept(f"video_{made_as(name)}", identity, lambda: {"frames": make()})
+        return arrays["frames"], lora_cost + anchor_cost + cost
+
+    def _fill(self, method: Method, anchors: np.ndarray) -> np.ndarray:
+        """All arcs by the in-between model, as ggi.py does it."""
+        models, path = load_video_models(self.paths, self.preset, self.prompt), self.scene.path
+        video, start, settings = [], anchors[0], self.settings_of(method)
+        for arc in range(ARCS):
+            edges = path.edges[ARC_STEPS * arc :][:ARC_FRAMES]
+            stage = VideoStage(models, settings, edges, path.noise[arc], arc)
+            conditions = stage.conditions(start, anchors[arc + 1], edges=method.edges)
+            frames = stage.fill_padded(conditions if method.end else without_end(conditions), method.degradation)
+            start = frames[-1] if method.chain else anchors[arc + 1]
+            # Of a frame that two arcs share, the earlier arc's is kept, as in ggi.py's video.
+            video.append(frames[bool(arc) : ARC_FRAMES])
+        return np.concatenate(video)
+
+    # --- what is measured ---
+
+    def measure(self, name: str) -> Values:
+        """{metric of BENCH_METRICS: value, or None where it has none} of a row; kept on disk."""
+        if (kept := self.measured(name)) is not None:
+            return kept
+        frames, cost = self.video(name)
+        targets = Targets(self.scene.path.lines, self.scene.world.caster, self.scene.views, self.scene.covisibility)
+        values = measure_frames(frames, self.truth, targets, self.reference_picture) | {"cpu_seconds": cost}
+        values = {metric.name: values[metric.name] for metric in BENCH_METRICS}
+        write_json(self._result_path(name), {"identity": self._result_identity(name), "values": values})
+        return values
+
+    def measured(self, name: str) -> Values | None:
+        """What `measure` kept under these very conditions, or None."""
+        try:
+            entry = read_json(self._result_path(name))
+        except InputError:  # missing or damaged
+            return None
+        return entry.get("values") if entry.get("identity") == self._result_identity(name) else None
+
+    def _result_path(self, name: str) -> Path:
+        return self.folder / f"{made_as(name)}.json"
+
+    def _result_identity(self, name: str) -> dict:
+        return {"metrics": METRICS_VERSION, "video": self.video_identity(METHODS[name])}
+
+
+def measure_frames(frames: np.ndarray, truth: Truth, targets: Targets, reference: np.ndarray) -> Values:
+    """All of BENCH_METRICS but the CPU seconds. frames: uint8 [91, H, W, 3]. reference: uint8 [h, w, 3]."""
+    values = measure(frames, targets, reference=reference, truth=truth.frames, networks=False)
+    ends = arc_end_frames(len(frames))
+    values["end_psnr"] = psnr(frames[ends], truth.frames[ends])
+    colours = [figures.class_colour_error(*row) for row in zip(frames, truth.frames, truth.classes, strict=True)]
+    values["class_colour"] = float(np.nanmean(colours))
+    return {name: v if isinstance(v, float) and math.isfinite(v) else None for name, v in values.items()}
+
+
+def arc_end_frames(count: int) -> list[int]:
+    """Numbers of the last END_FRAMES frames of every arc of a path of `count` = 45 N + 1 frames."""
+    return [end - k for end in range(ARC_STEPS, count, ARC_STEPS) for k in reversed(range(END_FRAMES))]

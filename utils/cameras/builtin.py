@@ -1,0 +1,74 @@
+"""Built-in camera paths around a scene: orbit, dolly, flythrough."""
+
+import math
+
+import numpy as np
+
+from utils.cameras.path import DEFAULT_SIZE, UP_AXES, Z_UP_TO_Y_UP, CameraPath, _arc_poses, _tame, look_at, make_path
+from utils.cli import InputError
+
+KINDS = ("orbit", "dolly", "flythrough")
+FIELD_OF_VIEW = math.radians(45)  # vertical
+ORBIT_PER_ARC = math.radians(40)  # neighbouring anchors must still see the same surfaces
+ORBIT_ELEVATION, DOLLY_ELEVATION = math.radians(25), math.radians(15)
+FIT = 1.05 / math.sin(FIELD_OF_VIEW / 2)  # the distance at which the unit sphere fills the image's height
+
+
+def builtin_path(kind: str, bounds: np.ndarray, up: str, num_arcs: int = 1, fps: float = 24.0) -> CameraPath:
+    """A path around or over whatever lies inside `bounds`, 45 N + 1 poses at 1080x720.
+
+    orbit: circles the centre, 40 degrees an arc up to a full turn; dolly: moves straight towards the centre, to half
+    the distance; flythrough: crosses above the scene along its longer side. No pose is inside the bounds. bounds:
+    [2, 3], smallest and largest coordinates in metres, in the world whose up axis is `up`. The paths are the same in
+    both worlds: 'in front' is +z of a Y-up and -y of a Z-up world.
+    """
+    bounds = np.asarray(bounds, dtype=np.float64)
+    if kind not in KINDS:
+        raise InputError(f"path {kind!r} is not known; choose one of {', '.join(KINDS)}")
+    if up not in UP_AXES:
+        raise InputError(f"up axis {up!r} is not known; choose +y or +z")
+    poses = _arc_poses(num_arcs)
+    if not (_tame(bounds).all() and (bounds[0] <= bounds[1]).all() and (bounds[0] < bounds[1]).any()):
+        raise InputError(f"the scene spans {bounds.tolist()}: a path needs a scene of some size")
+    turn = Z_UP_TO_Y_UP if up == "+z" else np.eye(3)
+    corners = np.sort(bounds @ turn.T, axis=0)
+    progress = np.linspace(0, 1, poses)
+    shape = {"orbit": _orbit, "dolly": _dolly, "flythrough": _fly}[kind]
+    center, half = corners.mean(0), np.diff(corners, axis=0)[0] / 2
+    # Built at unit size: a scene may be a coin or a continent.
+    eye, target = shape(half / np.linalg.norm(half), progress, num_arcs)
+    c2w = look_at(eye, target, UP_AXES["+y"], kind)
+    c2w[:, :3, 3] = c2w[:, :3, 3] * np.linalg.norm(half) + center
+    c2w[:, :3] = turn.T @ c2w[:, :3]
+    width, height = DEFAULT_SIZE
+    focal = np.full((len(c2w), 2), height / 2 / math.tan(FIELD_OF_VIEW / 2))
+    center = np.tile([width / 2, height / 2], (len(c2w), 1))
+    return make_path(kind, c2w, focal, center, DEFAULT_SIZE, up, range(1, len(c2w) + 1), fps)
+
+
+def _from_front(azimuth: np.ndarray, elevation: float, distance: np.ndarray) -> np.ndarray:
+    flat = math.cos(elevation) * distance
+    return np.stack([flat * np.sin(azimuth), math.sin(elevation) * distance, flat * np.cos(azimuth)], axis=-1)
+
+
+def _orbit(half: np.ndarray, progress: np.ndarray, num_arcs: int) -> tuple[np.ndarray, np.ndarray]:
+    sweep = min(2 * math.pi, ORBIT_PER_ARC * num_arcs)
+    eye = _from_front((progress - 0.5) * sweep, ORBIT_ELEVATION, np.full_like(progress, FIT))
+    return eye, np.zeros_like(eye)
+
+
+def _dolly(half: np.ndarray, progress: np.ndarray, num_arcs: int) -> tuple[np.ndarray, np.ndarray]:
+    eye = _from_front(np.zeros_like(progress), DOLLY_ELEVATION, FIT * (1 - progress / 2))
+    return eye, np.zeros_like(eye)
+
+
+def _fly(half: np.ndarray, progress: np.ndarray, num_arcs: int) -> tuple[np.ndarray, np.ndarray]:
+    along_x = half[0] > half[2]
+    length, breadth = (half[0], half[2]) if along_x else (half[2], half[0])
+    ahead = -(length + 0.5) + progress * (1.3 * length + 0.5)  # ends before the far side, so that something is in view
+    aside = 0.15 * breadth * np.sin(2 * np.pi * progress)
+    height = np.full_like(progress, half[1] + 0.15)
+    straight, middle = np.zeros_like(progress), np.zeros_like(progress)
+    if along_x:
+        return np.stack([ahead, height, aside], -1), np.stack([ahead + 1, middle, straight], -1)
+    return np.stack([aside, height, -ahead], -1), np.stack([straight, middle, -ahead - 1], -1)

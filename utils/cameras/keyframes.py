@@ -1,0 +1,116 @@
+"""Camera paths from keyframes in JSON: positions and targets, joined by a smooth curve."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+from scipy.spatial.transform import Rotation, RotationSpline
+
+from utils.cameras.path import (
+    DEFAULT_SIZE,
+    MAX_NUMBER,
+    MAX_POSES,
+    UP_AXES,
+    CameraPath,
+    catmull_rom,
+    look_at,
+    make_path,
+)
+from utils.cameras.transforms import focal_of_angle
+from utils.cameras.values import (
+    entries_of,
+    fps_of,
+    required,
+    size_of,
+    to_int,
+    to_number,
+    to_numbers,
+    unit_rotation,
+    world_up,
+)
+from utils.cli import InputError
+from utils.layout import ARC_STEPS
+
+
+def read_keyframes(path: Path, data: dict, up: str | None, fps: float) -> CameraPath:
+    entries = entries_of(data, "keyframes", path)
+    if len(entries) < 2:
+        raise InputError(f"{path} holds {len(entries)} keyframe(s): a path needs at least two")
+    names = [f"{path}: keyframe {i}" for i in range(1, len(entries) + 1)]
+    frames = _keyframe_numbers(entries, path)
+    numbers = np.arange(int(frames[0]), int(frames[-1]) + 1)
+    size = size_of({"w": DEFAULT_SIZE[0], "h": DEFAULT_SIZE[1], **data}, str(path))
+    focal = [
+        focal_of_angle(
+            math.radians(to_number(required({**data, **e}, "fov", n), f"{n}: 'fov'")), size[1], f"{n}: 'fov'"
+        )
+        for n, e in zip(names, entries, strict=True)
+    ]
+    up = world_up(data, up, path, None)
+    for entry, name in zip(entries, names, strict=True):
+        if ("look_at" in entry) == ("quaternion" in entry):
+            raise InputError(f"{name}: give 'look_at' or 'quaternion', one of the two")
+    eyes = _vectors(entries, names, "position", 3)
+    if all("look_at" in entry for entry in entries):
+        # Moving the target keeps the horizon level and what is looked at in the middle, between keyframes too.
+        targets = smooth_curve(frames, _vectors(entries, names, "look_at", 3), numbers)
+        c2w = look_at(smooth_curve(frames, eyes, numbers), targets, UP_AXES[up], path)
+    else:
+        rotations = [_rotation(e, n, UP_AXES[up]) for n, e in zip(names, entries, strict=True)]
+        c2w = np.tile(np.eye(4), (len(numbers), 1, 1))
+        c2w[:, :3, :3] = RotationSpline(frames, Rotation.concatenate(rotations))(numbers).as_matrix()
+        c2w[:, :3, 3] = smooth_curve(frames, eyes, numbers)
+    focal = np.repeat(PchipInterpolator(frames, focal)(numbers)[:, None], 2, axis=1)
+    center = np.tile([size[0] / 2, size[1] / 2], (len(numbers), 1))
+    return make_path(path, c2w, focal, center, size, up, numbers.tolist(), fps_of(data, fps, path))
+
+
+def _keyframe_numbers(entries: list[dict], path: Path) -> np.ndarray:
+    """float64 [K], increasing."""
+    numbered = ["frame" in entry for entry in entries]
+    if any(numbered) and not all(numbered):
+        raise InputError(f"{path}: some keyframes have the key 'frame' and some do not; number all or none")
+    frames = [
+        to_int(entry.get("frame", 1 + ARC_STEPS * i), f"{path}: keyframe {i + 1}: 'frame'")
+        for i, entry in enumerate(entries)
+    ]
+    if (np.diff(frames) <= 0).any():
+        raise InputError(f"{path}: 'frame' must grow from keyframe to keyframe, but is {frames}")
+    if frames[-1] - frames[0] >= MAX_POSES:
+        raise InputError(
+            f"{path}: the keyframes span {frames[-1] - frames[0]} frames, at most {MAX_POSES} can be made"
+        )
+    return np.array(frames, dtype=np.float64)
+
+
+def _vectors(entries: list[dict], names: list[str], key: str, length: int) -> np.ndarray:
+    """float64 [K, length], of a size that later arithmetic survives."""
+    vectors = np.array(
+        [to_numbers(required(e, key, n), (length,), f"{n}: {key!r}") for n, e in zip(names, entries, strict=True)]
+    )
+    if np.abs(vectors).max() > MAX_NUMBER:
+        raise InputError(f"{names[int(np.abs(vectors).max(1).argmax())]}: {key!r} is too far away")
+    return vectors
+
+
+def _rotation(entry: dict, where: str, up: np.ndarray) -> Rotation:
+    if "quaternion" in entry:
+        return unit_rotation(_vectors([entry], [where], "quaternion", 4)[0], where)
+    eye, target = (_vectors([entry], [where], key, 3) for key in ("position", "look_at"))
+    return Rotation.from_matrix(look_at(eye, target, up, where)[0, :3, :3])
+
+
+def smooth_curve(times: np.ndarray, points: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Points [A, 3] of a curve through `points` [K, 3] at increasing `times` [K], continuous in position and velocity.
+
+    The shape is a centripetal Catmull-Rom spline, which makes no loops between uneven keyframes; a monotone cubic
+    decides how far along it each moment is, so that speed does not jump at a keyframe. Repeated points rest.
+    """
+    steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
+    moving = steps > 1e-9 * steps.sum()
+    if not moving.any():
+        return np.repeat(points[:1], len(at), axis=0)
+    knots = np.concatenate([[0.0], np.cumsum(np.sqrt(np.where(moving, steps, 0)))])
+    distinct = np.concatenate([[True], moving])
+    return catmull_rom(knots[distinct], points[distinct])(PchipInterpolator(times, knots)(at))

@@ -1,0 +1,211 @@
+"""A scene as one mesh of triangles, with objects, connected components and shading normals."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from utils.cli import InputError
+from utils.scene.gltf_scene import FAR
+
+UPS = ("+y", "+z")
+SMOOTH = 1e-3  # difference between unit corner normals of a face that counts as smooth shading
+FLAT_FACE = 1e-6  # height of a triangle over its longest side; below, its normal is float32 rounding
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A triangle mesh in world coordinates; V vertices, all of them in use, F faces."""
+
+    vertices: np.ndarray  # float64 [V, 3], world, metres
+    faces: np.ndarray  # int64 [F, 3], counter-clockwise seen from outside where the file says so
+    objects: np.ndarray  # int32 [F], index into names
+    names: tuple[str, ...]  # object names of the file; repeated ones get .001, .002, …
+    components: np.ndarray  # int32 [F], connected through vertices at one position of one object
+    smooth: np.ndarray  # bool [F], True where the file shades this face smoothly
+    corner_normals: np.ndarray | None  # float32 [F, 3, 3] unit shading normals, where the file has them
+    up: str  # '+y' or '+z'
+    dropped: dict[str, int]  # {'degenerate': n, 'duplicate': n} faces that were removed
+
+
+@dataclass
+class Part:
+    """A piece of an object, as `Geometry` holds it."""
+
+    name: str
+    vertices: np.ndarray
+    faces: np.ndarray
+    smooth: np.ndarray
+    normals: np.ndarray | None
+
+
+def build_geometry(meshes: Iterable[tuple[str, np.ndarray, np.ndarray]], up: str) -> Geometry:
+    """A scene from meshes in memory: name, vertices float64 [V, 3] in metres, faces int [F, 3]; all flat shaded."""
+    parts = [Part(name, vertices, faces, np.zeros(len(faces), bool), None) for name, vertices, faces in meshes]
+    return assemble(Path("the scene"), parts, up)
+
+
+def shade(part: Part, normals: np.ndarray) -> Part:
+    """Add corner normals, and which faces they shade smoothly. normals: [V, 3]; bad ones become the face's own.
+
+    A face is smooth when its corners disagree. Comparing them with the face's plane instead would call the triangles
+    of every flat-shaded polygon smooth that is not quite planar, since they share the polygon's normal.
+    """
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        length = np.linalg.norm(normals, axis=1, keepdims=True)
+        unit = np.where(np.abs(length - 1) < 1e-5, normals, normals / length)  # so that rewriting changes no bit
+    corners = unit.astype(np.float32)[part.faces]  # [F, 3, 3]
+    bad = ~np.isfinite(corners).all(2)
+    if bad.any():
+        corners[bad] = _flat_normals(part.vertices, part.faces)[bad]
+    spread = np.linalg.norm(corners - np.roll(corners, 1, axis=1), axis=2).max(1)
+    return replace(part, smooth=spread > SMOOTH, normals=corners)
+
+
+def _flat_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """The face normal at each corner: float32 [F, 3, 3]."""
+    return np.repeat(face_normals(vertices, faces)[:, None].astype(np.float32), 3, axis=1)
+
+
+def _shape(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Longest side and the height over it of every face, float64 [F] each, in metres."""
+    a, b, c = (vertices[faces[:, k]] for k in range(3))
+    longest = np.sqrt(np.max([np.einsum("ij,ij->i", side, side) for side in (b - a, c - b, a - c)], axis=0))
+    area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
+    return longest, np.divide(area, longest, out=np.zeros_like(area), where=longest > 0)
+
+
+def place(part: Part, name: str, matrix: np.ndarray) -> Part:
+    """Move a part into the world. matrix: float64 [4, 4]; a mirroring one flips the winding, so that outside stays."""
+    if np.array_equal(matrix, np.eye(4)):
+        return replace(part, name=name)
+    linear = matrix[:3, :3]
+    vertices = part.vertices @ linear.T + matrix[:3, 3]
+    x, y, z = linear.T
+    cofactor = np.stack([np.cross(y, z), np.cross(z, x), np.cross(x, y)], 1)  # also right where the scale is 0
+    mirrored = x @ np.cross(y, z) < 0
+    turn_corners = slice(None, None, -1 if mirrored else 1)
+    faces, normals = part.faces[:, turn_corners], part.normals
+    if normals is not None:
+        normals = normals[:, turn_corners] @ (-cofactor if mirrored else cofactor).T.astype(np.float64)
+        length = np.linalg.norm(normals, axis=2, keepdims=True)
+        flat = _flat_normals(vertices, faces)
+        normals = np.divide(normals, length, out=flat, where=length > 0, casting="same_kind")
+    return Part(name, vertices, faces, part.smooth, normals)
+
+
+def assemble(path: Path, parts: list[Part], up: str) -> Geometry:
+    """Join parts, number what belongs together, and drop faces that cannot be seen."""
+    names = list(dict.fromkeys(part.name for part in parts))
+    number = {name: k for k, name in enumerate(names)}
+    vertices = np.concatenate([part.vertices for part in parts])
+    if not np.isfinite(vertices).all() or np.abs(vertices).max() > FAR:
+        raise InputError(f"{path} has node transforms that move vertices to infinity; export the scene again")
+    starts = np.cumsum([0] + [len(part.vertices) for part in parts[:-1]])
+    faces = np.concatenate([part.faces + start for part, start in zip(parts, starts, strict=True)])
+    objects = np.repeat(np.array([number[p.name] for p in parts], np.int32), [len(p.faces) for p in parts])
+    smooth, normals = np.concatenate([part.smooth for part in parts]), None
+    if any(part.normals is not None for part in parts):
+        normals = [_flat_normals(p.vertices, p.faces) if p.normals is None else p.normals for p in parts]
+        normals = np.concatenate(normals)
+    welded = weld(vertices)
+    components = _components(welded[faces], objects)  # before degenerate faces go: they may hold pieces together
+    keep, dropped = _visible_faces(vertices, faces, welded)
+    if not len(keep):
+        raise InputError(f"{path} holds only triangles without area; export the scene with its meshes")
+    if len(keep) < len(faces):
+        faces, objects, smooth, components = faces[keep], objects[keep], smooth[keep], components[keep]
+        normals = None if normals is None else normals[keep]
+        present, objects = np.unique(objects, return_inverse=True)  # an object may have lost all its faces
+        names, objects = [names[k] for k in present], objects.astype(np.int32)
+        vertices, faces = _without_unused(vertices, faces)
+    return Geometry(vertices, faces, objects, tuple(names), _renumber(components), smooth, normals, up, dropped)
+
+
+def _visible_faces(vertices: np.ndarray, faces: np.ndarray, welded: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+    """Indices of the faces that have an area and are the first at their place, and how many have not or are not.
+
+    A second face at one place, whatever its winding or object, could only flicker: rays would choose between the two.
+    """
+    longest, height = _shape(vertices, faces)
+    solid = np.flatnonzero(height > FLAT_FACE * longest)
+    keep = solid[_first_of_equals(np.sort(welded[faces[solid]], axis=1))]
+    return keep, {"degenerate": len(faces) - len(solid), "duplicate": len(solid) - len(keep)}
+
+
+def _without_unused(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    used = np.zeros(len(vertices), bool)
+    used[faces] = True
+    return vertices[used], (np.cumsum(used) - 1)[faces]
+
+
+def weld(vertices: np.ndarray) -> np.ndarray:
+    """A number for every different position: int64 [V], equal where the float64 [V, 3] rows are exactly equal."""
+    bits = np.ascontiguousarray(vertices + 0.0).view(np.uint64)  # + 0.0 makes one zero of the two
+    key = np.zeros(len(bits), np.uint64)
+    for column in bits.T:  # hashing three columns into one, since sorting rows is ten times slower
+        key = (key ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        key ^= key >> np.uint64(29)
+        key *= np.uint64(0xBF58476D1CE4E5B9)
+        key ^= key >> np.uint64(32)
+    _, first, welded = np.unique(key, return_index=True, return_inverse=True)
+    if not np.array_equal(vertices[first][welded], vertices):  # two positions share a hash
+        welded = np.unique(vertices + 0.0, axis=0, return_inverse=True)[1]
+    return welded
+
+
+def _first_of_equals(corners: np.ndarray) -> np.ndarray:
+    """Indices, in order, of rows of int64 [N, 3] that no earlier row equals."""
+    order = np.lexsort(corners.T)  # stable: equal rows stay in their order
+    ordered = corners[order]
+    new = np.ones(len(corners), bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(1)
+    return np.sort(order[new])
+
+
+def _components(corners: np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """A label for every connected component, int32 [F]. corners: welded vertices int64 [F, 3]; objects: int32 [F]."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if objects.any():  # touching objects stay apart
+        keys = corners * (int(objects.max()) + 1) + objects[:, None]
+        corners = np.unique(keys, return_inverse=True)[1].reshape(-1, 3)
+    start, end = corners[:, :2].ravel(), corners[:, 1:].ravel()
+    size = int(corners.max()) + 1
+    graph = coo_array((np.ones(len(start), np.int8), (start.astype(np.int32), end.astype(np.int32))), (size, size))
+    return connected_components(graph, directed=False)[1][corners[:, 0]]
+
+
+def _renumber(labels: np.ndarray) -> np.ndarray:
+    """int32: 0, 1, … in the order in which the labels first appear."""
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int32)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse]
+
+
+def turn(geometry: Geometry, up: str) -> Geometry:
+    """The same scene in a world whose up axis is `up`: y-up (x, y, z) is z-up (x, −z, y)."""
+    if up not in UPS:
+        raise ValueError(f"up is {up!r}, expected one of {UPS}")
+    if up == geometry.up:
+        return geometry
+    columns, signs = ([0, 2, 1], [1, -1, 1]) if up == "+z" else ([0, 2, 1], [1, 1, -1])
+    signs = np.array(signs, np.float32)
+    normals = geometry.corner_normals
+    return replace(
+        geometry,
+        vertices=geometry.vertices[:, columns] * signs,
+        corner_normals=None if normals is None else normals[..., columns] * signs,
+        up=up,
+    )
+
+
+def face_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Unit geometric normals, float64 [F, 3]; zero where a face has no area. vertices: [V, 3], faces: int [F, 3]."""
+    origin = vertices[faces[:, 0]]
+    normal = np.cross(vertices[faces[:, 1]] - origin, vertices[faces[:, 2]] - origin)
+    length = np.linalg.norm(normal, axis=1, keepdims=True)
+    return np.divide(normal, length, out=np.zeros_like(normal), where=length > 0)

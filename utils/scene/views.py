@@ -1,0 +1,115 @@
+"""Views of a scene: rays through pixels, projection, and exact correspondences between two views.
+
+Directions are left unnormalised, one unit long along the view axis, so that a ray's parameter is planar depth.
+Whatever enters a result is float64 and comes from face planes; the ray caster only decides which face is seen.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils.cameras.path import CameraPath
+from utils.scene.raycast import RayCaster
+
+REACHED = 1 - 1e-4  # a ray that gets this share of the way to a point has reached it
+
+
+@dataclass(frozen=True)
+class View:
+    """A pinhole camera and its image. c2w: float64 [4, 4], OpenGL axes; focal lengths and centre in pixels."""
+
+    c2w: np.ndarray
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+    width: int
+    height: int
+
+    @property
+    def eye(self) -> np.ndarray:
+        return self.c2w[:3, 3]
+
+    def rays(self, samples: int = 1, dtype: type = np.float64) -> np.ndarray:
+        """Directions [samples * height, samples * width, 3] through the centres of samples² parts of each pixel."""
+        x = (np.arange(samples * self.width) + 0.5) / samples
+        y = (np.arange(samples * self.height) + 0.5) / samples
+        right, up, backward = self.c2w[:3, :3].T
+        columns = ((x - self.cx) / self.fx)[:, None] * right
+        rows = ((self.cy - y) / self.fy)[:, None] * up - backward
+        return rows.astype(dtype)[:, None] + columns.astype(dtype)[None]
+
+    def directions(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Directions [N, 3] through image points, in pixels from the outer corner of the top-left pixel."""
+        local = np.stack([(x - self.cx) / self.fx, (self.cy - y) / self.fy, np.full(len(x), -1.0)], axis=1)
+        return np.einsum("nj,kj->nk", local, self.c2w[:3, :3])
+
+    def project(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Image points [N, 2] (x, y) of points `offsets` [N, 3] away from the eye, and which are in the image [N]."""
+        # Not `@`: BLAS would put all cores on each of many small products, which frames in threads do better.
+        right, up, backward = np.einsum("nj,jk->kn", offsets, self.c2w[:3, :3])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            x = self.cx - self.fx * right / backward
+            y = self.cy + self.fy * up / backward
+        inside = (backward < 0) & (x >= 0) & (x < self.width) & (y >= 0) & (y < self.height)
+        return np.stack([x, y], axis=1), inside
+
+
+def make_views(path: CameraPath, size: tuple[int, int]) -> list[View]:
+    """One view per pose of a camera path, at the image size (width, height)."""
+    return [View(c2w, *map(float, k), *size) for c2w, k in zip(path.c2w, path.intrinsics(*size), strict=True)]
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """Where each pixel of a target view was in a source view.
+
+    position: float64 [H, W, 2], x then y, in pixels of the source; NaN where it is unknown. visible: bool [H, W]. hit:
+    bool [H, W], whether the target pixel sees a surface at all. occluded: bool [H, W], surfaces that lie inside the
+    source's image but are hidden there.
+    """
+
+    position: np.ndarray
+    visible: np.ndarray
+    hit: np.ndarray
+    occluded: np.ndarray
+
+
+def correspondence(caster: RayCaster, source: View, target: View, *, sky: bool = True) -> Correspondence:
+    """Exact correspondences of the surface points (and, with `sky`, of the points at infinity) that the target sees.
+
+    A point is visible in the source if it projects into the image and a ray from the source's eye reaches it, from the
+    same side of its face. The sky is visible where a ray of the same direction hits nothing.
+    """
+    rays = target.rays().reshape(-1, 3)
+    face = caster.cast(target.eye, rays)
+    hit = face >= 0
+    depth = np.where(hit, caster.plane_depth(face, target.eye, rays), 1)
+    # A point at infinity has no parallax: its direction alone counts.
+    offsets = depth[:, None] * rays + hit[:, None] * (target.eye - source.eye)
+    position, inside = source.project(offsets)
+    asked = np.flatnonzero(inside & (hit | sky))
+    visible = np.zeros(len(rays), bool)
+    visible[asked] = _reached(caster, source.eye, offsets[asked], face[asked], rays[asked])
+    shape = (target.height, target.width)
+    position[~visible] = np.nan
+    occluded = hit & inside & ~visible
+    return Correspondence(position.reshape(*shape, 2), *(a.reshape(shape) for a in (visible, hit, occluded)))
+
+
+def _reached(
+    caster: RayCaster, eye: np.ndarray, offsets: np.ndarray, face: np.ndarray, rays: np.ndarray
+) -> np.ndarray:
+    """Whether rays from `eye` reach points at `offsets` [N, 3] that lie on `face` [N], or the sky where face is -1."""
+    blocker = caster.cast(eye, offsets)
+    reached = (blocker == face) | (caster.plane_depth(blocker, eye, offsets) >= REACHED)
+    normal = caster.normals[face]
+    same_side = np.einsum("ij,ij->i", normal, rays) * np.einsum("ij,ij->i", normal, offsets) > 0
+    return np.where(face >= 0, reached & same_side, blocker < 0)
+
+
+def resize_view(view: View, size: tuple[int, int]) -> View:
+    """The same picture at another size (width, height): stretched where the aspect differs, as edges are."""
+    width, height = size
+    sx, sy = width / view.width, height / view.height
+    return View(view.c2w, view.fx * sx, view.fy * sy, view.cx * sx, view.cy * sy, width, height)
