@@ -42,7 +42,6 @@ def read_cameras(path: Path, up: str | None = None, fps: float = 24.0) -> Camera
     """
     from utils.cameras import colmap as camera_colmap
     from utils.cameras import gltf as camera_gltf
-    from utils.cameras import transforms as camera_files
 
     path = Path(path)
     if up is not None and up not in UP_AXES:
@@ -53,7 +52,7 @@ def read_cameras(path: Path, up: str | None = None, fps: float = 24.0) -> Camera
         if path.is_dir() or path.name in camera_colmap.COLMAP_NAMES:
             return camera_colmap.read_colmap(path, up, fps)
         if path.suffix.lower() == ".json":
-            return camera_files.read_camera_json(path, up, fps)
+            return read_camera_json(path, up, fps)
         if path.suffix.lower() in (".glb", ".gltf"):
             return camera_gltf.read_gltf_camera(path, up, fps)
     except OSError as error:
