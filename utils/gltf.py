@@ -2,10 +2,9 @@
 
     with refusals(path, "the scene"):
         file = open_gltf(path)
-        positions = file.accessor(3, "VEC3", {FLOAT: 4})
+        positions = file.array(3, "VEC3", FLOATS)
 
-Both readers stand on this, `scene.gltf_scene` and `cameras.gltf`. Buffers are memory
-views of the file: nothing is copied.
+`scene.gltf_scene` and `cameras.gltf` both read with it. Buffers are memory views of the file: nothing is copied.
 """
 
 import base64
@@ -18,10 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
+
 from utils.cli import InputError
 
 GLB_MAGIC, JSON_CHUNK, BIN_CHUNK = 0x46546C67, 0x4E4F534A, 0x004E4942
 FLOAT = 5126
+COMPONENTS = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", FLOAT: "<f4"}  # as numpy names them
+FLOATS, FLOATS_OR_NORMALIZED, INDICES = (FLOAT,), (FLOAT, 5120, 5121, 5122, 5123), (5121, 5123, 5125)
 WIDTHS = {"SCALAR": 1, "VEC3": 3, "VEC4": 4}
 MAX_TRIANGLES = 16_000_000  # in a whole scene, instances included; 4 million take about 3 GiB to load
 MAX_BYTES = 36 * 3 * MAX_TRIANGLES  # that the accessors in use may ask for, all together
@@ -47,24 +50,11 @@ def refusals(path: Path, what: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class View:
-    """A part of a buffer that lies inside it. In bytes; stride: None where the file gives none."""
+class BufferView:
+    """A part of a buffer. stride: bytes from one element to the next; None where the file gives none."""
 
-    buffer: int
-    start: int
-    length: int
+    data: memoryview
     stride: int | None
-
-
-@dataclass(frozen=True)
-class Accessor:
-    """`count` elements that lie inside the view. In bytes; offset: from the start of the view."""
-
-    view: int
-    offset: int
-    count: int
-    component: int
-    stride: int
 
 
 @dataclass
@@ -75,8 +65,8 @@ class GltfFile:
     tree: dict
     chunk: memoryview | None
     claimed: int = 0  # bytes that the accessors in use ask for, all together
-    _accessors: dict[int, Accessor] = field(default_factory=dict)
-    _views: dict[int, View] = field(default_factory=dict)
+    _arrays: dict[int, np.ndarray] = field(default_factory=dict)
+    _views: dict[int, BufferView] = field(default_factory=dict)
     _buffers: dict[int, memoryview] = field(default_factory=dict)
 
     def scene(self) -> dict:
@@ -96,44 +86,56 @@ class GltfFile:
                 return str(extras["world_up"])
         return None
 
-    def accessor(self, index: int, kind: str, sizes: dict[int, int]) -> Accessor:
-        """Check an accessor and all it stands on. kind: 'VEC3'; sizes: bytes of each component type that will do."""
+    def array(self, index: int, kind: str, types: tuple[int, ...]) -> np.ndarray:
+        """The elements of an accessor, [count, width]: a read-only view of the file, of the stored type.
+
+        Normalized integers become float64 in [-1, 1] where `types` has FLOAT. kind: 'VEC3'; types: component types
+        that will do.
+        """
         accessor = entry(self.tree, "accessors", index)
-        count, component = whole(accessor["count"], "count"), accessor["componentType"]
-        if accessor["type"] != kind or component not in sizes:
+        component = accessor["componentType"]
+        if accessor["type"] != kind or component not in types:
             raise Refused(
                 f"accessor {index} is {str(accessor['type'])[:9]} of type {str(component)[:9]}, where {kind} of "
-                f"{' or '.join(map(str, sizes))} is read (is it quantised?)"
+                f"{' or '.join(map(str, types))} is read (is it quantised?)"
             )
+        if index not in self._arrays:
+            self._arrays[index] = self._stored(index, accessor)
+        values = self._arrays[index]
+        if accessor.get("normalized") is True and component != FLOAT and FLOAT in types:
+            return np.maximum(values.astype(np.float64) / np.iinfo(values.dtype).max, -1)
+        return values
+
+    def _stored(self, index: int, accessor: dict) -> np.ndarray:
+        """The elements of an accessor of known type and component type where they lie in its buffer view."""
         if "sparse" in accessor or "bufferView" not in accessor:
             raise Refused(f"accessor {index} is sparse or has no buffer view, which is not read")
-        if index not in self._accessors:
-            offset = whole(accessor.get("byteOffset", 0), "byteOffset")
-            size = sizes[component] * WIDTHS[kind]
-            view = self.view(accessor["bufferView"])
-            stride = size if view.stride is None else view.stride
-            if stride < size or offset + (count - 1) * stride + size > view.length:
-                raise Refused(f"accessor {index} asks for {count} elements, more than its buffer view holds")
-            # Accessors may overlap, but not so often that a small file asks for a large memory.
-            self.claimed += count * size
-            if self.claimed > MAX_BYTES:
-                raise Refused("its accessors ask for more memory than a scene may have")
-            self._accessors[index] = Accessor(accessor["bufferView"], offset, count, component, stride)
-        return self._accessors[index]
+        count, offset = whole(accessor["count"], "count"), whole(accessor.get("byteOffset", 0), "byteOffset")
+        dtype, width = np.dtype(COMPONENTS[accessor["componentType"]]), WIDTHS[accessor["type"]]
+        size, view = width * dtype.itemsize, self._view(accessor["bufferView"])
+        stride = size if view.stride is None else view.stride
+        if stride < size or offset + (count - 1) * stride + size > len(view.data):
+            raise Refused(f"accessor {index} asks for {count} elements, more than its buffer view holds")
+        # Accessors may overlap, but not so often that a small file asks for a large memory.
+        self.claimed += count * size
+        if self.claimed > MAX_BYTES:
+            raise Refused("its accessors ask for more memory than a scene may have")
+        return np.ndarray((count, width), dtype, view.data, offset, (stride, dtype.itemsize))
 
-    def view(self, index: int) -> View:
+    def _view(self, index: int) -> BufferView:
         if index not in self._views:
             view = entry(self.tree, "bufferViews", index)
             if any("compression" in name for name in view.get("extensions", {})):
                 raise Refused(f"buffer view {index} is compressed, which is not read: export it without compression")
             start, length = whole(view.get("byteOffset", 0), "byteOffset"), whole(view["byteLength"], "byteLength")
-            if start + length > len(self.buffer(view["buffer"])):
+            buffer = self._buffer(view["buffer"])
+            if start + length > len(buffer):
                 raise Refused(f"buffer view {index} reaches beyond buffer {view['buffer']}")
             stride = whole(view["byteStride"], "byteStride") if "byteStride" in view else None
-            self._views[index] = View(view["buffer"], start, length, stride)
+            self._views[index] = BufferView(buffer[start : start + length], stride)
         return self._views[index]
 
-    def buffer(self, index: int) -> memoryview:
+    def _buffer(self, index: int) -> memoryview:
         if index not in self._buffers:
             buffer = entry(self.tree, "buffers", index)
             length, data = whole(buffer["byteLength"], "byteLength"), self._buffer_data(index, buffer.get("uri"))

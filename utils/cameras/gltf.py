@@ -15,9 +15,8 @@ from scipy.spatial.transform import Slerp
 from utils.cameras.path import DEFAULT_SIZE, MAX_NUMBER, MAX_POSES, CameraPath, make_path
 from utils.cameras.values import to_number, to_numbers, unit_rotation, world_up
 from utils.cli import InputError
-from utils.gltf import FLOAT, WIDTHS, GltfFile, Refused, entry, open_gltf, refusals
+from utils.gltf import FLOATS, FLOATS_OR_NORMALIZED, GltfFile, Refused, entry, open_gltf, refusals
 
-NORMALIZED = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2"}  # component types that may store rotations
 PATHS = {
     "translation": ("VEC3", (0.0, 0.0, 0.0)),
     "rotation": ("VEC4", (0.0, 0.0, 0.0, 1.0)),
@@ -68,21 +67,12 @@ def _slack(frames: np.ndarray) -> np.ndarray:
 
 def _keys(file: GltfFile, index: object, kind: str) -> np.ndarray:
     """The values of an accessor of an animation: float64 [count, width]. kind: 'SCALAR', 'VEC3' or 'VEC4'."""
-    kinds = {FLOAT: np.dtype("<f4")}
-    if kind == "VEC4":
-        kinds |= {component: np.dtype(name) for component, name in NORMALIZED.items()}
-    accessor = file.accessor(index, kind, {component: dtype.itemsize for component, dtype in kinds.items()})
-    normalized = accessor.component != FLOAT
-    if normalized and entry(file.tree, "accessors", index).get("normalized") is not True:
+    values = file.array(index, kind, FLOATS_OR_NORMALIZED if kind == "VEC4" else FLOATS)
+    if values.dtype.kind != "f":
         raise Refused(f"accessor {index} holds integers that are not normalized, which no rotation is")
-    if not accessor.count:
+    if not len(values):
         raise Refused(f"accessor {index} is empty")
-    view, dtype = file.view(accessor.view), kinds[accessor.component]
-    shape, strides = (accessor.count, WIDTHS[kind]), (accessor.stride, dtype.itemsize)
-    stored = np.ndarray(shape, dtype, file.buffer(view.buffer), view.start + accessor.offset, strides)
-    values = stored.astype(np.float64)
-    if normalized:
-        values = np.maximum(values / np.iinfo(dtype).max, -1)
+    values = values.astype(np.float64)
     if not (np.abs(values) <= MAX_NUMBER).all():
         raise Refused(f"accessor {index} holds NaN, infinity or huge numbers")
     return values

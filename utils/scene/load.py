@@ -3,13 +3,12 @@
     geometry = turn(load_geometry("town.glb"), "+z")
     face = RayCaster(geometry).cast(eye, directions)
 
-Formats: GLB, glTF, OBJ, PLY, STL, OFF, through trimesh. glTF is +y up unless its asset or scene has the extra
-`world_up`; the other formats are taken as +z up unless `up` says otherwise. Nothing but the file itself and a glTF
-file's buffers in the same folder is opened.
+Formats: GLB and glTF through `gltf_scene`; OBJ, PLY, STL and OFF through trimesh. glTF is +y up unless its asset or
+scene has the extra `world_up`; the other formats are taken as +z up unless `up` says otherwise. Nothing but the file
+itself and a glTF file's buffers in the same folder is opened.
 """
 
 import io
-import json
 import logging
 import re
 import warnings
@@ -19,8 +18,8 @@ import numpy as np
 
 from utils.cli import InputError
 from utils.gltf import MAX_TRIANGLES
-from utils.scene.gltf_scene import FAR, read_gltf
-from utils.scene.mesh import UPS, Geometry, Part, assemble, place, shade
+from utils.scene.gltf_scene import read_gltf
+from utils.scene.mesh import UPS, Geometry, Part, assemble, make_part, unique_names
 
 FORMATS = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 
@@ -39,35 +38,16 @@ def load_geometry(path: Path, up: str | None = None) -> Geometry:
     if not path.stat().st_size:
         raise InputError(f"{path} is empty; export the scene again")
     if path.suffix.lower() in (".glb", ".gltf"):
-        parts, file_up = _read_gltf(path)
+        parts, file_up = read_gltf(path)
+        up = up or file_up or "+y"
     else:
-        parts, file_up = _read_plain(path), "+z"
-    up = up or file_up
+        parts, up = _read_plain(path), up or "+z"
     if up not in UPS:
         raise InputError(f"{path}: {str(up)[:20]!r} is not an up axis; give {' or '.join(UPS)}")
     parts = [part for part in parts if len(part.faces)]
     if not parts:
         raise InputError(f"{path} holds no triangles; export the scene with its meshes")
     return assemble(path, parts, up)
-
-
-def _read_gltf(path: Path) -> tuple[list[Part], str]:
-    checked = read_gltf(path)
-    scene = _load_trimesh(path, io.BytesIO(json.dumps(checked.tree).encode()), "gltf", resolver=checked.buffers)
-    order = {name: k for k, name in enumerate(scene.geometry)}
-    nodes = []
-    for name in scene.graph.nodes_geometry:  # with several primitives: one node each, "<node>_<random>"
-        matrix, mesh = scene.graph[name]
-        nodes.append((int(name.partition("_")[0]), order[mesh], mesh, matrix))
-    nodes.sort(key=lambda node: node[:2])
-    used = sorted({node for node, *_ in nodes})
-    unique = dict(zip(used, _unique([checked.names[node] for node in used]), strict=True))
-    parts, cached = [], {}
-    for node, _, mesh, matrix in nodes:
-        if mesh not in cached:
-            cached[mesh] = _to_part(path, "", scene.geometry[mesh])
-        parts.append(place(cached[mesh], unique[node], matrix))
-    return parts, checked.world_up or "+y"
 
 
 def _read_plain(path: Path) -> list[Part]:
@@ -86,7 +66,7 @@ def _read_plain(path: Path) -> list[Part]:
     if kind == "obj":
         meshes.reverse()  # trimesh returns the last object first
     named = [path.stem if name.startswith("geometry") else name for name, _ in meshes]
-    parts = [_to_part(path, name, mesh) for name, (_, mesh) in zip(_unique(named), meshes, strict=True)]
+    parts = [_to_part(path, name, mesh) for name, (_, mesh) in zip(unique_names(named), meshes, strict=True)]
     if sum(len(part.faces) for part in parts) > MAX_TRIANGLES:
         raise InputError(f"{path} has more than {MAX_TRIANGLES:,} triangles: simplify it")
     return parts
@@ -135,38 +115,11 @@ def _from_start(index: str, count: int) -> str:
     return str(count + 1 + int(index)) if re.fullmatch(r"-\d+", index) else index
 
 
-def _unique(names: list[str]) -> list[str]:
-    """The first of equal names keeps it, the others get .001, .002, … as in Blender."""
-    taken, seen, unique = set(names), set(), []
-    counters: dict[str, int] = {}
-    for name in names:
-        chosen = name
-        while chosen in seen or (chosen != name and chosen in taken):
-            counters[name] = counters.get(name, 0) + 1
-            chosen = f"{name}.{counters[name]:03d}"
-        seen.add(chosen)
-        unique.append(chosen)
-    return unique
-
-
-# --- building ---
-
-
 def _to_part(path: Path, name: str, mesh) -> Part:
-    """Check a trimesh.Trimesh and take what we need from it, in its own coordinates."""
-    vertices, faces = np.asarray(mesh.vertices, np.float64), np.asarray(mesh.faces, np.int64)
+    """Take what we need from a trimesh.Trimesh, in its own coordinates."""
+    vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
     if vertices.shape[1:] != (3,) or faces.shape[1:] != (3,):
         raise InputError(f"{path} has vertices that are not x, y, z or faces that are no triangles; export it again")
-    if len(faces) and (faces.min() < 0 or faces.max() >= len(vertices)):
-        raise InputError(f"{path} has faces with vertices that do not exist; export the scene again")
-    used = np.zeros(len(vertices), bool)
-    used[faces] = True
     # Asking for `vertex_normals` would compute some; only those of the file lie in the cache already.
     normals = np.asarray(mesh.vertex_normals) if "vertex_normals" in mesh._cache.cache else None
-    if not used.all():
-        vertices, faces = vertices[used], (np.cumsum(used) - 1)[faces]
-        normals = None if normals is None else normals[used]
-    if not np.isfinite(vertices).all() or np.abs(vertices).max(initial=0) > FAR:
-        raise InputError(f"{path} has vertices that are not finite numbers; repair the mesh and export it again")
-    part = Part(name, vertices, faces, np.zeros(len(faces), bool), None)
-    return part if normals is None else shade(part, normals)
+    return make_part(path, name, vertices, faces, normals)

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import InputError
-from utils.scene.gltf_scene import FAR
 
 UPS = ("+y", "+z")
+FAR = 1e15  # metres; beyond, float32 squares overflow
 SMOOTH = 1e-3  # difference between unit corner normals of a face that counts as smooth shading
 FLAT_FACE = 1e-6  # height of a triangle over its longest side; below, its normal is float32 rounding
 
@@ -46,12 +46,44 @@ def build_geometry(meshes: Iterable[tuple[str, np.ndarray, np.ndarray]], up: str
     return assemble(Path("the scene"), parts, up)
 
 
-def shade(part: Part, normals: np.ndarray) -> Part:
+def make_part(path: Path, name: str, vertices: np.ndarray, faces: np.ndarray, normals: np.ndarray | None) -> Part:
+    """Check a mesh of the file `path` and take the vertices that its faces use.
+
+    vertices: [V, 3]; faces: int [F, 3]; normals: [V, 3], of any length, or None for flat shading.
+    """
+    vertices, faces = np.asarray(vertices, np.float64), np.asarray(faces, np.int64)
+    if len(faces) and (faces.min() < 0 or faces.max() >= len(vertices)):
+        raise InputError(f"{path} has faces with vertices that do not exist; export the scene again")
+    if normals is not None:
+        normals, _ = _without_unused(normals, faces)
+    vertices, faces = _without_unused(vertices, faces)
+    if not np.isfinite(vertices).all() or np.abs(vertices).max(initial=0) > FAR:
+        raise InputError(f"{path} has vertices that are not finite numbers; repair the mesh and export it again")
+    part = Part(name, vertices, faces, np.zeros(len(faces), bool), None)
+    return part if normals is None else _add_normals(part, normals)
+
+
+def unique_names(names: list[str]) -> list[str]:
+    """The first of equal names keeps it, the others get .001, .002, … as in Blender."""
+    taken, seen, unique = set(names), set(), []
+    counters: dict[str, int] = {}
+    for name in names:
+        chosen = name
+        while chosen in seen or (chosen != name and chosen in taken):
+            counters[name] = counters.get(name, 0) + 1
+            chosen = f"{name}.{counters[name]:03d}"
+        seen.add(chosen)
+        unique.append(chosen)
+    return unique
+
+
+def _add_normals(part: Part, normals: np.ndarray) -> Part:
     """Add corner normals, and which faces they shade smoothly. normals: [V, 3]; bad ones become the face's own.
 
     A face is smooth when its corners disagree. Comparing them with the face's plane instead would call the triangles
     of every flat-shaded polygon smooth that is not quite planar, since they share the polygon's normal.
     """
+    normals = np.asarray(normals, np.float64)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         length = np.linalg.norm(normals, axis=1, keepdims=True)
         unit = np.where(np.abs(length - 1) < 1e-5, normals, normals / length)  # so that rewriting changes no bit
