@@ -15,9 +15,10 @@ import pytest
 from tests.helpers import DATA
 from utils.cli import InputError
 from utils.scene import raycast
+from utils.scene.bvh import NumpyHits
 from utils.scene.load import load_geometry
 from utils.scene.mesh import Geometry, face_normals, turn, weld
-from utils.scene.raycast import NumpyHits, RayCaster
+from utils.scene.raycast import RayCaster
 from utils.scene.write import write_glb
 
 TOWN = DATA / "town"

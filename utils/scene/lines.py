@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from utils.scene.mesh import Geometry, weld
+from utils.scene.mesh import Geometry, dot, weld
 from utils.scene.raycast import RayCaster
 from utils.scene.views import View
 
@@ -61,7 +61,7 @@ def crease_patches(geometry: Geometry, normals: np.ndarray) -> np.ndarray:
     order = np.argsort(edge, kind="stable")
     shared = np.flatnonzero(np.diff(edge[order]) == 0)
     f, g = order[shared] // 3, order[shared + 1] // 3
-    flat = (_dot(normals[f], normals[g]) >= CREASE_COS) | (geometry.smooth[f] & geometry.smooth[g])
+    flat = (dot(normals[f], normals[g]) >= CREASE_COS) | (geometry.smooth[f] & geometry.smooth[g])
     joined = flat & (geometry.components[f] == geometry.components[g])
     count = len(geometry.faces)
     graph = coo_matrix((np.ones(joined.sum(), bool), (f[joined], g[joined])), shape=(count, count))
@@ -144,15 +144,11 @@ def _classify(scene: LineScene, view: View, first: tuple, second: tuple) -> tupl
     jump = (np.sign(at_first) == np.sign(at_second)) & (gap > footprint)
     contact = geometry.components[f] != geometry.components[g]
     facing = [
-        caster.normals[a] * -np.sign(_dot(caster.normals[a], ray))[:, None] for a, ray in ((f, f_ray), (g, g_ray))
+        caster.normals[a] * -np.sign(dot(caster.normals[a], ray))[:, None] for a, ray in ((f, f_ray), (g, g_ray))
     ]
-    crease = (_dot(*facing) < CREASE_COS) & ~(geometry.smooth[f] & geometry.smooth[g])
+    crease = (dot(*facing) < CREASE_COS) & ~(geometry.smooth[f] & geometry.smooth[g])
     value[both] = np.where(jump, OUTLINE, np.where(contact | crease, CREASE, 0))
     return value, f_depth, g_depth
-
-
-def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.einsum("ij,ij->i", a, b)
 
 
 def _specks(brightness: np.ndarray) -> np.ndarray:
@@ -193,6 +189,6 @@ def shade(caster: RayCaster, view: View) -> np.ndarray:
     """A grey render lit from the camera, uint8 [H, W, 3], white where nothing is hit: what HED is shown."""
     rays = view.rays().reshape(-1, 3)
     face = caster.cast(view.eye, rays)
-    facing = np.abs(_dot(caster.normals[face], rays)) / np.linalg.norm(rays, axis=1)
+    facing = np.abs(dot(caster.normals[face], rays)) / np.linalg.norm(rays, axis=1)
     grey = np.where(face >= 0, 60 + 160 * facing, 255).reshape(view.height, view.width)
     return np.repeat(grey[..., None].round().astype(np.uint8), 3, axis=2)

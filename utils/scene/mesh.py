@@ -103,7 +103,7 @@ def _flat_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 def _shape(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Longest side and the height over it of every face, float64 [F] each, in metres."""
     a, b, c = (vertices[faces[:, k]] for k in range(3))
-    longest = np.sqrt(np.max([np.einsum("ij,ij->i", side, side) for side in (b - a, c - b, a - c)], axis=0))
+    longest = np.sqrt(np.max([dot(side, side) for side in (b - a, c - b, a - c)], axis=0))
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
     return longest, np.divide(area, longest, out=np.zeros_like(area), where=longest > 0)
 
@@ -233,6 +233,11 @@ def turn(geometry: Geometry, up: str) -> Geometry:
         corner_normals=None if normals is None else normals[..., columns] * signs,
         up=up,
     )
+
+
+def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Dot product of each row of a with the same row of b: [N, 3] and [N, 3] to [N]."""
+    return np.einsum("ij,ij->i", a, b)
 
 
 def face_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from utils.scene.mesh import dot
 from utils.scene.raycast import RayCaster
 from utils.scene.views import View
 
@@ -51,7 +52,7 @@ def _look(caster: RayCaster, view: View) -> tuple[np.ndarray, float, float]:
     face = caster.cast(view.eye, rays)
     hit = face >= 0
     depth = caster.plane_depth(face[hit], view.eye, rays[hit])
-    back = np.einsum("ij,ij->i", caster.normals[face[hit]], rays[hit]) > 0
+    back = dot(caster.normals[face[hit]], rays[hit]) > 0
     return depth, float(hit.mean()), float(back.mean()) if len(back) else 0.0
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.cameras.path import CameraPath
+from utils.scene.mesh import dot
 from utils.scene.raycast import RayCaster
 
 REACHED = 1 - 1e-4  # a ray that gets this share of the way to a point has reached it
@@ -104,7 +105,7 @@ def _reached(
     blocker = caster.cast(eye, offsets)
     reached = (blocker == face) | (caster.plane_depth(blocker, eye, offsets) >= REACHED)
     normal = caster.normals[face]
-    same_side = np.einsum("ij,ij->i", normal, rays) * np.einsum("ij,ij->i", normal, offsets) > 0
+    same_side = dot(normal, rays) * dot(normal, offsets) > 0
     return np.where(face >= 0, reached & same_side, blocker < 0)
 
 

@@ -3,20 +3,17 @@
 import json
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils.files import atomic_path
 from utils.gltf import BIN_CHUNK, FLOAT, GLB_MAGIC, JSON_CHUNK
-
-if TYPE_CHECKING:
-    from utils.scene.mesh import Geometry
+from utils.scene.mesh import Geometry
 
 VERTEX_DATA, INDICES, UINT32 = 34962, 34963, 5125
 
 
-def write_glb(path: Path, geometry: "Geometry") -> None:
+def write_glb(path: Path, geometry: Geometry) -> None:
     """Write a GLB, atomically: one mesh per object, coordinates as they are, `world_up` in the asset's extras.
 
     `load_geometry` gives the same scene back: exactly where float32 holds the coordinates, else to 1e-7 of an object's
@@ -42,7 +39,7 @@ def write_glb(path: Path, geometry: "Geometry") -> None:
         file.write(blob)
 
 
-def _add_object(tree: dict, blob: bytearray, name: str, geometry: "Geometry", chosen: np.ndarray) -> None:
+def _add_object(tree: dict, blob: bytearray, name: str, geometry: Geometry, chosen: np.ndarray) -> None:
     """Append a node with a mesh of its own. chosen: indices of the object's faces."""
     used, faces = np.unique(geometry.faces[chosen], return_inverse=True)
     faces, vertices = faces.reshape(-1, 3), geometry.vertices[used]
