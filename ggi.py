@@ -10,16 +10,19 @@ frames per arc; the video shows the frame that two arcs share once. The same com
 shares runs among processes, and with --no-chain single arcs; the files do not depend on how many there are.
 """
 
-import argparse
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from tqdm import tqdm
 
-from models.flags import add_attention_flag, add_compile_flag, add_memory_flags, resolve_device
-from models.precision import automatic_precision, report_precision, settle_precision
+from models.flags import add_attention_flag, add_compile_flag, add_memory_flags, add_overwrite_flag, resolve_device
+from models.precision import automatic_precision, settle_precision
+from models.settings import InbetweenSettings
 from models.weights import (
     EPOCH,
     GGI_STAGE,
@@ -30,23 +33,20 @@ from models.weights import (
     load_preset,
     locate,
     require_same_weights,
-    weight_hashes,
 )
-from utils.background import Beside
 from utils.cli import (
+    Arguments,
     InputError,
     Parser,
-    guidance_float,
+    add_settings,
     heavy_imports,
-    positive_float,
     positive_int,
     run_script,
-    seed,
-    unit_float,
+    settings_of,
 )
 from utils.edges import resize_edges
 from utils.files import files_sha256, read_json
-from utils.images import read_image, resize_image, write_image
+from utils.images import read_image, write_image
 from utils.layout import (
     CONTACT_SHEET,
     LATENT_FRAMES,
@@ -54,22 +54,24 @@ from utils.layout import (
     Arc,
     Scene,
     chain_path,
-    edge_frame_indices,
     find_anchors,
     find_scene,
     latents_path,
     load_scene,
     video_run_name,
 )
-from utils.noise import blend_noise, load_or_make_noise
-from utils.runs import Run, derive_seed, is_first_process, open_run, require_distinct
-from utils.video_run import Job, finish_video, is_done, save_arc
+from utils.noise import load_or_make_noise
+from utils.runs import Run, is_first_process, open_run, require_distinct
+from utils.video_run import VideoJob, finish_video, is_done, save_arc
+
+if TYPE_CHECKING:
+    from models.inbetween.pipeline import ArcInputs, InbetweenStage
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Arguments:
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add(
+    add, where = parser.add_argument, partial(parser.add_argument, decides=False)
+    where(
         "--target",
         type=Path,
         nargs="+",
@@ -77,41 +79,22 @@ def parse_args() -> argparse.Namespace:
         metavar="RUN",
         help="run folders with the anchors image_00.png …; several are shared among the processes",
     )
-    add("--scene", type=Path, help="scene folder (default: the one that RUN lies in, else the one RUN was drawn for)")
+    where(
+        "--scene", type=Path, help="scene folder (default: the one that RUN lies in, else the one RUN was drawn for)"
+    )
     add("--prompt", help="what the video shows; may be empty (default: a caption of the first anchor by BLIP-2)")
     add("--caption_model", metavar="REPO|PATH", help="BLIP-2 for the caption (default: Salesforce/blip2-opt-2.7b)")
     add("--model_path", type=Path, help="folder with checkpoint-<epoch>/transformer (default: checkpoints for full)")
     add("--epoch", type=positive_int, default=EPOCH, help="training step of the in-between transformer")
-    add(
-        "--degradation",
-        type=unit_float,
-        default=0.5,
-        help="share of fresh noise: 0 keeps the warped noise, 1 drops it",
-    )
-    add("--num_inference_steps", type=positive_int, default=30, help="DDIM steps")
-    add("--guidance_scale", type=guidance_float, default=6.0, help="classifier-free guidance scale; 1 switches it off")
     add("--width", type=positive_int, help="pixels (default: the weights' preset)")
     add("--height", type=positive_int, help="pixels (default: the weights' preset)")
     add(
         "--num_frames", type=positive_int, help="frames of the model per arc, padding included (default: the preset's)"
     )
-    add("--fps", type=positive_int, default=12, help="frames per second of video.mp4")
-    add("--seed", type=seed, default=43, help="seed of fresh noise and of the VAE's draws")
-    add(
-        "--chain",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="start each arc from the last generated frame of the one before (default); --no-chain: from its anchor",
-    )
-    add("--output_dir", type=Path, help="folder to put the video's folder into (default: RUN)")
-    add("--overwrite", action="store_true", help="replace a video of this name that was made with other arguments")
-    add(
-        "--cache",
-        type=positive_float,
-        metavar="THRESHOLD",
-        help="skip most of a step that changes the first block's output by less than this share, such as 0.1: faster, "
-        "a little different (default: off)",
-    )
+    where("--fps", type=positive_int, default=12, help="frames per second of video.mp4")
+    where("--output_dir", type=Path, help="folder to put the video's folder into (default: RUN)")
+    add_settings(parser, InbetweenSettings)
+    add_overwrite_flag(parser)
     add_attention_flag(parser)
     add_compile_flag(parser)
     add_memory_flags(parser)
@@ -129,7 +112,7 @@ def check_anchors(anchors: Sequence[Path]) -> None:
             )
 
 
-def check_size(args: argparse.Namespace, config: dict) -> None:
+def check_size(args: Arguments, config: dict) -> None:
     """Refuse sizes that the transformer cannot do. config: its config.json."""
     if config.get("in_channels") != 48:
         raise InputError(f"the transformer has {config.get('in_channels')} input channels; in-betweening needs 48")
@@ -147,21 +130,17 @@ def check_size(args: argparse.Namespace, config: dict) -> None:
         raise InputError(f"{args.width}x{args.height}: width and height must be multiples of 16")
 
 
-def result_arguments(
-    args: argparse.Namespace, scene: Scene, anchors: Sequence[Path], noises: Sequence[np.ndarray]
-) -> dict:
-    """What decides the video: arguments, and inputs by their content. Where it is made and put does not."""
-    elsewhere = {"output_dir", "overwrite", "device", "memory", "scene", "target", "fps"}
-    chosen = {key: value for key, value in vars(args).items() if key not in elsewhere}
+def result_arguments(args: Arguments, scene: Scene, anchors: Sequence[Path], noises: Sequence[np.ndarray]) -> dict:
+    """What decides the video: arguments, and inputs by their content."""
     edges = [path for arc in scene.arcs for path in arc.edge_paths]
-    return chosen | {
+    return args.identity() | {
         "anchors_sha256": files_sha256(anchors),
         "edges_sha256": files_sha256(edges),
         "noise_sha256": hashlib.sha256(np.stack(noises)).hexdigest(),
     }
 
 
-def open_job(args: argparse.Namespace, preset: Preset, target: Path) -> Job:
+def open_job(args: Arguments, preset: Preset, target: Path) -> VideoJob:
     """Read what `target` holds and open its video's run. Raises InputError for what cannot be used."""
     if not target.is_dir():
         raise InputError(f"run folder {target} does not exist: give one that sag_generate_anchor_view.py wrote")
@@ -170,11 +149,11 @@ def open_job(args: argparse.Namespace, preset: Preset, target: Path) -> Job:
     check_anchors(anchors)
     folder = (args.output_dir or target) / video_run_name(args.degradation, args.epoch, args.num_inference_steps)
     noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]
-    automatic = automatic_precision(args, preset.dtype, resolve_device(args.device))
     arguments = result_arguments(args, scene, anchors, noises)
-    run = open_run(folder, arguments, overwrite=args.overwrite, automatic=automatic)
+    automatic = automatic_precision(args, preset.dtype, resolve_device(args.device))
+    run = open_run(folder, arguments, overwrite=args.overwrite, automatic=automatic, defaults=args.defaults())
     prompt = args.prompt if args.prompt is not None else run.manifest.get("prompt")
-    return Job(scene, anchors, noises, run, prompt)
+    return VideoJob(scene, anchors, noises, run, prompt)
 
 
 def main() -> None:
@@ -203,159 +182,84 @@ def main() -> None:
         print_results(job.run)
 
 
-def fill_arcs(args: argparse.Namespace, preset: Preset, jobs: list[Job], transformer: Path) -> None:
+def fill_arcs(args: Arguments, preset: Preset, jobs: list[VideoJob], transformer: Path) -> None:
     """Generate every arc that is not there yet, shared among all processes."""
     with heavy_imports():
-        from benchmarks.memory.plans import plan_ggi
-        from models.inbetween.pipeline import caption_image, encode_video_prompts, load_inbetween
-        from models.loading.networks import DTYPES
-        from models.runtime.memory import lossy, settle_memory, settle_overlap
-        from models.runtime.parallel import open_processes
-        from models.runtime.speed import compile_blocks, require_attention, require_compilable
+        from models.inbetween.pipeline import InbetweenStage, caption_image
+        from models.runtime.memory import look_up_plan
+        from models.runtime.runtime import first_here, open_runtime
 
-    process, device = open_processes(resolve_device(args.device))
-    require_attention(args.attention, device, DTYPES[args.dtype])
+    size = (args.width, args.height)
     uncaptioned = [job for job in jobs if job.prompt is None]
-    with process.local_main_process_first():  # it downloads what is missing
-        caption_model = caption_source(args.caption_model) if uncaptioned else None
-        paths = locate(args, preset, GGI_STAGE)
-    dtype, size, tiling = DTYPES[args.dtype], (args.width, args.height), preset.vae_tiling
+    caption_model = first_here(args, partial(caption_source, args.caption_model)) if uncaptioned else None
+    paths = first_here(args, partial(locate, args, preset, GGI_STAGE))
     guided = args.guidance_scale != 1 and args.prompt != ""
-    plan = plan_ggi(paths, transformer, size, args.num_frames, dtype, device, guided=guided, tiling=tiling)
-    mode, kept = settle_memory("ggi", plan, args.memory, device)
-    report_precision(args)
-    shares, early = share_arcs(jobs, args.chain), ("encoding", "denoising")
-    overlap = len(shares) > process.num_processes and settle_overlap(plan[mode], "decoding", early, kept, device)
-    if args.compile:
-        require_compilable(kept["transformer"])
-    for job in uncaptioned:  # alike in every process: its draws are seeded
-        job.prompt = caption_image(read_image(job.anchors[0]), caption_model, device, dtype, args.seed)
-    length = read_json(transformer / "config.json")["max_text_seq_length"]
-    prompts = [*(job.prompt for job in jobs), ""]
-    embeds = encode_video_prompts(paths["cogvideox_text"], prompts, device, dtype, length, kept["text"])
-    pipe = load_inbetween(paths, transformer, device, dtype, kept, tiling=tiling)
-    if args.compile:
-        compile_blocks(pipe.transformer)
-    hashes = weight_hashes(paths | {"transformer": transformer}) | lossy(kept)
-    if process.is_main_process:
-        for job in jobs:
-            job.run.begin(weights=hashes, prompt=job.prompt, scene=str(job.scene.folder.resolve()))
-    process.wait_for_everyone()
-    mine = shares[process.process_index :: process.num_processes]
-    fill_shares(args, pipe, mine, embeds, device, mode, overlap)
-    process.wait_for_everyone()
+    pixels = args.width * args.height
+    plan = look_up_plan(preset.name, "ggi", pixels=pixels, frames=args.num_frames, batch=1 + guided)
+    runtime = open_runtime(args, preset, "ggi", plan)
+    with runtime.advise_on_oom():
+        for job in uncaptioned:  # alike in every process: its draws are seeded
+            anchor = read_image(job.anchors[0])
+            job.prompt = caption_image(anchor, caption_model, runtime.device, runtime.dtype, args.seed)
+        prompts = [job.prompt for job in jobs]
+        stage = InbetweenStage(runtime, paths, transformer, prompts, settings_of(InbetweenSettings, args), size)
+        weights = runtime.weight_identity(paths | {"transformer": transformer})
+        if runtime.is_main:
+            for job in jobs:
+                job.run.begin(weights=weights, prompt=job.prompt, scene=str(job.scene.folder.resolve()))
+        runtime.wait()
+        fill_shares(stage, runtime.share(share_arcs(jobs, args.chain)))
+    runtime.wait()
 
 
-def fill_shares(
-    args: argparse.Namespace,
-    pipe,
-    mine: list[tuple[Job, list[Arc]]],
-    embeds: dict,
-    device: str,
-    mode: str,
-    overlap: bool,
-) -> None:
-    """Generate what is this process's to do. Files are written while the next arc is denoised.
-
-    embeds: {prompt: [1, T, D]}. mode: of memory. overlap: an arc whose last frame no other waits for is decoded beside
-    the next one, too, until that turns out to need more memory than was planned.
-    """
-    from torch import OutOfMemoryError
-    from tqdm import tqdm
-
+def fill_shares(stage: "InbetweenStage", shares: Sequence[tuple[VideoJob, list[Arc]]]) -> None:
+    """Generate what is this process's to do. Files are written while the next arc is denoised."""
     from models.latents import find_or_make
-    from models.runtime.memory import naming_smaller_mode
-    from models.runtime.parallel import use_own_stream
 
-    first = is_first_process()
-    progress = tqdm(total=sum(len(arcs) for _, arcs in mine), desc="arcs", unit="arc", disable=not first)
-    undecoded: list[tuple[Job, Arc, object]] = []
-
-    def save(job: Job, arc: Arc, frames: np.ndarray) -> None:
-        save_arc(job.run, arc, frames)
-        if first:
-            job.run.save()
-        progress.update()
-
-    def decode_beside(job: Job, arc: Arc, latents) -> None:
-        try:
-            frames = decode_arc(pipe, job.run, arc, latents)
-        except OutOfMemoryError:
-            undecoded.append((job, arc, latents))
-        else:
-            save(job, arc, frames)
-
-    with progress, Beside(use_own_stream(device)) as beside, naming_smaller_mode("ggi", mode):
-        for job, arcs in mine:
-            for arc in arcs:
-                if is_done(job.run, arc):
-                    progress.update()
-                    continue
-                make = partial(denoise_arc, args, pipe, job, arc, embeds[job.prompt], embeds[""])
-                path, latents = latents_path(job.run.folder, arc.index), None
-                try:
-                    latents = find_or_make(path, make)
-                except OutOfMemoryError:
-                    if not overlap:
-                        raise
-                if latents is None:  # out here the tensors of the attempt are gone; once more, alone
-                    beside.wait()
-                    overlap, latents = False, find_or_make(path, make)
-                if overlap and not undecoded and arc is arcs[-1]:
-                    beside.begin(decode_beside, job, arc, latents)
-                else:
-                    beside.begin(save, job, arc, decode_arc(pipe, job.run, arc, latents))
-        beside.wait()
-        for job, arc, latents in undecoded:
-            save(job, arc, decode_arc(pipe, job.run, arc, latents))
+    todo = [(job, arc) for job, arcs in shares for arc in arcs if not is_done(job.run, arc)]
+    main = stage.runtime.is_main
+    with ThreadPoolExecutor(1) as disk:
+        writing: Future | None = None
+        for job, arc in tqdm(todo, desc="arcs", unit="arc", disable=not main):
+            path = latents_path(job.run.folder, arc.index)
+            latents = find_or_make(path, lambda job=job, arc=arc: stage.denoise(arc_inputs(stage, job, arc)))
+            frames = stage.decode(latents)
+            write_image(chain_path(job.run.folder, arc.index + 1), frames[-1])
+            if writing:
+                writing.result()  # the frames of one arc at most wait for the disk
+            writing = disk.submit(save, job, arc, frames, main)
+        if writing:
+            writing.result()
 
 
-def share_arcs(jobs: Sequence[Job], chain: bool) -> list[tuple[Job, list[Arc]]]:
+def save(job: VideoJob, arc: Arc, frames: np.ndarray, main: bool) -> None:
+    save_arc(job.run, arc, frames)
+    if main:
+        job.run.save()
+
+
+def share_arcs(jobs: Sequence[VideoJob], chain: bool) -> list[tuple[VideoJob, list[Arc]]]:
     """What one process does in one go. Chained arcs follow each other; others are free."""
     if chain:
         return [(job, list(job.scene.arcs)) for job in jobs]
     return [(job, [arc]) for job in jobs for arc in job.scene.arcs]
 
 
-def denoise_arc(args: argparse.Namespace, pipe, job: Job, arc: Arc, positive, negative):
-    """Latents of one arc between its two end pictures, [1, 13, 16, h, w]. positive, negative: embeddings [1, T, D]."""
-    import torch
+def arc_inputs(stage: "InbetweenStage", job: VideoJob, arc: Arc) -> "ArcInputs":
+    """An arc's two end pictures, edges and noise."""
+    from models.inbetween.pipeline import ArcInputs
 
-    from models.inbetween.pipeline import ConditionEps
-    from models.latents import draw_noise, to_signed
-    from models.runtime.speed import attention_kernel, first_block_cache
-
-    start = chain_path(job.run.folder, arc.index) if args.chain and arc.index else job.anchors[arc.index]
-    pictures = (read_image(path) for path in (start, job.anchors[arc.index + 1]))
-    ends = (to_signed(resize_image(picture, args.width, args.height))[None] for picture in pictures)
-    edges = to_signed(edge_video(arc, args.width, args.height, args.num_frames))[None]
-    warped = job.noises[arc.index]  # float32 [13, h, w, 16]
-    eps = ConditionEps.draw(*warped.shape[:3], seed=args.seed, arc=arc.index)
-    conditions = pipe.encode_conditions(*ends, edges, eps)
-    background = torch.from_numpy(warped).movedim(-1, 1)[None]
-    fresh = draw_noise(background.shape, derive_seed(args.seed, arc.index, 1))
-    with attention_kernel(args.attention), first_block_cache(pipe.transformer, args.cache):
-        return pipe(
-            conditions,
-            blend_noise(background, fresh, args.degradation).to(pipe.transformer.dtype),
-            positive,
-            negative,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-        )
-
-
-def edge_video(arc: Arc, width: int, height: int, num_frames: int) -> np.ndarray:
-    """Edge frames of an arc at the model's size, its last one repeated: uint8 [num_frames, height, width, 3]."""
-    frames = [resize_edges(read_image(path), width, height) for path in arc.edge_paths]
-    return np.stack([frames[i] for i in edge_frame_indices(num_frames)])
-
-
-def decode_arc(pipe, run: Run, arc: Arc, latents) -> np.ndarray:
-    """Frames of one arc, uint8 [num_frames, height, width, 3]. The one that the next arc starts from is written."""
-    frames = pipe.decode_video(latents)
-    write_image(chain_path(run.folder, arc.index + 1), frames[-1])
-    return frames
+    chained = stage.settings.chain and arc.index
+    start = chain_path(job.run.folder, arc.index) if chained else job.anchors[arc.index]
+    edges = np.stack([resize_edges(read_image(path), *stage.size) for path in arc.edge_paths])
+    return ArcInputs(
+        arc.index,
+        read_image(start),
+        read_image(job.anchors[arc.index + 1]),
+        edges,
+        job.noises[arc.index],
+        job.prompt,
+    )
 
 
 def print_results(run: Run) -> None:

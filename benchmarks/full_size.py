@@ -1,19 +1,19 @@
-"""Full-size networks with random weights: seconds per step beside the card's limit, peak memory beside the plan.
+"""Full-size networks with random weights: seconds per step beside the GPU's limit, peak memory beside the plan.
 
-    python benchmarks/full_size.py
-    python benchmarks/full_size.py --phases ggi --steps 5 --memory low --json full_size.json
-    python benchmarks/full_size.py --attention cudnn --compile --no_reference
+    python -m benchmarks.full_size
+    python -m benchmarks.full_size --phases ggi --steps 5 --memory low --json full_size.json
+    python -m benchmarks.full_size --attention cudnn --compile --no_reference
 
 Speed and memory do not depend on the values of weights, so nothing is downloaded: the networks are built from
 configs/full. Beside our recipe runs the reference's (benchmarks/recipes.py), whose transformer is loaded anew for
-every arc. Without a CUDA device, operations and the memory that a card would need are counted, and the rest is `not
-measured`; --weights tiny measures the tiny networks anywhere.
+every arc. Without a CUDA device, operations are counted, the plan says the memory that a GPU would need, and the rest
+is `not measured`; --weights tiny measures the tiny networks anywhere.
 """
 
 import argparse
 import dataclasses
 import functools
-import os
+import math
 import sys
 import tempfile
 import time
@@ -21,13 +21,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-if not __package__:  # started as a file: its imports begin at the repository's root, as with `python -m`
-    path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "benchmarks.full_size", *sys.argv[1:]]
-    os.execve(sys.executable, command, os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)})
-
-from benchmarks.recipes import LORA_RANK, Setup, build, setup_of
+from benchmarks.recipes import build
 from benchmarks.report import Row, heading, line_of, ratios
+from benchmarks.setup import Setup, setup_of
 from models.flags import MEMORY_MODES, add_attention_flag, add_compile_flag
 from utils.cli import InputError, Parser, positive_float, positive_int, require_writable, run_script
 from utils.files import write_json
@@ -42,12 +38,12 @@ LOADED_BYTES = 2e9  # of which loading is timed
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__, "benchmarks/full_size.py")
+    parser = Parser(__doc__, "python -m benchmarks.full_size")
     add = parser.add_argument
     add("--phases", type=phases, default=",".join(PHASES), help="some of them")
     add("--steps", type=positive_int, default=5, help="timed steps of each recipe")
     add("--memory", choices=MEMORY_MODES, default="full", help="how our networks are kept; the reference's: full")
-    add("--limit_gb", type=positive_float, metavar="GB", help="let the process use no more of the card (default: all)")
+    add("--limit_gb", type=positive_float, metavar="GB", help="let the process use no more of the GPU (default: all)")
     add("--no_reference", action="store_true", help="leave the reference's recipe out")
     add("--weights", choices=["full", "tiny"], default="full", help="sizes of the networks")
     add("--json", type=Path, metavar="FILE", help="write all numbers there, too")
@@ -71,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_writable(args.json.parent)
     import torch
 
-    from models.runtime.memory import kept_on
+    from models.runtime.memory import placement_on
     from models.runtime.speed import require_attention, require_compilable
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         limit_memory(args.limit_gb)
     if args.compile:
         for phase in args.phases:
-            require_compilable(kept_on("cuda", phase, args.memory)["transformer"])
+            require_compilable(placement_on("cuda", phase, args.memory)["transformer"])
     setup, measured = setup_of(args.weights), device == "cuda" or args.weights == "tiny"
     if measured:
         require_attention(args.attention, device, torch.bfloat16)
     ceiling = matrix_ceiling(device) if measured else None
     record = {
-        "card": torch.cuda.get_device_name() if device == "cuda" else "no CUDA device",
+        "GPU": torch.cuda.get_device_name() if device == "cuda" else "no CUDA device",
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
         "options": {key: value for key, value in vars(args).items() if key != "json"},
@@ -94,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(heading(record)), flush=True)
     rows, failed = [], False
     for phase in args.phases:
-        planned = planned_peaks(setup, phase, args.memory, device if measured else "cuda")
+        planned = planned_peaks(args.weights, phase, args.memory)
         for recipe in RECIPES[:-1] if args.no_reference else RECIPES:
             new = count(setup, phase, recipe)
             for row in new:
@@ -145,12 +141,12 @@ def count(setup: Setup, phase: str, recipe: str) -> list[Row]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from benchmarks.memory.counting import bring_in, empty_model, without_data
+    from benchmarks.memory.counting import empty_model, materialize, without_data
 
     dtype, rows = torch.bfloat16, []
 
     def make(_: str, builder: Callable):
-        return bring_in(outside(empty_model, builder, dtype))
+        return materialize(outside(empty_model, builder, dtype))
 
     with without_data(dtype), torch.set_grad_enabled(phase == "alignment"):
         for name, (_, step) in build(setup, phase, recipe, make, "cpu").steps.items():
@@ -160,16 +156,20 @@ def count(setup: Setup, phase: str, recipe: str) -> list[Row]:
     return rows
 
 
-def planned_peaks(setup: Setup, phase: str, memory: str, device: str) -> dict[str, int]:
-    """{step: bytes} of our recipe: each is a phase of the memory plan."""
-    import torch
+def planned_peaks(weights: str, phase: str, memory: str) -> dict[str, int]:
+    """{step: bytes} of our recipe on a GPU: each is a phase of the memory plan."""
+    from models.runtime.memory import BATCHED, look_up_plan
 
-    def peaks(guided: bool) -> dict[str, int]:
-        plan = plan_of(setup, phase, torch.bfloat16, device, guided=guided)[memory]
-        return {"ours" if p.name in ("training", "denoising") else p.name: p.total for p in plan}
+    setup = setup_of(weights)
+    sizes = {"alignment": (setup.crop, setup.crop), "anchors": setup.anchor_size, "ggi": setup.video_size}
 
-    found = peaks(guided=phase == "ggi")
-    return found | ({"both branches": peaks(guided=True)["ours"]} if phase == "anchors" else {})
+    def peaks(batch: int | None) -> dict[str, int]:
+        plan = look_up_plan(weights, phase, pixels=math.prod(sizes[phase]), batch=batch)[memory]
+        return {"ours" if p.name in BATCHED else p.name: p.total for p in plan}
+
+    if phase == "anchors":
+        return peaks(1) | {"both branches": peaks(2)["ours"]}
+    return peaks(None)
 
 
 def cpu_attention() -> dict:
@@ -198,36 +198,25 @@ def outside(function: Callable, *arguments: object) -> object:
         return function(*arguments)
 
 
-def plan_of(setup: Setup, phase: str, dtype, device: str, *, guided: bool) -> dict:
-    from benchmarks.memory.plans import plan_alignment, plan_anchors, plan_ggi
-
-    if phase == "ggi":
-        size, frames = setup.video_size, setup.num_frames
-        return plan_ggi(setup.paths, setup.inbetween, size, frames, dtype, device, guided=guided, tiling=True)
-    if phase == "anchors":
-        return plan_anchors(setup.paths, setup.anchor_size, LORA_RANK, setup.text_length, dtype, device, guided=guided)
-    return plan_alignment(setup.paths, setup.crop, 1, LORA_RANK, setup.text_length, dtype, device, autocast=dtype)
-
-
 def measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Namespace, device: str) -> None:
     """Fill in seconds, peak and loading time. rows: from `count`."""
     import torch
 
-    from benchmarks.memory.counting import bring_in, default_dtype, empty_model
-    from models.runtime.memory import AT_WORK, RESIDENT, keep, kept_on
+    from benchmarks.memory.counting import default_dtype, empty_model, materialize
+    from models.runtime.memory import ON_DEMAND, RESIDENT, place, placement_on
     from models.runtime.speed import attention_kernel, compile_blocks
 
     phase, dtype = rows[0].phase, torch.bfloat16
     memory = "full" if recipe == "reference" else args.memory
-    kept = kept_on(device, phase, memory) | {"detector": RESIDENT}
+    kept = placement_on(device, phase, memory) | {"detector": RESIDENT}
 
     def make(name: str, builder: Callable):
-        whole = kept[name] in (RESIDENT, AT_WORK)  # others may not fit before they are quantised or streamed
-        network = bring_in(
+        whole = kept[name] in (RESIDENT, ON_DEMAND)  # others may not fit before they are quantised or streamed
+        network = materialize(
             empty_model(builder, dtype), functools.partial(random_values, device, device if whole else "cpu")
         )
         if not whole:
-            keep(network, kept[name], device)
+            place(network, kept[name], device)
         return network
 
     with default_dtype(dtype), torch.set_grad_enabled(phase == "alignment"):
@@ -238,7 +227,7 @@ def measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Names
         for row in rows:
             at_work, step = built.steps[row.step]
             for name, network in built.networks.items():
-                if kept.get(name) == AT_WORK:
+                if kept.get(name) == ON_DEMAND:
                     network.to(device if name in at_work else "cpu")
             with attention_kernel(args.attention if row.step in FASTER else None):
                 row.seconds, row.peak = time_step(step, args.steps, device)
@@ -264,7 +253,7 @@ def random_values(device: str, place: str, name: str, tensor):
 
 
 def time_step(step: Callable, steps: int, device: str) -> tuple[float, int | None]:
-    """(seconds per step, peak bytes on the card, those of the first steps included)."""
+    """(seconds per step, peak bytes on the GPU, those of the first steps included)."""
     import torch
 
     if device == "cuda":
@@ -325,7 +314,7 @@ def loading_seconds(network, device: str) -> float:
 
 
 def matrix_ceiling(device: str) -> float:
-    """Operations per second of a large bfloat16 matrix product, kept up until a card is as warm as by a model."""
+    """Operations per second of a large bfloat16 matrix product, kept up until a GPU is as warm as by a model."""
     import torch
 
     n, repeats = CEILING_PRODUCTS[device]

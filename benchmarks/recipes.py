@@ -4,54 +4,17 @@ The reference's: in-betweening with its LoRA of rank 2048 unmerged, a second pas
 encoded in every training step.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
-from models.weights import FLUX_STAGE, GGI_STAGE, ROOT, load_preset, locate
+from benchmarks.setup import RELEASED_LAYERS, RELEASED_RANK, Setup
+from models.settings import AlignmentSettings
 from utils.files import read_json
 
-LORA_RANK = 16  # the default of the alignment
-RELEASED_RANK = 2048  # of the LoRA in the released in-between transformer
 HED_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # width and convolutions of each
 
 Make = Callable[[str, Callable], object]  # (name in a memory plan, or `detector`; function that builds a network)
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What is built. paths: folders with config.json. sizes: width, height in pixels."""
-
-    paths: dict[str, Path]
-    inbetween: Path
-    anchor_size: tuple[int, int]
-    crop: int
-    video_size: tuple[int, int]
-    num_frames: int
-    text_length: int
-
-
-def setup_of(weights: str) -> Setup:
-    """Configurations of a weight set; those of the full one are in configs/full."""
-    preset = load_preset(weights)
-    if weights == "tiny":
-        paths = locate(argparse.Namespace(), preset, (*FLUX_STAGE, *GGI_STAGE))
-        inbetween, anchors = Path(preset.ggi_transformer), preset.image_size
-    else:
-        folder = ROOT / "configs" / "full"
-        paths = {name: folder / name.split("_")[0] for name in (*FLUX_STAGE, *GGI_STAGE)}
-        inbetween, anchors = folder / "inbetween", (1072, 720)
-    return Setup(
-        paths,
-        inbetween,
-        anchors,
-        preset.resolution,
-        preset.video_size,
-        preset.num_frames,
-        preset.max_sequence_length,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +65,7 @@ def make_flux(setup: Setup, make: Make, device: str):
     from models.flux.network import FluxModels
 
     builders = flux_builders(setup.paths)
-    builders |= {name: with_lora(builders[name], LORA_RANK) for name in ("transformer", "controlnet")}
+    builders |= {name: with_lora(builders[name], AlignmentSettings.rank) for name in ("transformer", "controlnet")}
     networks = {name: make(name, builder) for name, builder in builders.items()}
     return networks, FluxModels(*networks.values(), device)
 
@@ -131,14 +94,13 @@ def build_alignment(setup: Setup, recipe: str, make: Make, device: str) -> Recip
     import torch
 
     from benchmarks.memory.steps import alignment_step
-    from models.flux.alignment import lora_optimizer
     from models.flux.lora import train_loras
 
     networks, models = make_flux(setup, make, device)
     loras = train_loras([models.transformer, models.controlnet])
     autocast = partial(torch.autocast, torch.device(device).type, torch.get_default_dtype())
     step = alignment_step(models, setup.crop, 1, setup.text_length, autocast)
-    optimizer = lora_optimizer([p for group in loras for p in group], learning_rate=1e-4)
+    optimizer = torch.optim.AdamW([p for group in loras for p in group], lr=AlignmentSettings.learning_rate)
 
     def train() -> None:
         step()
@@ -160,9 +122,9 @@ def with_released_lora(builder: Callable) -> Callable:
         from peft import LoraConfig
 
         network = builder()
-        names = ["to_q", "to_k", "to_v", "to_out.0"]
+        layers = list(RELEASED_LAYERS)
         network.add_adapter(
-            LoraConfig(r=RELEASED_RANK, lora_alpha=RELEASED_RANK, target_modules=names, init_lora_weights=False)
+            LoraConfig(r=RELEASED_RANK, lora_alpha=RELEASED_RANK, target_modules=layers, init_lora_weights=False)
         )
         return network
 

@@ -28,7 +28,7 @@ class Row:
 def heading(record: dict) -> list[str]:
     """The lines before the table, and its head, in Markdown."""
     ceiling = record["matrix_ceiling_flops"]
-    lines = [f"card: {record['card']}; torch {record['torch']}, cuDNN {record['cudnn'] or 'none'}"]
+    lines = [f"GPU: {record['GPU']}; torch {record['torch']}, cuDNN {record['cudnn'] or 'none'}"]
     lines += [f"matrix product: {ceiling / 1e12:.3g} TFLOP/s" if ceiling else "matrix product: not measured", ""]
     head = ("phase", "step", "PFLOP per step", "planned peak", "peak", "seconds per step", "TFLOP/s", "of ceiling")
     return [*lines, f"| {' | '.join(head)} |", "|" + "---|" * len(head)]

@@ -1,34 +1,49 @@
 """Flags on how a stage runs, shared by the scripts. Nothing heavy is imported here."""
 
-import argparse
-
-from utils.cli import InputError
+from utils.cli import InputError, Parser
 
 MEMORY_MODES = ("full", "balanced", "low")  # from fast and large to slow and small
 ATTENTION_KERNELS = ("cudnn", "flash", "efficient")  # of torch (`models/runtime/speed.py`)
 
 
-def add_memory_flags(parser: argparse.ArgumentParser) -> None:
+def add_memory_flags(parser: Parser) -> None:
     """--memory, and --offload as another name for its smallest mode."""
     parser.add_argument(
         "--memory",
         choices=["auto", *MEMORY_MODES],
         default="auto",
+        decides=False,  # what does is among a manifest's weights
         help="how networks are kept: full is fastest, low needs least; auto takes the fastest mode that fits",
     )
-    parser.add_argument("--offload", dest="memory", action="store_const", const="low", help="the same as --memory low")
+    parser.add_argument(
+        "--offload",
+        dest="memory",
+        action="store_const",
+        const="low",
+        default="auto",
+        decides=False,
+        help="the same as --memory low",
+    )
 
 
-def add_compile_flag(parser: argparse.ArgumentParser) -> None:
+def add_overwrite_flag(parser: Parser) -> None:
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        decides=False,
+        help="replace a result of this name that was made with other arguments",
+    )
+
+
+def add_compile_flag(parser: Parser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        default=None,  # as in the manifests of runs from before the flag
         help="compile the transformer's blocks: minutes at the start; other rounding; goes with --memory full",
     )
 
 
-def add_attention_flag(parser: argparse.ArgumentParser) -> None:
+def add_attention_flag(parser: Parser) -> None:
     parser.add_argument(
         "--attention",
         choices=ATTENTION_KERNELS,
@@ -53,3 +68,11 @@ def resolve_device(name: str) -> str:
     if not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise InputError(f"--device {name}: this machine has no such CUDA device; use --device cpu")
     return name
+
+
+def resolve_launched_device(name: str) -> str:
+    """`resolve_device` for a training, whose GPUs the launcher chooses."""
+    device = resolve_device(name)
+    if ":" in device:
+        raise InputError(f"--device {device}: choose GPUs by `accelerate launch --gpu_ids …` and pass --device cuda")
+    return device

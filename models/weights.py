@@ -11,7 +11,7 @@ repository (`org/name/file.safetensors`), by a local folder in diffusers format,
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from models import hub
@@ -50,6 +50,7 @@ CONVERTIBLE = {  # component -> its kind in models.convert
     "inbetween": "ggi",
 }
 EPOCH = 1350  # of the released in-between transformer
+RELEASE = "https://drive.google.com/drive/folders/1IhI9qDv6tH5T7XzeEjx27UYw2EqZ7MKY"  # where its authors keep it
 CAPTION_MODEL, CAPTION_FILES = "Salesforce/blip2-opt-2.7b", ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -91,7 +92,8 @@ def add_weight_flags(parser: argparse.ArgumentParser, components: Iterable[str])
     """--weights, --device, --dtype, and one flag per component and per repository that components come from."""
     group = parser.add_argument_group("weights")
     add_source_flags(group, tuple(components))
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    device = group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if any")
+    device.decides = False
     group.add_argument(
         "--dtype",
         choices=["auto", "bfloat16", "float16", "float32"],
@@ -116,7 +118,13 @@ def add_source_flags(group: argparse._ActionsContainer, components: Sequence[str
 
 def locate(args: argparse.Namespace, preset: Preset, components: Iterable[str]) -> dict[str, Path]:
     """Local paths of all components. What is missing is downloaded, once access to all of it and space are certain."""
-    return _fetch_missing({name: _source(args, preset, name) for name in components})
+    paths = _fetch_missing({name: _source(args, preset, name) for name in components})
+    for name, path in paths.items():
+        folder = component_folder(name, path)
+        config = folder / ("model_index.json" if name.endswith("_text") else "config.json")
+        if folder.is_dir() and not config.is_file():
+            raise InputError(f"{name}: {config} is missing")
+    return paths
 
 
 def _source(args: argparse.Namespace, preset: Preset, name: str) -> str:
@@ -169,8 +177,8 @@ def find_inbetween(preset: Preset, model_path: Path | None, epoch: int) -> Path:
     folder = ggi_transformer_folder(model_path or Path("checkpoints"), epoch)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise InputError(
-            f"{folder} holds no transformer: download checkpoint-{epoch} from the paper's project page into "
-            f"{folder.parent.parent}, or pass --model_path and --epoch"
+            f"{folder} holds no transformer: download checkpoint-{EPOCH} from {RELEASE} into checkpoints, "
+            "or pass --model_path and --epoch"
         )
     return folder
 
@@ -188,6 +196,15 @@ def weight_hashes(paths: dict[str, Path]) -> dict[str, dict[str, str]]:
         folder = component_folder(name, path) if name in COMPONENTS else path
         root = folder.parent if folder.is_file() else folder
         hashes[name] = {str(file.relative_to(root)): file_sha256(file) for file in _weight_files(name, path)}
+    return hashes
+
+
+def require_hashes(paths: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+    """`weight_hashes`. Raises InputError when one of the paths holds no weights."""
+    hashes = weight_hashes(paths)
+    for name, path in paths.items():
+        if not hashes[name]:
+            raise InputError(f"{name}: {path} holds no weights")
     return hashes
 
 

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from models.weights import FLUX_STAGE, GGI_STAGE, Preset, locate, weight_hashes
+from models.weights import FLUX_STAGE, GGI_STAGE, locate, require_hashes
 from synthetic.check import add_unit_flags, check_unit_flags, load_unit_preset
 from synthetic.measuring.jobs import finish, worker_pool
 from synthetic.measuring.methods import GROUPS, METHODS, TRUTH, choose_methods, made_as
-from synthetic.measuring.settings import add_setting_flags, settings_of
-from utils.cli import InputError, Parser, require_writable, run_script
+from synthetic.measuring.settings import Settings
+from utils.cli import InputError, Parser, add_settings, require_writable, run_script, settings_of
 
 if TYPE_CHECKING:  # they bring torch along
     from synthetic.measuring.rows import Bench
-    from synthetic.measuring.units import Unit
+    from synthetic.measuring.workbench import Unit
 
 PASS_STYLES = 1000  # style seeds set apart for each pass over the scenes
 
@@ -38,7 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--methods", nargs="+", default=["main"], metavar="NAME", help=f"rows of the table: {known}")
     add("--output", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="folder of results and caches")
-    add_setting_flags(parser)
+    add_settings(parser, Settings)
     return parser.parse_args(argv)
 
 
@@ -51,13 +51,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_writable(args.output)
     preset = load_unit_preset(args)
     paths = locate(argparse.Namespace(), preset, (*FLUX_STAGE, *GGI_STAGE))
-    hashes = hash_all(paths, preset)
+    used = paths | {"transformer": Path(preset.ggi_transformer)}
+    hashes = require_hashes(used)
 
     units = choose_passes(args.scenes, args.seeds, args.first_scene, args.first_style)
-    settings = settings_of(args)
+    settings = settings_of(Settings, args)
     setups = [((unit, preset, paths, settings, args.output), hashes) for unit in units]
     make_all(setups, names, args.processes)
-    if hash_all(paths, preset) != hashes:
+    if require_hashes(used) != hashes:
         raise InputError(f"{args.weights_dir} was changed while the benchmark ran: run the same command again")
     report(setups, names, args)
     print(args.output / "results.md")
@@ -65,20 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def choose_passes(scenes: int, seeds: int, first_scene: int, first_style: int) -> list["Unit"]:
     """`seeds` passes over the scenes, in styles of their own: more scenes or seeds add to the units of fewer."""
-    from synthetic.measuring.units import choose_units
+    from synthetic.measuring.workbench import choose_units
 
     starts = range(first_style, first_style + seeds * PASS_STYLES, PASS_STYLES)
     return [unit for start in starts for unit in choose_units(scenes, 1, first_scene, start)]
-
-
-def hash_all(paths: dict[str, Path], preset: Preset) -> dict[str, dict]:
-    """Hashes of all weights. Raises InputError when some of them are not there."""
-    used = paths | {"transformer": Path(preset.ggi_transformer)}
-    hashes = weight_hashes(used)
-    for name, path in used.items():
-        if not hashes[name]:
-            raise InputError(f"{name}: {path} holds no weights")
-    return hashes
 
 
 # --- what the workers do ---
@@ -141,7 +132,7 @@ def report(setups: Sequence[Setup], names: Sequence[str], args: argparse.Namespa
 
     benches = [open_bench(setup) for setup in setups]
     results = {name: {bench.unit.name: bench.measure(name) for bench in benches} for name in names}
-    units, settings = [bench.unit for bench in benches], dataclasses.asdict(settings_of(args))
+    units, settings = [bench.unit for bench in benches], dataclasses.asdict(settings_of(Settings, args))
     write_report(args.output, results, BENCH_METRICS, about(args, units), settings)
     first = benches[0]
     videos = {name: first.video(name)[0] for name in names if METHODS[name].kind != TRUTH}
@@ -149,7 +140,7 @@ def report(setups: Sequence[Setup], names: Sequence[str], args: argparse.Namespa
 
 
 def about(args: argparse.Namespace, units: Sequence["Unit"]) -> dict:
-    settings = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings_of(args)).items())
+    settings = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings_of(Settings, args)).items())
     styles = [unit.style_seed for unit in units[:: args.scenes]]  # the first of every pass
     return {
         "units": f"{len(units)}: {args.scenes} scenes x {args.seeds} styles each",

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from models.weights import WEIGHTS, Preset, load_preset, locate
+from models.weights import WEIGHTS, Preset, load_preset, locate, require_hashes
 from synthetic.measuring.jobs import finish, worker_pool
-from synthetic.measuring.settings import MOST_LORA_STEPS, add_setting_flags, settings_of
+from synthetic.measuring.settings import MOST_LORA_STEPS, Settings
 from synthetic.pictures import SPLITS
-from utils.cli import InputError, Parser, positive_int, require_writable, run_script
+from utils.cli import InputError, Parser, add_settings, positive_int, require_writable, run_script, settings_of
 from utils.files import write_json
 
 FIRST_SEED = SPLITS["test"][0]
@@ -132,7 +132,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="keep what was measured before with the same weights and settings")
     add("--json", type=Path, metavar="FILE", help="also write figures, bars and every unit's figures there")
     add("--output_dir", type=Path, default=Path("runs/check"), help="folder of results, pictures and cached scenes")
-    add_setting_flags(parser)
+    add_settings(parser, Settings)
     return parser.parse_args(argv)
 
 
@@ -183,19 +183,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in rows:
         print("{name} {value:.3f} {bar} {verdict}".format(**row))
     if args.json:
-        write_json(args.json, {"figures": rows, "units": results, "settings": dataclasses.asdict(settings_of(args))})
+        write_json(
+            args.json, {"figures": rows, "units": results, "settings": dataclasses.asdict(settings_of(Settings, args))}
+        )
     if any(row["verdict"] == "short" for row in rows):
         sys.exit(1)
 
 
 def measure(args: argparse.Namespace, parts: list[str]) -> dict[str, dict[str, float]]:
     """{unit: figures} of all units, measured now where they are not there yet."""
-    from synthetic.measuring.units import PARTS, choose_units, finished_parts, hash_weights
+    from synthetic.measuring.units import PARTS, finished_parts, used_weights
+    from synthetic.measuring.workbench import choose_units
 
     preset = load_unit_preset(args)
     components = dict.fromkeys(component for part in parts for component in PARTS[part].components)
     paths = locate(argparse.Namespace(), preset, components)
-    settings, hashes = settings_of(args), hash_weights(parts, paths, preset)
+    settings, hashes = settings_of(Settings, args), require_hashes(used_weights(parts, paths, preset))
     units = choose_units(args.scenes, args.seeds, args.first_scene, args.first_style)
 
     jobs, results = [], {}
@@ -229,7 +232,8 @@ def run_jobs(jobs: list[tuple], processes: int) -> dict[str, dict[str, float]]:
 
 
 def _draw_scene(job: tuple) -> None:
-    from synthetic.measuring.units import PARTS, Workbench
+    from synthetic.measuring.units import PARTS
+    from synthetic.measuring.workbench import Workbench
 
     unit, parts, *rest, _hashes, folder = job
     scene = Workbench(unit, *rest, folder).scene

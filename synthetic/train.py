@@ -10,7 +10,6 @@ and sample sheets; the same command continues an interrupted run. `--init_from` 
 The in-between transformer has its own trainer, train_ggi.py. `make tiny-weights` runs all of it.
 """
 
-import argparse
 import copy
 import functools
 from collections.abc import Callable, Sequence
@@ -18,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from models.flags import resolve_device
+from models.flags import resolve_launched_device
 from models.precision import automatic_precision, report_precision, settle_precision
-from models.runtime.training import FREE_SETTINGS, add_training_flags, fit, is_trained, training_settings
+from models.settings import TrainSettings
 from synthetic.pictures import load_towns
-from utils.cli import InputError, Parser, positive_int, run_script, unit_float
+from utils.cli import Arguments, InputError, Parser, add_settings, positive_int, run_script, settings_of, unit_float
 from utils.files import file_sha256, read_json
 from utils.runs import open_run
 
@@ -44,22 +43,22 @@ EDGE_SHARE = 0.3  # of its segments: GGI encodes edges with it
 HELD_OUT, HELD_OUT_CLIPS = ("validation", 8), ("validation", 3)  # towns and clips on a sample sheet
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     parser = Parser(__doc__, "python -m synthetic.train")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="vae|image|video-vae")
     for stage in STAGES:
         sub = stages.add_parser(stage, help=f"train {stage}", doc=f"Train {stage}.")
-        add = sub.add_argument
-        add("--output_dir", type=Path, required=True, help="run folder")
+        add, where = sub.add_argument, functools.partial(sub.add_argument, decides=False)
+        where("--output_dir", type=Path, required=True, help="run folder")
         add("--init_from", type=Path, metavar="FOLDER", help="folder of weights to start from, as a checkpoint has it")
         if stage == "video-vae":
             add("--clips", type=positive_int, default=400, help="clips of the training split, drawn once and cached")
         else:
             add("--towns", type=positive_int, default=1250, help="towns of the training split, drawn once and cached")
         cache = Path("cache") / ("clips" if stage == "video-vae" else "pictures")
-        add("--cache_dir", type=Path, default=cache, help="folder of the cache")
-        add("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one")
-        add("--overwrite", action="store_true", help="replace a run that was trained with other arguments")
+        where("--cache_dir", type=Path, default=cache, help="folder of the cache")
+        where("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one")
+        where("--overwrite", action="store_true", help="replace a run that was trained with other arguments")
         if stage != "image":
             add("--decoder_only", action="store_true", help="keep the latents as they are, for networks built on them")
         if stage == "video-vae":
@@ -68,7 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             add("--vae", type=Path, required=True, metavar="FOLDER", help="trained image autoencoder")
             add("--caption_dropout", type=unit_float, default=0.2, help="share of pictures with an empty prompt")
         regularisation = {"beta2": 0.99, "weight_decay": 0.01 if stage == "image" else 0.0}
-        add_training_flags(sub, **regularisation, **DEFAULTS[stage])
+        add_settings(sub, TrainSettings, **regularisation, **DEFAULTS[stage])
     return parser.parse_args(argv)
 
 
@@ -79,32 +78,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("--decoder_only goes on from weights that exist: pass --init_from")
     if getattr(args, "image_vae", None) and args.init_from:
         raise InputError("--image_vae and --init_from both say what to start from: pass one of them")
-    free = FREE_SETTINGS | {"output_dir", "cache_dir", "overwrite", "device"}
-    args.device = resolve_device(args.device)
-    if ":" in args.device:
-        raise InputError(f"--device {args.device}: choose GPUs by `accelerate launch --gpu_ids …`, pass --device cuda")
-    arguments = {key: value for key, value in vars(args).items() if key not in free}
-    automatic = automatic_precision(args, "float32", args.device)
-    run = open_run(args.output_dir, arguments, overwrite=args.overwrite, automatic=automatic)
+    args.device = resolve_launched_device(args.device)
+    run = open_run(
+        args.output_dir,
+        args.identity(),
+        overwrite=args.overwrite,
+        automatic=automatic_precision(args, "float32", args.device),
+        defaults=args.defaults(),
+    )
     settle_precision(args, [run])
-    if is_trained(run, training_settings(args)):
+    if run.trained_steps >= args.max_train_steps:
         if not run.finished:  # it was stopped after its last checkpoint
             run.finish(steps=args.max_train_steps)
         print(f"{run.folder} is finished; raise --max_train_steps to train on")
         return
     run.require_begun_with(weights)
-    report_precision(args)
 
     from accelerate import PartialState
 
+    from models.runtime.training import fit
+
     process = PartialState(cpu=args.device == "cpu")
     train = {"vae": train_vae, "video-vae": train_video_vae, "image": train_image}[args.stage]
-    train(args, process, functools.partial(fit, run, device=args.device, weights=weights))
+
+    def fit_run(training, settings: TrainSettings) -> None:
+        report_precision(args)
+        fit(run, training, settings, device=args.device, weights=weights)
+
+    train(args, process, fit_run)
     if process.is_main_process:
         print(run.folder / f"checkpoint-{args.max_train_steps}")
 
 
-def start_weights(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+def start_weights(args: Arguments) -> dict[str, dict[str, str]]:
     """{flag: {file: sha256}} of what the training starts from. Raises InputError unless all of it is there."""
     hashes = {}
     for (stage, flag), parts in START.items():
@@ -123,11 +129,12 @@ def weight_files(flag: str, folder: Path, kind: str) -> list[Path]:
     return files
 
 
-def train_vae(args: argparse.Namespace, process, fit_run: Callable) -> None:
+def train_vae(args: Arguments, process, fit_run: Callable) -> None:
     import torch
     from diffusers import AutoencoderKL
 
     from models.latents import to_signed
+    from models.runtime.training import Training
     from synthetic.tiny_models import image_vae
     from synthetic.training import vae as training
 
@@ -150,14 +157,15 @@ def train_vae(args: argparse.Namespace, process, fit_run: Callable) -> None:
     def sheet() -> np.ndarray:
         return training.reconstruction_sheet(shown, training.reconstruct(vae, to_signed(shown)))
 
-    fit_run(training.ReconstructionObjective(vae), training_settings(args), draw, save, sheet)
+    fit_run(Training(training.ReconstructionObjective(vae), draw, save, sheet), settings_of(TrainSettings, args))
 
 
-def train_video_vae(args: argparse.Namespace, process, fit_run: Callable) -> None:
+def train_video_vae(args: Arguments, process, fit_run: Callable) -> None:
     import torch
     from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
 
     from models.latents import to_signed
+    from models.runtime.training import Training
     from synthetic.tiny_models import video_vae
     from synthetic.training import vae as training
     from synthetic.training.inflate import inflate
@@ -187,7 +195,7 @@ def train_video_vae(args: argparse.Namespace, process, fit_run: Callable) -> Non
         output = training.reconstruct(vae, to_signed(shown).movedim(2, 1))
         return training.reconstruction_sheet(shown[:, -1], output[:, :, -1])
 
-    fit_run(training.ReconstructionObjective(vae), training_settings(args), draw, save, sheet)
+    fit_run(Training(training.ReconstructionObjective(vae), draw, save, sheet), settings_of(TrainSettings, args))
 
 
 def load_videos(split: str, count: int, folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -199,10 +207,11 @@ def load_videos(split: str, count: int, folder: Path) -> list[tuple[np.ndarray, 
     return [(frames, clip["edges"]) for clip in clips if clip for frames in clip["images"]]
 
 
-def train_image(args: argparse.Namespace, process, fit_run: Callable) -> None:
+def train_image(args: Arguments, process, fit_run: Callable) -> None:
     import torch
     from diffusers import AutoencoderKL, FluxControlNetModel, FluxPipeline
 
+    from models.runtime.training import Training
     from synthetic.tiny_models import controlnet, flux_pipeline
     from synthetic.training import image as training
 
@@ -231,7 +240,7 @@ def train_image(args: argparse.Namespace, process, fit_run: Callable) -> None:
         return np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
 
     draw = training.draw_captioned(towns, args.caption_dropout)
-    fit_run(objective, training_settings(args), draw, save, sheet)
+    fit_run(Training(objective, draw, save, sheet), settings_of(TrainSettings, args))
 
 
 if __name__ == "__main__":

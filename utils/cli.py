@@ -1,6 +1,7 @@
 """What every script shares on its command line: bad input becomes one line and exit code 2, never a traceback."""
 
 import argparse
+import dataclasses
 import errno
 import gc
 import math
@@ -28,14 +29,60 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return super()._get_help_string(action)
 
 
+class Arguments(argparse.Namespace):
+    """Parsed flags, which know what they decide."""
+
+    __slots__ = ("actions",)  # not among the flags of vars()
+
+    def identity(self) -> dict[str, object]:
+        """{flag: value} of those that decide the result, for a manifest. Others say where, how fast, how far."""
+        free = {action.dest for action in self.actions if not getattr(action, "decides", True)}
+        return {name: value for name, value in vars(self).items() if name not in free}
+
+    def defaults(self) -> dict[str, object]:
+        """What a manifest means that is older than a flag."""
+        return {action.dest: action.default for action in self.actions}
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line, like all others. `doc` is the module docstring."""
 
     def __init__(self, doc: str, prog: str | None = None):
         super().__init__(prog=prog, description=doc, formatter_class=Help)
 
+    def add_argument(self, *names: str, decides: bool = True, **options) -> argparse.Action:
+        """argparse's own. decides: whether the value decides the result, see `Arguments.identity`."""
+        action = super().add_argument(*names, **options)
+        action.decides = decides
+        return action
+
+    def parse_args(self, args=None, namespace=None) -> Arguments:
+        found = super().parse_args(args, namespace or Arguments())
+        found.actions = [*self._actions]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found.actions += action.choices[getattr(found, action.dest)]._actions
+        return found
+
     def error(self, message: str) -> None:
         raise InputError(f"{message}; see {self.prog} --help")
+
+
+def flag(default: object, about: str, **options: object) -> dataclasses.Field:
+    """A field of a settings dataclass from which a flag is made. options: those of `Parser.add_argument`."""
+    return dataclasses.field(default=default, metadata={"help": about, **options})
+
+
+def add_settings(parser: Parser, settings: type, **defaults: object) -> None:
+    """Add a flag for each field of a settings dataclass. defaults: those that differ from the dataclass's."""
+    for field in dataclasses.fields(settings):
+        default = defaults.get(field.name, field.default)
+        parser.add_argument(f"--{field.name}", default=default, **field.metadata)
+
+
+def settings_of(settings: type, args: argparse.Namespace):
+    """The settings that the flags of `add_settings` gave."""
+    return settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(settings)})
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -20,7 +20,6 @@ from PIL import Image
 from utils.cli import InputError
 from utils.correspondence import read_map
 from utils.files import read_json
-from utils.runs import MANIFEST
 
 ARC_STEPS = 45  # steps between the two anchors of an arc
 ARC_FRAMES = ARC_STEPS + 1
@@ -180,6 +179,7 @@ def _one_size(sizes: dict[Path, tuple[int, int]]) -> tuple[int, int]:
 
 # --- runs: anchors of a scene, videos of anchors, LoRAs ---
 
+MANIFEST = "run.json"  # of every folder that a script owns
 MULTIVIEWS = "multiviews"
 CONTACT_SHEET, VIDEO_FILE = "contact_sheet.png", "video.mp4"
 LOSS_FILE, LOSS_CURVE = "loss.csv", "loss.png"

@@ -23,8 +23,8 @@ import numpy as np
 
 from utils.cli import InputError, require_writable
 from utils.files import read_json, write_json
+from utils.layout import MANIFEST, find_checkpoints
 
-MANIFEST = "run.json"
 PACKAGES = (  # whose versions decide numbers
     "torch",
     "diffusers",
@@ -85,6 +85,11 @@ class Run:
     def finished(self) -> bool:
         return bool(self.manifest.get("finished"))
 
+    @property
+    def trained_steps(self) -> int:
+        """Step of the newest checkpoint of a training; 0 before the first."""
+        return 0 if self.replaces else max(find_checkpoints(self.folder), default=0)
+
     def require_begun_with(self, weights: dict) -> None:
         """Raise InputError when this is an interrupted run that was begun with other weights."""
         before = None if self.replaces else self.manifest.get("weights")
@@ -134,32 +139,42 @@ def open_run(
     *,
     overwrite: bool = False,
     automatic: Mapping[str, object] | None = None,
+    defaults: Mapping[str, object] | None = None,
     owned: tuple[str, ...] = ("*",),
     manifest_name: str = MANIFEST,
 ) -> Run:
     """Open or continue the run in `folder`. Nothing is written or removed before `Run.begin`.
 
     arguments: everything that decides the result (JSON values). automatic: those that this machine chooses for a new
-    run; one that is continued keeps its own. owned: patterns of the run's files, when the folder may hold others,
-    which are then left alone. Raises InputError when the folder holds a run with other arguments, or files but no
-    manifest, unless `overwrite`.
+    run; one that is continued keeps its own. defaults: what flags mean that are newer than a manifest. owned: patterns
+    of the run's files, when the folder may hold others, which are then left alone. Raises InputError when the folder
+    holds a run with other arguments, or files but no manifest, unless `overwrite`.
     """
     require_writable(folder)
-    automatic = automatic or {}
-    arguments = json.loads(json.dumps(arguments | automatic, default=str))
+    arguments = as_json({**arguments, **(automatic or {})})
     first = {"arguments": arguments, "versions": versions()}
     fresh = Run(folder, first, overwrite, owned, manifest_name)
     if overwrite or not folder.exists():
         return fresh
     if (folder / manifest_name).exists():
         manifest = read_json(folder / manifest_name)
-        before = manifest.get("arguments", {})
-        own = {name: before[name] for name in automatic if name in before}
-        _require_same_arguments(folder, before, arguments | own)
+        before = with_defaults(manifest.get("arguments", {}), arguments, defaults)
+        _require_same_arguments(folder, before, arguments | {k: before[k] for k in automatic or () if k in before})
         return Run(folder, manifest, False, owned, manifest_name)
     if owned_paths(folder, owned):
         raise InputError(f"{folder} holds files but no {manifest_name}: pass --overwrite to replace them")
     return fresh
+
+
+def as_json(values: Mapping[str, object]) -> dict:
+    """The values as a manifest gives them back."""
+    return json.loads(json.dumps(values, default=str))
+
+
+def with_defaults(before: dict, now: dict, defaults: Mapping[str, object] | None) -> dict:
+    """A manifest's arguments; flags that are newer than it count as their default."""
+    newer = {name: value for name, value in as_json(defaults or {}).items() if name in now}
+    return newer | {name: value for name, value in before.items() if value is not None}
 
 
 def require_distinct(runs: Sequence[Run]) -> None:
@@ -195,23 +210,26 @@ def peak_memory_mib() -> dict[str, int]:
     return peak
 
 
-def find_unfinished(parent: Path, arguments: dict, free: str, automatic: Collection[str] = ()) -> object | None:
+def find_unfinished(
+    parent: Path,
+    arguments: dict,
+    free: str,
+    automatic: Collection[str] = (),
+    defaults: Mapping[str, object] | None = None,
+) -> object | None:
     """Value of argument `free` in the newest unfinished run below `parent` that agrees in all others.
 
-    automatic: names of arguments that do not count either (`open_run`).
+    automatic: names of arguments that do not count either. defaults: see `open_run`.
     """
-
-    def given(values: dict) -> dict:  # a manifest may be older than a flag
-        return {key: value for key, value in values.items() if key not in {free, *automatic} and value is not None}
-
-    wanted = given(json.loads(json.dumps(arguments, default=str)))
+    now, blank = as_json(arguments), dict.fromkeys((free, *automatic))
     candidates = []
     for path in parent.glob(f"*/{MANIFEST}"):
         try:
             manifest = read_json(path)
         except InputError:  # a damaged neighbour is no reason to stop
             continue
-        found = manifest.get("arguments", {})
-        if given(found) == wanted and not manifest.get("finished"):
+        found = with_defaults(manifest.get("arguments", {}), now, defaults)
+        agrees = {**now, **found, **blank} == {**found, **now, **blank}
+        if agrees and not manifest.get("finished"):
             candidates.append((path.stat().st_mtime_ns, found[free]))
     return max(candidates)[1] if candidates else None

@@ -23,7 +23,7 @@ SHEET_COLUMNS = 8  # frames per arc on the contact sheet
 
 
 @dataclass
-class Job:
+class VideoJob:
     """The anchors of one scene, and the run of the video to make of them. noises: float32 [13, h, w, 16] per arc.
 
     prompt: the one given, or the caption that an interrupted run has made; None until there is one.
@@ -50,7 +50,7 @@ def save_arc(run: Run, arc: Arc, frames: np.ndarray) -> None:
     latents_path(run.folder, arc.index).unlink(missing_ok=True)
 
 
-def finish_video(job: Job, fps: int) -> None:
+def finish_video(job: VideoJob, fps: int) -> None:
     """Video and contact sheet from the saved frames."""
     run, arcs = job.run, job.scene.arcs
     shown = [path for arc in arcs for path in arc_frame_paths(run, arc)[bool(arc.index) :]]

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.runtime.memory import FP8, INT8, NF4, block_linears, keep
+from models.runtime.memory import FP8, INT8, NF4, block_linears, place
 
 NF4_BLOCK = 64  # weights that share a scale
 
@@ -49,7 +49,7 @@ def empty_model(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> tor
     return model
 
 
-def bring_in(
+def materialize(
     model: torch.nn.Module, new: Callable[[str, torch.Tensor], torch.Tensor] | None = None
 ) -> torch.nn.Module:
     """Replace the parameters and buffers of an empty model; what two modules share stays shared.
@@ -69,7 +69,7 @@ def bring_in(
     return model
 
 
-def autocast_as_on_card(model: torch.nn.Module) -> None:
+def autocast_as_on_gpu(model: torch.nn.Module) -> None:
     """Let norms and upsampling give float32 under autocast, as on a GPU; a CPU's autocast leaves their dtype.
 
     Changes the dtype of norms' weights: count those before.
@@ -100,15 +100,15 @@ def _scales(module: torch.nn.Module) -> list[torch.Tensor]:
 class LiveBytes(TorchDispatchMode):
     """Bytes of all tensors that were made while this is active and are still alive, and their peak.
 
-    on_card: with what cuDNN takes for a convolution of 16-bit numbers: copies of its input, weights and output, with
+    on_gpu: with what cuDNN takes for a convolution of 16-bit numbers: copies of its input, weights and output, with
     channels last.
     """
 
-    def __init__(self, *, on_card: bool = False):
+    def __init__(self, *, on_gpu: bool = False):
         super().__init__()
         self.now = self.peak = 0
         self.known: set[int] = set()
-        self.on_card = on_card
+        self.on_gpu = on_gpu
 
     def ignore(self, model: torch.nn.Module) -> None:
         self.known |= {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
@@ -128,26 +128,26 @@ class LiveBytes(TorchDispatchMode):
                     weakref.finalize(storage, self._forget, key, size)
                     self.now += size
                     self.peak = max(self.peak, self.now)
-        if self.on_card and function is torch.ops.aten.convolution.default and result.element_size() == 2:
+        if self.on_gpu and function is torch.ops.aten.convolution.default and result.element_size() == 2:
             copies = sum(tensor.nbytes for tensor in (*arguments[:2], result))
             self.peak = max(self.peak, self.now + copies)
         return result
 
 
-def count_activations(step: Callable[[], object], *models: torch.nn.Module, on_card: bool = False) -> int:
+def count_activations(step: Callable[[], object], *models: torch.nn.Module, on_gpu: bool = False) -> int:
     """Peak bytes of what `step` makes, besides the weights of `models`. Call it inside `without_data`.
 
-    on_card: the scratch space of convolutions counts, too.
+    on_gpu: the scratch space of convolutions counts, too.
     """
-    with LiveBytes(on_card=on_card) as live:
+    with LiveBytes(on_gpu=on_gpu) as live:
         for model in models:
             live.ignore(model)
         step()
     return live.peak
 
 
-def count_streamed(step: Callable[[], object], *models: torch.nn.Module) -> int:
-    """Peak bytes of what `step` makes and of the layers that are on the card meanwhile, streamed from CPU memory.
+def count_offloaded(step: Callable[[], object], *models: torch.nn.Module) -> int:
+    """Peak bytes of what `step` makes and of the layers that are on the GPU meanwhile, streamed from CPU memory.
 
     Those are the layer at work and the next one, which is on its way. Which is next is what a first run shows, as in
     diffusers' group offloading by leaves: of a layer that works twice in a row, the next one comes twice.
@@ -156,22 +156,22 @@ def count_streamed(step: Callable[[], object], *models: torch.nn.Module) -> int:
     order: list[torch.nn.Module] = []
     with _watched(sizes, order.append):
         step()
-    following, on_card = dict(pairwise(order)), {}
+    following, on_gpu = dict(pairwise(order)), {}
 
     def bring(layer: torch.nn.Module) -> None:
-        on_card[layer] = torch.empty(sizes[layer], dtype=torch.uint8)
+        on_gpu[layer] = torch.empty(sizes[layer], dtype=torch.uint8)
 
     def begin(layer: torch.nn.Module) -> None:
-        if layer not in on_card:
+        if layer not in on_gpu:
             bring(layer)
         if layer in following:
             bring(following[layer])
 
     def end(layer: torch.nn.Module) -> None:
-        on_card.pop(layer, None)
+        on_gpu.pop(layer, None)
 
     with _watched(sizes, begin, end):
-        return count_activations(step, *models, on_card=True)
+        return count_activations(step, *models, on_gpu=True)
 
 
 def _own_bytes(layer: torch.nn.Module) -> int:
@@ -196,16 +196,16 @@ def _watched(
 
 
 def kept_bytes(model: torch.nn.Module, how: str) -> int:
-    """Bytes on the card while an empty model (`empty_model`) is in use. For FP8 it is changed.
+    """Bytes on the GPU while an empty model (`empty_model`) is in use. For FP8 it is changed.
 
-    how: not STREAMED, of which some layers are there at a time (`count_streamed`).
+    how: not OFFLOADED, of which some layers are there at a time (`count_offloaded`).
     """
     if how in (INT8, NF4):
         matrices = [layer.weight for layer in block_linears(model).values()]
         before = sum(weight.nbytes for weight in matrices)
         return held_bytes(model) - before + sum(_quantised_bytes(*weight.shape, how) for weight in matrices)
     if how == FP8:
-        keep(model, FP8, "meta")
+        place(model, FP8, "meta")
     return held_bytes(model)
 
 

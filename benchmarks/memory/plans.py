@@ -1,4 +1,4 @@
-"""Memory plans: the phases of each stage and what they hold on the card, for every `--memory` mode.
+"""Memory plans: the phases of each stage and what they hold on the GPU, for every `--memory` mode.
 
 Counted from the configurations of the weights that will be loaded (`benchmarks/memory/counting.py`). A plan is a dict
 {mode: [Phase, …]}; phases follow each other, so the largest decides.
@@ -21,13 +21,13 @@ from diffusers import (
 from transformers import AutoConfig, CLIPTextModel, T5EncoderModel
 
 from benchmarks.memory.counting import (
-    autocast_as_on_card,
-    bring_in,
+    autocast_as_on_gpu,
     count_activations,
-    count_streamed,
+    count_offloaded,
     empty_model,
     held_bytes,
     kept_bytes,
+    materialize,
     restored_bytes,
     without_data,
 )
@@ -45,13 +45,12 @@ from models.flux.lora import add_lora, train_loras
 from models.flux.network import FluxModels
 from models.inbetween.pipeline import prepare_networks
 from models.loading.networks import component_config
-from models.runtime.memory import AT_WORK, RESIDENT, STREAMED, Phase, is_card, kept_on
+from models.runtime.memory import OFFLOADED, ON_DEMAND, RESIDENT, Phase, Plan, is_gpu, placement_on
 from models.runtime.rotary import use_complex_rotary
 from utils.cli import InputError
 from utils.files import read_json
 
 Build = Callable[[], torch.nn.Module]
-Plan = dict[str, list[Phase]]
 FLUX_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 VIDEO_ENCODERS = {"text_encoder": T5EncoderModel}
 LORA_STATE = 3 * 4  # bytes for each LoRA parameter in training: gradient and two moments, float32
@@ -74,9 +73,9 @@ def count_work(
     networks: Mapping[str, torch.nn.Module], step: Callable[[], object], device: str, *, streamed: bool = True
 ) -> Work:
     """Count a step of these networks. Call it inside `without_data`. streamed: whether some mode streams them."""
-    on_card = is_card(device)
-    activations = count_activations(step, *networks.values(), on_card=on_card)
-    layers = count_streamed(step, *networks.values()) - activations if on_card and streamed else None
+    on_gpu = is_gpu(device)
+    activations = count_activations(step, *networks.values(), on_gpu=on_gpu)
+    layers = count_offloaded(step, *networks.values()) - activations if on_gpu and streamed else None
     return Work(tuple(networks), activations, layers)
 
 
@@ -131,11 +130,11 @@ def text_phases(
     held = sum(held_bytes(model) for model in models.values())
     model = models[T5EncoderModel]  # the largest of them
     with without_data(dtype), torch.no_grad():
-        bring_in(model)
+        materialize(model)
         tokens = torch.empty(1, length, dtype=torch.long)
         work = count_work({"text": model}, lambda: model(tokens), device)
     phases = {RESIDENT: Phase("text", held, work.activations)}
-    return phases | ({STREAMED: Phase("text", work.layers, work.activations)} if is_card(device) else {})
+    return phases | ({OFFLOADED: Phase("text", work.layers, work.activations)} if is_gpu(device) else {})
 
 
 def _plan(
@@ -149,14 +148,14 @@ def _plan(
     """phases: by name, in order. text: from `text_phases`."""
     plan = {}
     for mode in MEMORY_MODES:
-        kept = kept_on(device, stage, mode)
-        empty = {n: empty_model(build, dtype) for n, build in builders.items() if kept[n] != STREAMED}
+        kept = placement_on(device, stage, mode)
+        empty = {n: empty_model(build, dtype) for n, build in builders.items() if kept[n] != OFFLOADED}
         restored = {n: restored_bytes(model, kept[n]) for n, model in empty.items()}
         held = {n: kept_bytes(model, kept[n]) for n, model in empty.items()}
         plan[mode] = [text[kept["text"]]]
         for name, work in phases.items():
-            weights = sum(held[n] for n in held if n in work.networks or kept[n] != AT_WORK)
-            if any(kept[n] == STREAMED for n in work.networks):
+            weights = sum(held[n] for n in held if n in work.networks or kept[n] != ON_DEMAND)
+            if any(kept[n] == OFFLOADED for n in work.networks):
                 weights += work.layers
             activations = work.activations + max(restored.get(n, 0) for n in work.networks)
             plan[mode].append(Phase(name, weights, activations, work.optimizer))
@@ -181,7 +180,7 @@ def plan_anchors(
     builders |= {name: with_lora(builders[name], rank) for name in ("transformer", "controlnet")}
     networks = [empty_model(build, dtype) for build in builders.values()]
     with without_data(dtype), torch.no_grad():
-        models = FluxModels(*map(bring_in, networks))
+        models = FluxModels(*map(materialize, networks))
         step = anchor_step(models, size, length, 2 if guided else 1)
         pair = {"transformer": models.transformer, "controlnet": models.controlnet}
         for network in pair.values():
@@ -224,13 +223,13 @@ def plan_alignment(
     loras = [parameter for group in train_loras(trained) for parameter in group]
     for model in trained:
         model.train()
-        if is_card(device) and autocast:
-            autocast_as_on_card(model)
+        if is_gpu(device) and autocast:
+            autocast_as_on_gpu(model)
     context = partial(torch.autocast, "cpu", autocast, enabled=autocast is not None)
     with without_data(dtype):
-        models = FluxModels(*map(bring_in, networks))
+        models = FluxModels(*map(materialize, networks))
         step = alignment_step(models, side, batch, length, context)
-        training = count_activations(step, *trained, on_card=is_card(device))
+        training = count_activations(step, *trained, on_gpu=is_gpu(device))
     count = sum(parameter.numel() for parameter in loras)
     training -= 4 * count  # gradients: counted below
     master = 4 - torch.empty((), dtype=dtype).element_size()  # beyond the bytes in `dtype`, which `_plan` counts
@@ -255,7 +254,7 @@ def plan_ggi(
     builders = video_builders(paths["cogvideox_vae"], transformer)
     networks = [empty_model(build, dtype) for build in builders.values()]
     with without_data(dtype), torch.no_grad():
-        network, vae = map(bring_in, networks)
+        network, vae = map(materialize, networks)
         prepare_networks(network, vae, tiling=tiling)
         shape, step = latent_shape(network, size, num_frames), ggi_step(network, size, num_frames, 2 if guided else 1)
         phases = {

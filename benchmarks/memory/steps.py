@@ -53,7 +53,7 @@ def alignment_step(
 
     def step() -> None:
         with autocast():
-            loss = objective(sample, text, control)
+            loss = objective(sample, text, control)["loss"]
         loss.backward()
 
     return step

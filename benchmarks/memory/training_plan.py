@@ -12,18 +12,18 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from peft import LoraConfig
 
 from benchmarks.memory.counting import (
-    autocast_as_on_card,
-    bring_in,
+    autocast_as_on_gpu,
     count_activations,
     empty_model,
     held_bytes,
+    materialize,
     without_data,
 )
-from benchmarks.memory.plans import VIDEO_ENCODERS, Plan, text_phases, video_builders
+from benchmarks.memory.plans import VIDEO_ENCODERS, text_phases, video_builders
 from benchmarks.memory.steps import ggi_step, inbetween_training_step, latent_shape, video_decoding, video_encoding
 from models.flags import MEMORY_MODES
 from models.inbetween.training import CHANNELS, InbetweenObjective
-from models.runtime.memory import PAGED, RESIDENT, Phase, is_card, kept_on
+from models.runtime.memory import PAGED, RESIDENT, Phase, Plan, is_gpu, placement_on
 from models.runtime.optimizers import Parameters
 
 SMALLEST = 4096  # elements of a tensor whose moments are kept in 8 bits
@@ -91,15 +91,15 @@ def plan_training(
         weights, gradients = (sharded_bytes(transformer, trained_only, shards) for trained_only in (False, True))
         average, standing = average // shards, 0
     length = transformer.config.max_text_seq_length
-    on_card = is_card(device)
-    vae_weights, encoding, decoding = count_vae(paths["cogvideox_vae"], transformer, setup, on_card)
+    on_gpu = is_gpu(device)
+    vae_weights, encoding, decoding = count_vae(paths["cogvideox_vae"], transformer, setup, on_gpu)
     text = text_phases(paths["cogvideox_text"], VIDEO_ENCODERS, setup.dtype, length, device)[RESIDENT]
-    if on_card and setup.autocast:
-        autocast_as_on_card(transformer)
+    if on_gpu and setup.autocast:
+        autocast_as_on_gpu(transformer)
     training, denoising = count_transformer(transformer, trained, setup)
     plan = {}
     for mode in MEMORY_MODES:
-        moments = kept_on(device, "training", mode)["optimizer"]
+        moments = placement_on(device, "training", mode)["optimizer"]
         state = moment_bytes(trained, moments) // shards + average
         update = update_bytes(trained, moments, device) // shards
         if average:
@@ -128,23 +128,23 @@ def sharded_bytes(transformer: torch.nn.Module, trained_only: bool, processes: i
     return -(-total // processes) + total - sum(blocks) + 2 * max(blocks) + buffers
 
 
-def count_vae(vae: Path, transformer: torch.nn.Module, setup: TrainingSetup, on_card: bool) -> tuple[int, int, int]:
+def count_vae(vae: Path, transformer: torch.nn.Module, setup: TrainingSetup, on_gpu: bool) -> tuple[int, int, int]:
     """Bytes of the VAE's weights, and of the activations of encoding and decoding a clip.
 
-    on_card: autocast and convolutions count as they are there.
+    on_gpu: autocast and convolutions count as they are there.
     """
     build = video_builders(vae, Path())["vae"]
     model = empty_model(build, setup.dtype)
     weights = held_bytes(model)
     if setup.tiling:
         model.enable_tiling()
-    if on_card and setup.autocast:
-        autocast_as_on_card(model)
+    if on_gpu and setup.autocast:
+        autocast_as_on_gpu(model)
     with without_data(setup.dtype), torch.no_grad(), autocast(setup):
-        bring_in(model)
-        encoding = count_activations(video_encoding(model, setup.size, setup.num_frames), model, on_card=on_card)
+        materialize(model)
+        encoding = count_activations(video_encoding(model, setup.size, setup.num_frames), model, on_gpu=on_gpu)
         shape = latent_shape(transformer, setup.size, setup.num_frames)
-        return weights, encoding, count_activations(video_decoding(model, shape), model, on_card=on_card)
+        return weights, encoding, count_activations(video_decoding(model, shape), model, on_gpu=on_gpu)
 
 
 def count_transformer(
@@ -152,7 +152,7 @@ def count_transformer(
 ) -> tuple[int, int]:
     """Bytes of the activations of a training step, and of a step of a sample sheet. The transformer gets tensors."""
     with without_data(torch.float32):
-        objective = InbetweenObjective(bring_in(transformer), CogVideoXDDIMScheduler())
+        objective = InbetweenObjective(materialize(transformer), CogVideoXDDIMScheduler())
         step = inbetween_training_step(objective, setup.size, setup.num_frames, setup.batch, lambda: autocast(setup))
         training = count_activations(step, transformer) - gradient_bytes(trained)
         if setup.accumulation > 1 or setup.processes > 1:
@@ -172,7 +172,7 @@ def gradient_bytes(parameters: Parameters) -> int:
 
 
 def moment_bytes(parameters: Parameters, moments: str) -> int:
-    """Bytes on the card of both moments. Of paged ones: the scales, and the largest tensor's, which is at work."""
+    """Bytes on the GPU of both moments. Of paged ones: the scales, and the largest tensor's, which is at work."""
     if moments == RESIDENT:
         return 2 * gradient_bytes(parameters)
     sizes = [parameter.numel() for parameter in parameters]
@@ -188,17 +188,17 @@ def moment_bytes(parameters: Parameters, moments: str) -> int:
 def update_bytes(parameters: Parameters, moments: str, device: str) -> int:
     """Peak bytes of what one update makes besides gradients and moments, counted by running one without data.
 
-    On a card, PyTorch's AdamW works on all tensors at once; bitsandbytes' kernels work in place.
+    On a GPU, PyTorch's AdamW works on all tensors at once; bitsandbytes' kernels work in place.
     """
-    on_card = is_card(device)
+    on_gpu = is_gpu(device)
     if moments != RESIDENT:
         largest = max((parameter.numel() for parameter in parameters if parameter.numel() >= SMALLEST), default=0)
-        return 0 if on_card else 5 * 4 * largest  # both moments, gradient and weight in float32, a denominator
+        return 0 if on_gpu else 5 * 4 * largest  # both moments, gradient and weight in float32, a denominator
     with without_data(torch.float32):
         copies = [torch.nn.Parameter(torch.empty(parameter.shape)) for parameter in parameters]
         for copy in copies:
             copy.grad = torch.empty_like(copy)
-        optimizer = torch.optim.AdamW(copies, foreach=on_card)
+        optimizer = torch.optim.AdamW(copies, foreach=on_gpu)
         optimizer.step()  # makes the moments
         states = [value for state in optimizer.state.values() for value in state.values()]
         return count_activations(optimizer.step, holder([*copies, *(copy.grad for copy in copies), *states]))

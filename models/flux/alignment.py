@@ -1,4 +1,4 @@
-"""Distribution alignment: the training objective and one optimizer step.
+"""Distribution alignment: the training objective, and the stage that `fit` trains.
 
 Rectified flow on the reference image, with the ControlNet's residuals unscaled and guidance 1: the LoRAs learn what
 FLUX and its ControlNet must add so that edges of the reference give the reference.
@@ -7,19 +7,33 @@ FLUX and its ControlNet must add so that edges of the reference give the referen
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from models.flux.lora import add_lora, train_loras
-from models.flux.network import FluxModels, Text, encode_image, load_flux, place_flux, training_schedule, velocity
+from models.flux.lora import add_lora, save_lora, save_loras_only, train_loras
+from models.flux.network import (
+    FluxModels,
+    Text,
+    encode_flux_prompts,
+    encode_image,
+    load_flux,
+    place_flux,
+    stack_texts,
+    training_schedule,
+    velocity,
+)
 from models.latents import draw_noise, pack, to_signed
-from models.runtime.memory import KEPT
-from models.runtime.sharding import whole
+from models.runtime.memory import PLACEMENTS, is_gpu
+from models.runtime.runtime import Runtime
+from models.runtime.training import Training
+from models.settings import AlignmentSettings
 from utils.data.references import Reference, crop_size, draw_aspect, draw_crop
+from utils.images import write_image
+from utils.layout import checkpoint_lora_paths
 from utils.runs import derive_seed
 
 GUIDANCE = 1.0  # distilled guidance during training
@@ -43,17 +57,15 @@ def flow_sample(image: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Fl
 class FlowObjective(torch.nn.Module):
     """Transformer and ControlNet as one module: one wrapper (autocast, DDP) then holds everything that is trained."""
 
-    _no_split_modules: ClassVar = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]  # what FSDP gathers together
-
     def __init__(self, models: FluxModels):
         super().__init__()
         self.transformer, self.controlnet = models.transformer, models.controlnet
         self._models = models
 
-    def forward(self, sample: FlowSample, text: Text, control: torch.Tensor) -> torch.Tensor:
-        """Mean squared error of the predicted velocity, float32 scalar. control: edges [B, 3, H, W] in [-1, 1]."""
+    def forward(self, sample: FlowSample, text: Text, control: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`loss`: the predicted velocity's mean squared error, float32. control: edges [B, 3, H, W] in [-1, 1]."""
         prediction = velocity(self._models, sample.tokens, sample.t, text, control, guidance=GUIDANCE)
-        return F.mse_loss(prediction.float(), sample.target.float())
+        return {"loss": F.mse_loss(prediction.float(), sample.target.float())}
 
 
 @dataclass(frozen=True)
@@ -107,48 +119,75 @@ def batch_flow_sample(models: FluxModels, batch: Batch) -> FlowSample:
 
 
 def load_trainable(
-    paths: dict[str, Path],
-    device: torch.device,
+    paths: Mapping[str, Path],
+    device: str,
     dtype: torch.dtype,
     rank: int,
     seed: int,
-    kept: Mapping[str, str] = KEPT["alignment"]["full"],
+    kept: Mapping[str, str] = PLACEMENTS["alignment"]["full"],
 ) -> tuple[FluxModels, list[list[torch.nn.Parameter]]]:
     """Frozen networks in `dtype`, and new float32 LoRAs on transformer and ControlNet: (models, parameters of each).
 
-    paths: as `models.weights.locate` gives them. seed: of the LoRAs' start values. kept: {network: how it is kept}.
+    paths: of FLUX_STAGE. seed: of the LoRAs' start values. kept: {network: placement}. On a GPU activations are
+    computed again in the backward pass; a CPU has room for them.
     """
     models = load_flux(paths, device, dtype)
     networks = [models.transformer, models.controlnet]
     set_seed(seed % 2**32)  # NumPy's generator takes no more; its state is part of a checkpoint
-    for model in networks:
-        add_lora(model, rank)
-    loras = train_loras(networks)
+    for network in networks:
+        add_lora(network, rank)
+    loras = train_loras(networks, checkpointing=is_gpu(device))
     place_flux(models, kept)
     return models, loras
 
 
-def optimizer_step(
-    optimizer: torch.optim.Optimizer,
-    clip_groups: Iterable[Iterable[torch.nn.Parameter]],
-    max_norm: float = 1.0,
-) -> list[float]:
-    """Clip each group of parameters to `max_norm` on its own, step, and clear gradients.
+class Alignment(Training):
+    """Stage 1, ready to be trained by `fit`: LoRAs on FLUX and its ControlNet that learn the references' style.
 
-    Returns each group's norm before clipping.
+    paths: of FLUX_STAGE. multiple, resolution: of the crops' sides, in pixels. Networks lie as `runtime` says.
     """
-    norms = [float(whole(torch.nn.utils.clip_grad_norm_(list(group), max_norm))) for group in clip_groups]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norms
 
+    name = "alignment"
+    kept_states = None  # small: any checkpoint can be gone on from
 
-def lora_optimizer(
-    parameters: Iterable[torch.nn.Parameter],
-    learning_rate: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    weight_decay: float = 0.01,
-    eps: float = 1e-8,
-) -> torch.optim.AdamW:
-    """AdamW as the reference sets it; one optimizer for both LoRAs, constant learning rate."""
-    return torch.optim.AdamW(parameters, lr=learning_rate, betas=tuple(betas), weight_decay=weight_decay, eps=eps)
+    def __init__(
+        self,
+        runtime: Runtime,
+        paths: Mapping[str, Path],
+        references: Sequence[Reference],
+        settings: AlignmentSettings,
+        resolution: int,
+    ):
+        device, dtype, preset = runtime.device, runtime.dtype, runtime.preset
+        self.references, self.resolution, self.multiple = references, resolution, preset.training_multiple
+        prompts, length = [reference.prompt for reference in references], preset.max_sequence_length
+        self.texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, length, runtime.placement["text"])
+        self.models, self.loras = load_trainable(paths, device, dtype, settings.rank, settings.seed, runtime.placement)
+        super().__init__(FlowObjective(self.models), self.draw_inputs, self.save_loras, None, runtime.attention)
+
+    @property
+    def networks(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """Transformer and ControlNet."""
+        return self.models.transformer, self.models.controlnet
+
+    def draw_inputs(self, step_seed: Sequence[int], items: Iterable[int]) -> dict:
+        batch = draw_batch(self.references, step_seed, items, self.resolution, self.multiple)
+        text = stack_texts([self.texts[batch.prompt]] * len(batch.t))
+        return {"sample": batch_flow_sample(self.models, batch), "text": text, "control": batch.control}
+
+    def clip_groups(self) -> dict[str, list[torch.nn.Parameter]]:
+        return dict(zip(("grad_norm/flux", "grad_norm/controlnet"), self.loras, strict=True))
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        save_loras_only(accelerator, self.networks)
+
+    def save_loras(self, folder: Path) -> None:
+        for network, path in zip(self.networks, checkpoint_lora_paths(folder), strict=True):
+            save_lora(network, path)
+
+    def begin(self, folder: Path) -> None:
+        """Put a copy of what is trained on beside the LoRAs."""
+        for i, reference in enumerate(self.references):
+            copy = folder / "references" / f"{i:02d}_{reference.path.stem}"
+            write_image(copy.with_name(f"{copy.name}.png"), reference.image)
+            write_image(copy.with_name(f"{copy.name}.edges.png"), reference.edges)

@@ -4,38 +4,34 @@ The loop is rectified flow with true CFG. In its first steps the latents are rep
 can be warped to this view reliably, by that anchor noised to the current time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from models.flux.lora import LoraState, add_lora, common_ranks, set_lora
 from models.flux.network import (
     CONTROL_STEPS,
     FluxModels,
     Text,
     anchor_schedule,
     decode_latents,
+    encode_flux_prompts,
     encode_image,
     guided_velocity,
+    load_flux,
+    place_flux,
     stack_texts,
     to_bytes,
     velocity,
 )
-from models.latents import pack, to_signed, unpack
+from models.latents import draw_noise, pack, to_signed, unpack
+from models.runtime.rotary import use_complex_rotary
+from models.runtime.runtime import Runtime
+from models.settings import AnchorSettings
 from utils.correspondence import latent_mask, resize_map, unreliable_mask, warp_image
-
-
-@dataclass(frozen=True)
-class AnchorSettings:
-    """How an anchor is drawn; field names are the script's flags."""
-
-    num_steps: int = 25  # denoising steps
-    guidance: float = 4.0  # distilled guidance of FLUX.1-dev
-    true_gs: float = 3.5  # scale of true classifier-free guidance
-    timestep_to_start_cfg: int = 1  # first step that uses true CFG
-    control_weight: float = 0.8  # ControlNet strength
-    num_replacement: int = 12  # steps 1 … num_replacement - 1 use the warped previous anchor
 
 
 @dataclass(frozen=True)
@@ -120,5 +116,94 @@ def sample_anchor(
 
 @torch.no_grad()
 def decode_anchor(models: FluxModels, latents: torch.Tensor) -> np.ndarray:
-    """Latents [1, 16, h, w] -> image uint8 [8 h, 8 w, 3]."""
+    """Latents [1, 16, h, w] -> picture uint8 [8 h, 8 w, 3]."""
     return to_bytes(decode_latents(models, latents))[0]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What one anchor is drawn from.
+
+    number: its place in the path. edges: uint8 [H, W, 3]. seed: of the run. previous: the anchor before it, uint8
+    [H, W, 3], and code: the map from it, uint16; None draws it for itself.
+    """
+
+    number: int
+    edges: np.ndarray
+    prompt: str
+    seed: int
+    previous: np.ndarray | None = None
+    code: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An anchor's latents, float32 [1, 16, h, w], and what they followed: see `warp_anchor`."""
+
+    latents: torch.Tensor
+    warped: np.ndarray | None = None
+    mask: np.ndarray | None = None
+
+
+class AnchorStage:
+    """Stage 2, ready to draw: FLUX and its ControlNet with the LoRAs of every style, and every prompt encoded.
+
+    paths: of FLUX_STAGE. loras: {style: values of both networks, as `read_loras` gives them}; without any, the
+    networks stay bare. prompts: those that anchors will have.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        paths: Mapping[str, Path],
+        loras: Mapping[str, Sequence[LoraState]],
+        prompts: Sequence[str],
+        settings: AnchorSettings,
+    ):
+        self.runtime, self.settings, self.loras = runtime, settings, loras
+        prompts = [*prompts, settings.neg_prompt]
+        device, dtype, length = runtime.device, runtime.dtype, runtime.preset.max_sequence_length
+        self.texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, length, runtime.placement["text"])
+        self.models = load_flux(paths, device, dtype)
+        for network, rank in zip(self.networks, common_ranks(loras) if loras else (None, None), strict=True):
+            if rank:
+                add_lora(network, rank)
+            use_complex_rotary(network)
+        place_flux(self.models, runtime.placement)
+        runtime.compile(self.models.transformer)
+        self._style = None
+
+    @property
+    def networks(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """Transformer and ControlNet."""
+        return self.models.transformer, self.models.controlnet
+
+    def put_on(self, style: str) -> None:
+        """Use the LoRAs of this style from now on."""
+        if style != self._style:
+            for network, state in zip(self.networks, self.loras[style], strict=True):
+                set_lora(network, state, self.settings.lora_weight)
+        self._style = style
+
+    def draw(self, anchor: Anchor, on_step: Callable[[Step], None] | None = None) -> Drawn:
+        """Denoise one anchor."""
+        control = to_signed(anchor.edges)[None]
+        noise = self._noise(anchor, anchor.number)
+        warped = mask = replacement = None
+        if anchor.previous is not None:
+            warped, mask = warp_anchor(anchor.previous, anchor.code, self.runtime.preset.mask_dilations)
+            # The reference's posterior draw is the first after seeding the previous anchor: its noise, bit for bit.
+            replacement = encode_warped(self.models, warped, mask, self._noise(anchor, anchor.number - 1))
+        texts = self.texts[anchor.prompt], self.texts[self.settings.neg_prompt]
+        with self.runtime.attention():
+            latents = sample_anchor(self.models, noise, control, *texts, self.settings, replacement, on_step)
+        return Drawn(latents, warped, mask)
+
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        """Latents [1, 16, h, w] -> picture uint8 [8 h, 8 w, 3]."""
+        return decode_anchor(self.models, latents)
+
+    def _noise(self, anchor: Anchor, number: int) -> torch.Tensor:
+        """N(0, 1) [1, 16, h, w]: of the anchor with this number; all have the same, unless settings say otherwise."""
+        height, width = anchor.edges.shape[:2]
+        return draw_noise((1, 16, height // 8, width // 8), anchor.seed + number * self.settings.use_else_noise)

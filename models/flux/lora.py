@@ -16,12 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from models.loading.files import read_weights
 from models.loading.keymaps import MLP_RATIO, lora_from_peft, lora_to_peft
-from models.runtime.sharding import whole
 from utils.cli import InputError
 from utils.files import atomic_path
-from utils.runs import is_first_process
 
 FluxModel = FluxTransformer2DModel | FluxControlNetModel
+LoraState = Mapping[str, torch.Tensor]  # values under peft's names
 SINGLE_BLOCKS = range(1, 5)  # the single-stream blocks that carry LoRA; all double-stream blocks do
 
 
@@ -58,11 +57,16 @@ def check_lora(path: Path, config: Mapping) -> dict[str, torch.Tensor]:
 def read_loras(
     loras: Mapping[str, Sequence[Path]], configs: Sequence[Mapping]
 ) -> dict[str, list[dict[str, torch.Tensor]]]:
-    """{name: values of each network} from {name: file of each network}. configs: of the networks; see `check_lora`."""
-    return {
+    """{name: values of each network} from {name: file of each network}. configs: of the networks.
+
+    Raises InputError for a file that does not fit (`check_lora`), and unless all have one rank.
+    """
+    states = {
         name: [check_lora(file, config) for file, config in zip(files, configs, strict=True)]
         for name, files in loras.items()
     }
+    common_ranks(states)
+    return states
 
 
 def lora_rank(state: Mapping[str, torch.Tensor]) -> int:
@@ -107,12 +111,16 @@ def lora_parameters(model: FluxModel) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
 
 
-def train_loras(models: Sequence[FluxModel]) -> list[list[torch.nn.Parameter]]:
-    """Let LoRA layers be trained, in float32 and with gradient checkpointing. Returns each model's parameters."""
+def train_loras(models: Sequence[FluxModel], *, checkpointing: bool = True) -> list[list[torch.nn.Parameter]]:
+    """Let LoRA layers be trained, in float32. Returns each model's parameters.
+
+    checkpointing: recompute activations in the backward pass: less memory, more time, the same numbers.
+    """
     loras = [[parameter.requires_grad_() for parameter in lora_parameters(model)] for model in models]
     cast_training_params(list(models), torch.float32)
-    for model in models:
-        model.enable_gradient_checkpointing()
+    if checkpointing:
+        for model in models:
+            model.enable_gradient_checkpointing()
     return loras
 
 
@@ -144,20 +152,15 @@ def set_lora(model: FluxModel, state: Mapping[str, torch.Tensor], weight: float 
 
 
 def lora_state(model: FluxModel) -> dict[str, torch.Tensor]:
-    """LoRA values under the reference's names, in the dtype they are trained in. In every process if sharded."""
-    state = {key: whole(tensor.detach()) for key, tensor in get_peft_model_state_dict(model).items()}
+    """LoRA values under the reference's names, in the dtype they are trained in."""
+    state = {key: tensor.detach() for key, tensor in get_peft_model_state_dict(model).items()}
     return {key: tensor.contiguous() for key, tensor in lora_from_peft(state).items()}
 
 
 def save_lora(model: FluxModel, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write the LoRA as the reference does: its key names, bfloat16. Atomic.
-
-    Call it in every process if the model is sharded; the first one writes.
-    """
-    state = {key: tensor.to("cpu", dtype) for key, tensor in lora_state(model).items()}
-    if is_first_process():
-        with atomic_path(path) as temporary:
-            save_file(state, temporary)
+    """Write the LoRA as the reference does: its key names, bfloat16. Atomic."""
+    with atomic_path(path) as temporary:
+        save_file({key: tensor.to("cpu", dtype) for key, tensor in lora_state(model).items()}, temporary)
 
 
 def save_loras_only(accelerator: Accelerator, models: Sequence[FluxModel]) -> None:

@@ -19,7 +19,7 @@ from diffusers import (
 
 from models.latents import posterior_sample, token_positions
 from models.loading.networks import free_caches, load_encoders, load_model
-from models.runtime.memory import RESIDENT, keep
+from models.runtime.memory import RESIDENT, place
 
 TRAINING_STEPS, TRAINING_TOKENS = 999, 4096  # schedule from which training draws its timesteps
 CONTROL_STEPS = 25  # the ControlNet acts on the first 25 steps only
@@ -188,7 +188,7 @@ def load_flux(paths: dict[str, Path], device: str, dtype: torch.dtype) -> FluxMo
 def place_flux(models: FluxModels, kept: Mapping[str, str]) -> None:
     """Bring the networks to their device as `kept` says; call it after LoRA layers were added."""
     for name in kept.keys() & {"transformer", "controlnet", "vae"}:
-        keep(getattr(models, name), kept[name], models.device)
+        place(getattr(models, name), kept[name], models.device)
 
 
 def encode_flux_prompts(

@@ -5,8 +5,9 @@ diffusers' image-to-video pipeline already concatenates noise and conditions, so
 is overridden.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,19 @@ from diffusers import (
 )
 from PIL import Image
 
-from models.latents import draw_noise, posterior_sample
+from models.latents import draw_noise, posterior_sample, to_signed
 from models.loading.files import load_ggi_transformer
 from models.loading.networks import free_caches, load_encoders, load_model, load_pipeline
-from models.runtime.memory import AT_WORK, KEPT, RESIDENT, keep
+from models.runtime.memory import ON_DEMAND, PLACEMENTS, RESIDENT, place
 from models.runtime.rotary import use_complex_rotary
+from models.runtime.runtime import Runtime
+from models.runtime.speed import first_block_cache
+from models.settings import InbetweenSettings
+from utils.edges import resize_edges
+from utils.files import read_json
+from utils.images import resize_image
+from utils.layout import LATENT_FRAMES, edge_frame_indices
+from utils.noise import blend_noise
 from utils.runs import derive_seed
 
 LATENT_CHANNELS = 16
@@ -186,7 +195,7 @@ def load_inbetween(
     transformer: Path,
     device: str,
     dtype: torch.dtype,
-    kept: Mapping[str, str] = KEPT["ggi"]["full"],
+    kept: Mapping[str, str] = PLACEMENTS["ggi"]["full"],
     *,
     tiling: bool,
 ) -> CogVideoXInbetweenPipeline:
@@ -204,10 +213,96 @@ def load_inbetween(
     )
     pipeline.scheduler = CogVideoXDDIMScheduler.from_config(pipeline.scheduler.config)  # whatever the repository names
     prepare_networks(**networks, tiling=tiling)
-    if AT_WORK in kept.values():
+    if ON_DEMAND in kept.values():
         pipeline.enable_model_cpu_offload(device=device)
     else:
         for name in networks:
-            keep(getattr(pipeline, name), kept[name], device)
+            place(getattr(pipeline, name), kept[name], device)
     pipeline.set_progress_bar_config(leave=False, desc="steps")
     return pipeline
+
+
+def load_video_vae(runtime: Runtime, paths: Mapping[str, Path]) -> AutoencoderKLCogVideoX:
+    """CogVideoX's VAE alone, on the runtime's device."""
+    vae = load_model("cogvideox_vae", AutoencoderKLCogVideoX, paths["cogvideox_vae"], runtime.dtype)
+    if runtime.preset.vae_tiling:
+        vae.enable_tiling()
+    return vae.to(runtime.device)
+
+
+@dataclass(frozen=True)
+class ArcInputs:
+    """What one arc is filled from. Pictures may have any size; the stage resizes them.
+
+    index: its place in the path. start, end: anchors, or the last frame of the arc before, uint8 [H, W, 3]. edges:
+    uint8 [46, H, W, 3]. noise: warped, float32 [13, h, w, 16].
+    """
+
+    index: int
+    start: np.ndarray
+    end: np.ndarray
+    edges: np.ndarray
+    noise: np.ndarray
+    prompt: str
+
+
+class InbetweenStage:
+    """Stage 3, ready to fill arcs: CogVideoX with two end images, and every prompt encoded.
+
+    paths: of GGI_STAGE. transformer: folder of the in-between transformer. prompts: those that arcs will have. size:
+    (width, height) in pixels.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        paths: Mapping[str, Path],
+        transformer: Path,
+        prompts: Sequence[str],
+        settings: InbetweenSettings,
+        size: tuple[int, int],
+    ):
+        self.runtime, self.settings, self.size = runtime, settings, size
+        config = read_json(transformer / "config.json")
+        self.num_frames = (LATENT_FRAMES - 1) * config["temporal_compression_ratio"] + 1
+        device, dtype, length = runtime.device, runtime.dtype, config["max_text_seq_length"]
+        self.texts = encode_video_prompts(
+            paths["cogvideox_text"], [*prompts, ""], device, dtype, length, runtime.placement["text"]
+        )
+        tiling = runtime.preset.vae_tiling
+        self.pipe = load_inbetween(paths, transformer, device, dtype, runtime.placement, tiling=tiling)
+        runtime.compile(self.pipe.transformer)
+
+    def with_settings(self, **changes: object) -> "InbetweenStage":
+        """The same networks, working otherwise."""
+        other = copy.copy(self)
+        other.settings = replace(self.settings, **changes)
+        return other
+
+    def conditions(self, arc: ArcInputs) -> torch.Tensor:
+        """Conditions [1, 13, 32, h, w] of an arc, on the device."""
+        ends = (to_signed(resize_image(picture, *self.size))[None] for picture in (arc.start, arc.end))
+        frames = [resize_edges(edges, *self.size) for edges in arc.edges]
+        edges = to_signed(np.stack([frames[i] for i in edge_frame_indices(self.num_frames)]))[None]
+        eps = ConditionEps.draw(*arc.noise.shape[:3], seed=self.settings.seed, arc=arc.index)
+        return self.pipe.encode_conditions(*ends, edges, eps)
+
+    def denoise(self, arc: ArcInputs, conditions: torch.Tensor | None = None) -> torch.Tensor:
+        """Latents [1, 13, 16, h, w] of an arc. conditions: others than the arc's own."""
+        settings = self.settings
+        warped = torch.from_numpy(arc.noise).movedim(-1, 1)[None]
+        fresh = draw_noise(warped.shape, derive_seed(settings.seed, arc.index, 1))
+        noise = blend_noise(warped, fresh, settings.degradation).to(self.pipe.transformer.dtype)
+        with self.runtime.attention(), first_block_cache(self.pipe.transformer, settings.cache):
+            return self.pipe(
+                self.conditions(arc) if conditions is None else conditions,
+                noise,
+                self.texts[arc.prompt],
+                self.texts[""],
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+            )
+
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        """All frames of the model, uint8 [num_frames, H, W, 3]: 46 of the arc, and those that pad it."""
+        return self.pipe.decode_video(latents)

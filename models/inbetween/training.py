@@ -19,11 +19,14 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox_image2video import (
 )
 
 from models.inbetween.clip_cache import END_DRAWS, ClipCache, Tensors
-from models.inbetween.pipeline import LATENT_CHANNELS, CogVideoXInbetweenPipeline
+from models.inbetween.pipeline import LATENT_CHANNELS, CogVideoXInbetweenPipeline, load_video_vae
 from models.latents import draw_noise
 from models.loading.files import Shards, build, load_ggi_transformer, read_weights
 from models.loading.keymaps import merge_tensor, merged_names
+from models.runtime.runtime import Runtime
 from models.runtime.sharding import whole_state
+from models.runtime.training import Training
+from models.settings import InbetweenTrainSettings, TrainSettings
 from utils.cli import InputError
 from utils.files import read_json
 from utils.images import contact_sheet
@@ -33,6 +36,7 @@ from utils.runs import derive_seed
 
 CHANNELS = 3 * LATENT_CHANNELS  # noisy latents | images | edges
 PATCH_WEIGHT = "patch_embed.proj.weight"
+SHEET_CLIPS = 2
 SHEET_COLUMNS, SHEET_STEPS, SHEET_ALPHA = 8, 10, 0.5
 
 
@@ -104,11 +108,6 @@ def read_frozen_lora(path: Path, config: Mapping) -> Tensors:
     if unknown or not state:
         raise InputError(f"--lora {path} is not a LoRA in diffusers' format ({unknown[:1] or 'it is empty'})")
     return state
-
-
-def lora_ranks(state: Tensors) -> dict[str, int]:
-    """{layer: rank} of a LoRA, as `read_frozen_lora` gives it."""
-    return {key.removesuffix(".lora_A.weight"): t.shape[0] for key, t in state.items() if key.endswith("_A.weight")}
 
 
 def add_frozen_lora(transformer: CogVideoXTransformer3DModel, state: Tensors, dtype: torch.dtype) -> None:
@@ -293,3 +292,55 @@ def paint_sheet(
                 label = f"{label}: {cache.caption(number)}"
                 rows.append((label, [frames[i] for i in resample_indices(len(frames), SHEET_COLUMNS)]))
     return contact_sheet(rows)
+
+
+# --- the stage ---
+
+
+class InbetweenTraining(Training):
+    """The in-between transformer, ready to be trained by `fit` on a cache of clips.
+
+    paths: of GGI_STAGE, and `start`: the folder of the start weights. lora: frozen inside, see `read_frozen_lora`;
+    empty for none.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        paths: Mapping[str, Path],
+        cache: ClipCache,
+        lora: Tensors,
+        settings: TrainSettings,
+        own: InbetweenTrainSettings,
+    ):
+        self.runtime, self.paths, self.cache, self.caption_dropout = runtime, paths, cache, own.caption_dropout
+        config = read_json(paths["start"] / "config.json")
+        start = new_transformer(config, settings.seed) if own.from_scratch else load_start(paths["start"])
+        if lora:
+            add_frozen_lora(start, lora, runtime.dtype if runtime.autocast else torch.float32)
+        if runtime.preset.name == "full" if own.gradient_checkpointing is None else own.gradient_checkpointing:
+            start.enable_gradient_checkpointing()
+        self.transformer, self.scheduler = start, load_scheduler(paths["cogvideox_text"])
+        super().__init__(
+            InbetweenObjective(start, self.scheduler),
+            self.draw_batch,
+            self.save_weights,
+            self.paint,
+            runtime.attention,
+        )
+
+    def draw_batch(self, step_seed: Sequence[int], items: Iterable[int]) -> Tensors:
+        steps = len(self.scheduler.alphas_cumprod)
+        return draw_batch(self.cache, step_seed, items, self.caption_dropout, steps)
+
+    def save_weights(self, folder: Path) -> None:
+        save_transformer(self.transformer, folder / "transformer", self.runtime.dtype)
+
+    def paint(self) -> np.ndarray:
+        vae = load_video_vae(self.runtime, self.paths)  # for the moment: it needs memory
+        numbers = range(min(SHEET_CLIPS, len(self.cache)))
+        return paint_sheet(self.transformer, vae, self.scheduler, self.cache, numbers, self.runtime.autocast)
+
+
+def load_scheduler(path: Path) -> CogVideoXDDIMScheduler:
+    return CogVideoXDDIMScheduler.from_pretrained(path, subfolder="scheduler", local_files_only=True)

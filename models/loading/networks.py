@@ -12,12 +12,11 @@ import torch
 import transformers
 
 from models.loading.files import load_reference_file, reference_config
-from models.runtime.memory import keep
+from models.runtime.memory import place
 from models.weights import CONVERTIBLE, component_folder
 from utils.cli import InputError
 from utils.files import read_json
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # The scripts show a progress bar of their own.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
@@ -62,12 +61,12 @@ def load_encoders(
     pipeline = load_pipeline(name, cls, path, dtype)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
-            keep(part, how, device)
+            place(part, how, device)
     return pipeline
 
 
 def free_caches() -> None:
-    """Give memory back to the card and to the system, after the last reference to a network was dropped."""
+    """Give memory back to the GPU and to the system, after the last reference to a network was dropped."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""How the networks of a stage are kept (`--memory`), and what that needs of a card, counted before anything is loaded.
+"""How the networks of a stage are kept (`--memory`), and what that needs of a GPU, known before anything is loaded.
 
-`full` holds all networks of a phase on the card; `balanced` and `low` trade precision or speed for room (`KEPT`).
-What a plan holds is counted (`benchmarks/memory`).
+`full` holds all networks of a phase on the GPU; `balanced` and `low` trade precision or speed for room (`PLACEMENTS`).
+Plans are tables, checkpoints/NAME/memory.json, written by `python -m benchmarks.memory`.
 """
 
 import errno
@@ -9,50 +9,49 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 
 import psutil
 import torch
-from diffusers import ModelMixin
-from diffusers.hooks import apply_group_offloading
 
 from models.flags import MEMORY_MODES
+from models.weights import WEIGHTS
 from utils.cli import InputError
-from utils.files import show_bytes
+from utils.files import read_json, show_bytes
 from utils.runs import is_first_process
 
 SPARE = 0.06  # share of the free memory that is left to the CUDA context and to fragmentation
 BITSANDBYTES = "bitsandbytes==0.50.2"
-RESIDENT = "resident"  # on the card, as loaded
-FP8 = "fp8"  # on the card, stored in 8 bits, computed in the precision of the rest; for inference
-INT8, NF4 = "int8", "nf4"  # on the card, the blocks' matrices in 8 or 4 bits; gradients pass through
-AT_WORK = "at work"  # in CPU memory, on the card while the network is used
-STREAMED = "streamed"  # in CPU memory, layers come to the card one by one, ahead of their use
+RESIDENT = "resident"  # on the GPU, as loaded
+FP8 = "fp8"  # on the GPU, stored in 8 bits, computed in the precision of the rest; for inference
+INT8, NF4 = "int8", "nf4"  # on the GPU, the blocks' matrices in 8 or 4 bits; gradients pass through
+ON_DEMAND = "at work"  # in CPU memory, on the GPU while the network is used
+OFFLOADED = "streamed"  # in CPU memory, layers come to the GPU one by one, ahead of their use
 EIGHT_BITS = "8 bits"  # an optimizer's moments, in blocks of values that share a scale
 PAGED = "8 bits, paged"  # the same numbers in CPU memory; the driver brings what an update needs
 LOSSY = (FP8, INT8, NF4, EIGHT_BITS)
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
 # stage -> mode -> network, or optimizer -> how it is kept; text: encoders, freed before the others are loaded
-KEPT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+PLACEMENTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "alignment": {
         "full": {"text": RESIDENT, "transformer": RESIDENT, "controlnet": RESIDENT, "vae": RESIDENT},
         "balanced": {"text": RESIDENT, "transformer": INT8, "controlnet": INT8, "vae": RESIDENT},
-        "low": {"text": STREAMED, "transformer": NF4, "controlnet": NF4, "vae": RESIDENT},
+        "low": {"text": OFFLOADED, "transformer": NF4, "controlnet": NF4, "vae": RESIDENT},
     },
     "anchors": {
         "full": {"text": RESIDENT, "transformer": RESIDENT, "controlnet": RESIDENT, "vae": RESIDENT},
         "balanced": {"text": RESIDENT, "transformer": FP8, "controlnet": RESIDENT, "vae": RESIDENT},
-        "low": {"text": STREAMED, "transformer": STREAMED, "controlnet": STREAMED, "vae": STREAMED},
+        "low": {"text": OFFLOADED, "transformer": OFFLOADED, "controlnet": OFFLOADED, "vae": OFFLOADED},
     },
     "ggi": {
         "full": {"text": RESIDENT, "transformer": RESIDENT, "vae": RESIDENT},
-        "balanced": {"text": RESIDENT, "transformer": AT_WORK, "vae": AT_WORK},
-        "low": {"text": STREAMED, "transformer": STREAMED, "vae": RESIDENT},
+        "balanced": {"text": RESIDENT, "transformer": ON_DEMAND, "vae": ON_DEMAND},
+        "low": {"text": OFFLOADED, "transformer": OFFLOADED, "vae": RESIDENT},
     },
-    "training": {  # of whole networks, whose float32 weights and gradients stay on the card
+    "training": {  # of whole networks, whose float32 weights and gradients stay on the GPU
         "full": {"optimizer": RESIDENT},
         "balanced": {"optimizer": EIGHT_BITS},
         "low": {"optimizer": PAGED},
@@ -62,7 +61,7 @@ KEPT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes that one phase of a stage holds on the card at its peak. optimizer: gradients and moments."""
+    """Bytes that one phase of a stage holds on the GPU at its peak. optimizer: gradients and moments."""
 
     name: str
     weights: int
@@ -74,28 +73,82 @@ class Phase:
         return self.weights + self.activations + self.optimizer
 
 
-# --- counting ---
+Plan = dict[str, list[Phase]]  # mode -> its phases, which follow each other: the largest decides
 
 
-def block_linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """{name: layer} of the matrices of all transformer blocks, which are nearly all weights; LoRA's are left out."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear and name.startswith(BLOCKS) and ".lora_" not in name
-    }
+# --- looking up ---
+
+PLAN_FILE = "memory.json"  # of a weight set, beside its preset
+BATCHED = ("training", "denoising")  # phases whose activations grow with the batch
+FIXED = ("text", "update")  # phases whose activations depend neither on the batch nor on pixels and frames
+SHARDED = ("training", "update", "sheets")  # phases with what FSDP divides
+
+
+def look_up_plan(
+    weights: str, stage: str, *, pixels: int, frames: int | None = None, batch: int | None = None
+) -> Plan:
+    """The plan of a stage from the table of a weight set, with its activations for pictures of this size.
+
+    weights: full or tiny. pixels: of a picture. frames: of a video. batch: crops or clips per training step, or
+    branches of guidance (1 or 2). None: as in the table. What it does not know, such as other networks, another
+    precision or LoRA rank, is not in the plan.
+    """
+    entry = read_json(WEIGHTS / weights / PLAN_FILE)[stage]
+    area = pixels * (frames or entry["frames"])
+
+    def scaled(phase: Phase) -> Phase:
+        now, then = (1, 1) if phase.name in FIXED else (area, entry["pixels"] * entry["frames"])
+        if phase.name in BATCHED:
+            now, then = now * (batch or entry["batch"]), then * entry["batch"]
+        return replace(phase, activations=-(-phase.activations * now // then))  # rounded up
+
+    return {mode: [scaled(Phase(**phase)) for phase in phases] for mode, phases in entry["modes"].items()}
+
+
+def shard_plan(plan: Plan, processes: int) -> Plan:
+    """The plan of `full`, the only mode for FSDP, with what is divided among processes.
+
+    An approximation: the two blocks that are whole for the moment, and what lies outside of blocks, are left out.
+    """
+
+    def part(phase: Phase) -> Phase:
+        if phase.name not in SHARDED:
+            return phase
+        activations = phase.activations // (processes if phase.name == "update" else 1)
+        return Phase(phase.name, phase.weights // processes, activations, phase.optimizer // processes)
+
+    return {"full": [part(phase) for phase in plan["full"]]}
+
+
+def plan_on(device: str, stage: str, plan: Plan) -> Plan:
+    """The plan for `device`. plan: of a GPU.
+
+    A CPU streams nothing: each phase needs what it does in the fastest mode with the same placement.
+    """
+    if is_gpu(device):
+        return plan
+
+    def placement(where: str, mode: str, phase: str) -> dict[str, str]:
+        kept = placement_on(where, stage, mode)
+        return {name: kept[name] for name in kept if (name == "text") == (phase == "text")}
+
+    def find(mode: str, i: int, phase: str) -> Phase:
+        alike = (other for other in plan if placement("cuda", other, phase) == placement(device, mode, phase))
+        return plan[next(alike, mode)][i]
+
+    return {mode: [find(mode, i, phase.name) for i, phase in enumerate(phases)] for mode, phases in plan.items()}
 
 
 # --- choosing ---
 
 
-def is_card(device: str) -> bool:
+def is_gpu(device: str) -> bool:
     return torch.device(device).type != "cpu"
 
 
 def free_memory(device: str) -> int:
     """Bytes that are free on a torch device; processes of one launch share a CPU's memory."""
-    if not is_card(device):
+    if not is_gpu(device):
         return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return torch.cuda.mem_get_info(torch.device(device))[0]
 
@@ -135,14 +188,26 @@ def describe_plan(mode: str, phases: Sequence[Phase], room: int, device: str) ->
 # --- keeping ---
 
 
-def keep(model: torch.nn.Module, how: str, device: str) -> None:
-    """Bring a loaded network to `device`, or make it come when it is needed. AT_WORK is the pipeline's to do."""
-    if how == STREAMED:
+def block_linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """{name: layer} of the matrices of all transformer blocks, which are nearly all weights; LoRA's are left out."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and name.startswith(BLOCKS) and ".lora_" not in name
+    }
+
+
+def place(model: torch.nn.Module, how: str, device: str) -> None:
+    """Bring a loaded network to `device`, or set up offloading; ON_DEMAND is left to the pipeline's own hooks."""
+    if how == OFFLOADED:
+        from diffusers import ModelMixin
+        from diffusers.hooks import apply_group_offloading
+
         streams = torch.device(device).type == "cuda"
         offload = (
             model.enable_group_offload if isinstance(model, ModelMixin) else partial(apply_group_offloading, model)
         )
-        # Not with record_stream: the CPU would run ahead of the card, and layers pile up that it has not computed yet.
+        # No record_stream: the CPU would run ahead and queue more layers than fit.
         offload(onload_device=torch.device(device), offload_type="leaf_level", use_stream=streams)
         return
     if how == FP8:
@@ -171,68 +236,55 @@ def quantise(model: torch.nn.Module, how: str) -> None:
         model.set_submodule(name, new)
 
 
-def settle_memory(
+def choose_memory_mode(
     stage: str, plan: Mapping[str, Sequence[Phase]], wanted: str, device: str
 ) -> tuple[str, dict[str, str]]:
     """Choose a mode for this device, say so on stderr, and return it with {network: how it is kept}."""
-    room = find_room(device)
+    room, plan = find_room(device), plan_on(device, stage, plan)
     mode = choose_mode(wanted, plan, room, device)
     if is_first_process():
         print(describe_plan(mode, plan[mode], room, device), file=sys.stderr)
-    kept = kept_on(device, stage, mode)
+    kept = placement_on(device, stage, mode)
     if {INT8, NF4, EIGHT_BITS, PAGED} & set(kept.values()) and find_spec("bitsandbytes") is None:
         raise InputError(f"--memory {mode} needs bitsandbytes: pip install {BITSANDBYTES}")
     return mode, kept
 
 
-def settle_overlap(
-    phases: Sequence[Phase], late: str, early: Sequence[str], kept: Mapping[str, str], device: str
-) -> bool:
-    """Whether the phase `late` may be at work beside any of `early`, those of the next item; said on stderr if so.
-
-    There must be room for both, and no network that gives way to another. kept: as `settle_memory` returns it. Call
-    it in every process: they choose alike.
-    """
-    by_name = {phase.name: phase for phase in phases}
-    weights = max(by_name[name].weights for name in (late, *early))
-    needed = weights + by_name[late].activations + max(by_name[name].activations for name in early)
-    fits = AT_WORK not in kept.values() and needed <= find_room(device)
-    if fits and is_first_process():
-        print(f"{late} runs beside what follows: {show_bytes(needed)} together", file=sys.stderr)
-    return fits
-
-
 @contextmanager
-def naming_smaller_mode(stage: str, mode: str, *, sharded: bool = False) -> Iterator[None]:
+def advise_on_oom(stage: str, mode: str, *, sharded: bool = False) -> Iterator[None]:
     """Turn running out of memory in the block into an OSError that says which mode needs less.
 
     The same results come first: a mode that computes as this one does can go on where it stopped. sharded: over
     several processes, for which there is no other mode.
     """
     smaller = () if sharded else MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :]
-    alike = [other for other in smaller if lossy(KEPT[stage][other]) == lossy(KEPT[stage][mode])]
+    alike = [
+        other
+        for other in smaller
+        if lossy_placements(PLACEMENTS[stage][other]) == lossy_placements(PLACEMENTS[stage][mode])
+    ]
     if alike:
         advice = f"what is finished is kept: run the same command again with --memory {alike[0]}"
     elif smaller:
         advice = f"begin again with --memory {smaller[0]} --overwrite"
     else:
-        advice = f"free some, or use a larger card{' or more of them' if sharded else ''}"
+        advice = f"free some, or use a larger GPU{' or more of them' if sharded else ''}"
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OSError(errno.ENOMEM, f"out of memory with --memory {mode}; {advice}") from error
 
 
-def kept_on(device: str, stage: str, mode: str) -> dict[str, str]:
-    """{network: how it is kept}. Without a card to stream them to, networks lie in CPU memory all the time."""
-    kept = KEPT[stage][mode]
-    if is_card(device):
+def placement_on(device: str, stage: str, mode: str) -> dict[str, str]:
+    """{network: how it is kept}. Without a GPU to stream them to, networks lie in CPU memory all the time."""
+    kept = PLACEMENTS[stage][mode]
+    if is_gpu(device):
         return dict(kept)
-    here = {STREAMED: RESIDENT, AT_WORK: RESIDENT, PAGED: EIGHT_BITS}
+    here = {OFFLOADED: RESIDENT, ON_DEMAND: RESIDENT, PAGED: EIGHT_BITS}
     return {name: here.get(how, how) for name, how in kept.items()}
 
 
-def lossy(kept: Mapping[str, str]) -> dict[str, dict[str, str]]:
+def lossy_placements(kept: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """What of it changes the results, for a manifest's `weights`; empty when nothing does."""
     values = {name: EIGHT_BITS if how == PAGED else how for name, how in kept.items()}  # pages change no number
     found = {name: how for name, how in values.items() if how in LOSSY}

@@ -73,7 +73,7 @@ def whole_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         return state
     found = {}
     for name, tensor in state.items():
-        tensor = whole(tensor)  # on the card one at a time
+        tensor = whole(tensor)  # on the GPU one at a time
         if is_first_process():
             found[name] = tensor.cpu()
     return found
@@ -142,7 +142,7 @@ def load_state(accelerator: Accelerator, folder: Path, module, optimizer, averag
         before, now = kinds if not accelerator.is_fsdp2 else kinds[::-1]
         raise InputError(f"{folder} is of a training that was {before}; this one is {now}: go on as it was begun")
     if not accelerator.is_fsdp2:
-        # On cards, several processes would else hold all of it twice for a moment.
+        # On GPUs, several processes would else hold all of it twice for a moment.
         accelerator.load_state(folder, map_location="cpu")
         return
     state = _sharded_state(module, optimizer, average)

@@ -4,104 +4,80 @@ What a step sees depends on the seed, the step and the item's number alone: no s
 run draws what an uninterrupted one would have drawn, and so do several processes that share a global batch.
 """
 
-import argparse
 import csv
 import errno
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
+import accelerate
 import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
 
-from utils.cli import decay, non_negative_float, non_negative_int, positive_float, positive_int, seed
+from models.runtime.memory import RESIDENT
+from models.runtime.optimizers import make_optimizer, page_moments
+from models.runtime.parallel import WAIT
+from models.runtime.sharding import (
+    checkpoint_folder,
+    load_state,
+    own_parts,
+    require_blocks,
+    require_shards,
+    root_gathered,
+    save_state,
+    sharding_plugin,
+    sharding_wanted,
+    whole,
+)
+from models.settings import TrainSettings
 from utils.files import atomic_path
 from utils.images import plot_curve, write_image
 from utils.layout import LOSS_CURVE, LOSS_FILE, SAMPLES_FOLDER, STATE_FOLDER, find_checkpoints
 from utils.runs import Run
 
-KEPT_STATES = 2  # checkpoints that keep what is needed to go on from them; older ones keep their weights
 Draw = Callable[[tuple[int, ...], Iterable[int]], dict]
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """How a network is trained; the flags of `add_training_flags`."""
+@dataclass
+class Training:
+    """What `fit` trains; subclasses say what differs.
 
-    max_train_steps: int
-    checkpointing_steps: int
-    sheet_steps: int
-    learning_rate: float
-    warmup_steps: int
-    decay_steps: int
-    train_batch_size: int
-    gradient_accumulation_steps: int
-    max_grad_norm: float
-    ema_decay: float
-    beta2: float
-    weight_decay: float
-    mixed_precision: str
-    seed: int
-    report_to: str
+    objective(**batch) returns scalars with the key `loss`; its parameters that require gradients are trained.
+    draw(step_seed, items) gives the batch of one process. save(folder) writes the weights for use; sheet() paints
+    samples, uint8 [H, W, 3]. Both see the averaged weights.
+    """
 
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then constant, then linear to zero over the last `decay_steps` steps. step: from 0."""
-        rise = min(1.0, (step + 1) / max(self.warmup_steps, 1))
-        fall = min(1.0, (self.max_train_steps - step) / max(self.decay_steps, 1))
-        return self.learning_rate * min(rise, fall)
+    objective: torch.nn.Module
+    draw: Draw
+    save: Callable[[Path], None]
+    sheet: Callable[[], np.ndarray] | None = None
+    attention: Callable[[], AbstractContextManager] = nullcontext  # around every forward and backward pass
 
+    name: ClassVar[str] = "training"  # of its curves
+    kept_states: ClassVar[int | None] = 2  # checkpoints that keep what is needed to go on; None: all
 
-FREE_SETTINGS = {  # may change between attempts: how far, how often and where, not what
-    "max_train_steps",
-    "decay_steps",
-    "checkpointing_steps",
-    "sheet_steps",
-    "report_to",
-}
+    def clip_groups(self) -> dict[str, list]:
+        """{name of a norm: parameters whose gradients are clipped together}."""
+        return {"grad_norm": [p for p in self.objective.parameters() if p.requires_grad]}
 
+    def prepare(self, accelerator) -> None:
+        """Called before anything is trained or loaded, such as to say what a state holds."""
 
-def add_training_flags(parser: argparse.ArgumentParser, **defaults: object) -> None:
-    """One flag for each field of TrainSettings. defaults: those that differ from the ones here."""
-
-    def add(name: str, default: object, **options: object) -> None:
-        parser.add_argument(f"--{name}", default=defaults.get(name, default), **options)
-
-    add("max_train_steps", 1000, type=positive_int, help="optimizer steps; may be raised later to go on")
-    add("checkpointing_steps", 500, type=positive_int, help="steps between checkpoints")
-    add("sheet_steps", 500, type=positive_int, help="steps between sample sheets")
-    add("learning_rate", 1e-4, type=positive_float, help="peak learning rate of AdamW")
-    add("warmup_steps", 100, type=non_negative_int, help="first steps, over which the learning rate rises")
-    add("decay_steps", 0, type=non_negative_int, help="last steps, over which the learning rate falls to zero")
-    add("train_batch_size", 1, type=positive_int, help="items per process and step")
-    add("gradient_accumulation_steps", 1, type=positive_int, help="batches per optimizer step")
-    add("max_grad_norm", 1.0, type=positive_float, help="gradients are clipped to this norm")
-    add("ema_decay", 0.999, type=decay, help="decay of the averaged weights that are saved; 0 saves the raw ones")
-    add("beta2", 0.999, type=decay, help="second beta of AdamW; the first is 0.9")
-    add("weight_decay", 0.01, type=non_negative_float, help="weight decay of AdamW")
-    add(
-        "mixed_precision",
-        "auto",
-        choices=["auto", "bf16", "no"],
-        help="precision of the computation, weights are float32; auto: bf16 for full weights, and for tiny ones where "
-        "the device computes in it, else no",
-    )
-    add("seed", 0, type=seed, help="seed of start values, data order, noise and timesteps")
-    add("report_to", "tensorboard", choices=["tensorboard", "none"], help="where curves are logged")
-
-
-def training_settings(args: argparse.Namespace) -> TrainSettings:
-    return TrainSettings(**{field.name: getattr(args, field.name) for field in fields(TrainSettings)})
+    def begin(self, folder: Path) -> None:
+        """Called by the first process when the run has begun, to write what belongs beside the weights."""
 
 
 def open_accelerator(run: Run, settings, device: str):
     """accelerate's Accelerator of a run. settings: TrainSettings, or anything else with its fields."""
-    import accelerate
-
-    from models.runtime.parallel import WAIT
-    from models.runtime.sharding import require_shards, sharding_plugin, sharding_wanted
-
     sharded = sharding_wanted()
     # gradients that wait for the next batch are whole: sharded ones are reduced at once
     accumulation = accelerate.utils.GradientAccumulationPlugin(
@@ -125,109 +101,132 @@ def open_accelerator(run: Run, settings, device: str):
     return accelerator
 
 
-def is_trained(run: Run, settings: TrainSettings) -> bool:
-    """Whether the run has a checkpoint of the last step."""
-    return not run.replaces and max(find_checkpoints(run.folder), default=0) >= settings.max_train_steps
-
-
 def fit(
     run: Run,
-    objective,
+    training: Training,
     settings: TrainSettings,
-    draw: Draw,
-    save: Callable[[Path], None],
-    sheet: Callable[[], np.ndarray] | None = None,
     *,
     device: str = "cpu",
     weights: dict | None = None,
     moments: str | None = None,
+    resume: int | None = None,
+    quiet: bool = False,
 ) -> None:
-    """Train the parameters of `objective` that require gradients, and leave checkpoint-<step>/ folders in the run.
+    """Train, and leave checkpoint-<step>/ folders in the run.
 
-    objective(**batch) returns scalars with the key `loss`. draw(step_seed, items) gives the batch of one process.
-    save(folder) writes the weights for use; sheet() paints samples, uint8 [H, W, 3]. Both see the averaged weights.
     weights: hashes of what the training starts from, for the manifest; a run is not continued with others.
-    moments: how AdamW's are kept (`models/runtime/optimizers.py`; default: 32 bits).
+    moments: how AdamW's are kept (`optimizers.py`; default: 32 bits). resume: step of the checkpoint to go on from; by
+    default the newest one with a state. quiet: without a progress bar.
     """
-    from diffusers.training_utils import EMAModel
-    from tqdm import tqdm
-
-    from models.runtime.memory import RESIDENT
-    from models.runtime.optimizers import make_optimizer, page_moments
-    from models.runtime.sharding import load_state, own_parts, require_blocks, root_gathered, save_state, whole
-
     accelerator = open_accelerator(run, settings, device)
-    require_blocks(accelerator, objective)
-    if not accelerator.is_fsdp2:  # it moves what it divides
-        objective.to(accelerator.device)
-    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    betas = (0.9, settings.beta2)
-    optimizer = make_optimizer(parameters, settings.learning_rate, betas, settings.weight_decay, moments or RESIDENT)
-    module, optimizer = accelerator.prepare(objective, optimizer)
-    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]  # sharding makes new
-    parts = own_parts(parameters)
-    average = EMAModel(parts, decay=settings.ema_decay, foreach=True) if settings.ema_decay else None
-    if average:
-        accelerator.register_for_checkpointing(average)
-    checkpoints = {} if run.replaces else find_checkpoints(run.folder)
-    first = max((step for step, path in checkpoints.items() if (path / STATE_FOLDER).is_dir()), default=0)
+    trained = _Trained.prepare(accelerator, training, settings, moments)
+    first = find_resume_step(run) if resume is None else resume
     if first:
-        load_state(accelerator, checkpoints[first] / STATE_FOLDER, objective, optimizer, average)
-        page_moments(optimizer)
-        if average:
-            average.to(accelerator.device)
+        trained.load(accelerator, find_checkpoints(run.folder)[first] / STATE_FOLDER)
     if accelerator.is_main_process:
         run.begin(weights=weights or {})
+        training.begin(run.folder)
     accelerator.wait_for_everyone()
-    accelerator.init_trackers("training")
-    losses = read_losses(run.folder, first)
-    began, total = time.monotonic(), settings.max_train_steps
-
-    def save_average(folder: Path) -> None:
-        save_state(accelerator, folder / STATE_FOLDER, objective, optimizer, average)
-        with averaged(average, parts):
-            save(folder)
-
-    steps = tqdm(range(first, total), "train", total, initial=first, disable=not accelerator.is_main_process)
+    accelerator.init_trackers(training.name)
+    losses, total, main = read_losses(run.folder, first), settings.max_train_steps, accelerator.is_main_process
+    began, groups = time.monotonic(), training.clip_groups()
+    steps = tqdm(range(first, total), training.name, total, initial=first, disable=quiet or not main)
     for step in steps:
-        for group in optimizer.param_groups:
+        for group in trained.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step)
-        values = _backward(accelerator, module, settings, draw, step)
-        norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if average:
-            average.step(parts)
+        values = _backward(accelerator, trained.module, training, settings, step)
+        accelerator.unscale_gradients()  # float16 scales them
+        norms = optimizer_step(trained.optimizer, groups.values(), settings.max_grad_norm)
+        if trained.average:
+            trained.average.step(trained.parts)
         losses.append(values["loss"])
-        rate = (step + 1 - first) / (time.monotonic() - began)
-        accelerator.log(values | {"grad_norm": float(whole(norm)), "steps_per_second": rate}, step + 1)
+        rate = {"steps_per_second": (step + 1 - first) / (time.monotonic() - began)}
+        accelerator.log(values | dict(zip(groups, norms, strict=True)) | rate, step + 1)
         steps.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
         last = step + 1 == total
-        painting = accelerator.is_main_process or accelerator.is_fsdp2  # of divided weights by all processes together
-        if sheet and painting and ((step + 1) % settings.sheet_steps == 0 or last):
-            with averaged(average, parts), root_gathered(objective):
-                picture = sheet()
-            if accelerator.is_main_process:
-                write_image(run.folder / SAMPLES_FOLDER / f"{step + 1:06d}.png", picture)
+        if training.sheet and ((step + 1) % settings.sheet_steps == 0 or last):
+            trained.paint(accelerator, run.folder / SAMPLES_FOLDER / f"{step + 1:06d}.png")
         if (step + 1) % settings.checkpointing_steps == 0 or last:  # after its sheet: the last one ends the run
-            write_checkpoint(accelerator, run, step + 1, losses, save_average)
-            if accelerator.is_main_process:
-                _forget_states(run)
-    del module
+            write_checkpoint(accelerator, run, step + 1, losses, partial(trained.save, accelerator))
+            if main and training.kept_states:
+                _forget_states(run, training.kept_states)
+    del trained
     end_training(accelerator)
-    if accelerator.is_main_process:
+    if main:
         run.finish(steps=settings.max_train_steps)
 
 
-def _backward(accelerator, module, settings: TrainSettings, draw: Draw, step: int) -> dict[str, float]:
-    """Gradients of one optimizer step, accumulated over its batches; the mean values over all of them."""
-    import torch
+def find_resume_step(run: Run) -> int:
+    """The newest checkpoint that can be gone on from; 0 to start."""
+    checkpoints = {} if run.replaces else find_checkpoints(run.folder)
+    return max((step for step, path in checkpoints.items() if (path / STATE_FOLDER).is_dir()), default=0)
 
+
+@dataclass
+class _Trained:
+    """What accelerate made of a training. parts: of each parameter, this process's; average: EMAModel of them."""
+
+    training: Training
+    module: object
+    optimizer: object
+    parts: list
+    average: object | None
+
+    @classmethod
+    def prepare(cls, accelerator, training: Training, settings: TrainSettings, moments: str | None) -> "_Trained":
+        objective = training.objective
+        require_blocks(accelerator, objective)
+        training.prepare(accelerator)
+        if not accelerator.is_fsdp2:  # it moves what it divides
+            objective.to(accelerator.device)
+        parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        options = (settings.learning_rate, (0.9, settings.beta2), settings.weight_decay, moments or RESIDENT)
+        module, optimizer = accelerator.prepare(objective, make_optimizer(parameters, *options))
+        parts = own_parts([p for p in objective.parameters() if p.requires_grad])  # sharding makes new parameters
+        average = EMAModel(parts, decay=settings.ema_decay, foreach=True) if settings.ema_decay else None
+        if average:
+            accelerator.register_for_checkpointing(average)
+        return cls(training, module, optimizer, parts, average)
+
+    def load(self, accelerator, folder: Path) -> None:
+        load_state(accelerator, folder, self.training.objective, self.optimizer, self.average)
+        page_moments(self.optimizer)
+        if self.average:
+            self.average.to(accelerator.device)
+
+    def save(self, accelerator, folder: Path) -> None:
+        save_state(accelerator, folder / STATE_FOLDER, self.training.objective, self.optimizer, self.average)
+        with averaged(self.average, self.parts):
+            self.training.save(folder)
+
+    def paint(self, accelerator, path: Path) -> None:
+        """Write a sample sheet. Sharded weights are painted with by all processes together."""
+        if not (accelerator.is_main_process or accelerator.is_fsdp2):
+            return
+        with averaged(self.average, self.parts), root_gathered(self.training.objective):
+            picture = self.training.sheet()
+        if accelerator.is_main_process:
+            write_image(path, picture)
+
+
+def optimizer_step(optimizer, clip_groups: Iterable[Iterable], max_norm: float = 1.0) -> list[float]:
+    """Clip each group of parameters to `max_norm` on its own, step, and clear gradients.
+
+    Returns each group's norm before clipping.
+    """
+    norms = [float(whole(clip_grad_norm_(list(group), max_norm))) for group in clip_groups]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norms
+
+
+def _backward(accelerator, module, training: Training, settings: TrainSettings, step: int) -> dict[str, float]:
+    """Gradients of one optimizer step, accumulated over its batches; the mean values over all of them."""
     rank, size = accelerator.process_index, settings.train_batch_size
     rows = []
     for micro in range(settings.gradient_accumulation_steps):
-        batch = draw((settings.seed, step, micro), range(rank * size, (rank + 1) * size))
-        with accelerator.accumulate(module):
+        batch = training.draw((settings.seed, step, micro), range(rank * size, (rank + 1) * size))
+        with accelerator.accumulate(module), training.attention():
             with forward_precision(accelerator):
                 values = module(**_to(batch, accelerator.device))
             accelerator.backward(values["loss"])
@@ -264,11 +263,6 @@ def write_checkpoint(accelerator, run: Run, step: int, losses: list[float], save
 
     losses: of all steps so far, written beside it. Call it in every process; the first one writes, or all if sharded.
     """
-    from safetensors import SafetensorError
-    from torch import OutOfMemoryError
-
-    from models.runtime.sharding import checkpoint_folder
-
     if accelerator.is_main_process:
         write_losses(run.folder, losses)  # before the checkpoint: a kill in between leaves rows too many, not too few
     checkpoint = run.folder / f"checkpoint-{step}"
@@ -276,7 +270,7 @@ def write_checkpoint(accelerator, run: Run, step: int, losses: list[float], save
         with checkpoint_folder(accelerator, checkpoint) as temporary:
             if temporary:
                 save(temporary)
-    except OutOfMemoryError:  # a RuntimeError, too
+    except torch.OutOfMemoryError:  # a RuntimeError, too
         raise
     except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
         raise OSError(errno.EIO, f"cannot write a checkpoint ({error})", str(checkpoint)) from error
@@ -295,9 +289,9 @@ def end_training(accelerator) -> None:
     accelerator.end_training()
 
 
-def _forget_states(run: Run) -> None:
-    """Remove what is needed to go on from old checkpoints; their weights stay."""
-    for path in list(find_checkpoints(run.folder).values())[:-KEPT_STATES]:
+def _forget_states(run: Run, kept: int) -> None:
+    """Remove what is needed to go on from all checkpoints but the newest; their weights stay."""
+    for path in list(find_checkpoints(run.folder).values())[:-kept]:
         shutil.rmtree(path / STATE_FOLDER, ignore_errors=True)
 
 

@@ -3,28 +3,16 @@
 import numpy as np
 
 from utils.evaluation.consistency import sample
+from utils.evaluation.pictures import psnr
 
 LUMA = np.array([0.299, 0.587, 0.114])
 BLUR = 0.7  # pixels; standard deviation of the blur before gradients are taken
 LEAST_PIXELS = 60  # of a class, for its mean colour to count
 
 
-def psnr(image: np.ndarray, truth: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 arrays of one shape; infinite when they are equal."""
-    _require_same_shape(image, truth)
-    error = np.mean((image.astype(np.float64) - truth) ** 2)
-    return float(10 * np.log10(255**2 / error)) if error else float("inf")
-
-
-def video_psnr(frames: np.ndarray, truth: np.ndarray) -> float:
-    """Mean of the frames' PSNR in dB. frames, truth: [F, H, W, 3]."""
-    _require_same_shape(frames, truth)
-    return float(np.mean([psnr(a, b) for a, b in zip(frames, truth, strict=True)]))
-
-
 def inbetween_psnr(frames: np.ndarray, truth: np.ndarray) -> float:
-    """`video_psnr` of the frames strictly between the first and the last."""
-    return video_psnr(frames[1:-1], truth[1:-1])
+    """PSNR of the frames strictly between the first and the last."""
+    return psnr(frames[1:-1], truth[1:-1])
 
 
 def crossfade(start: np.ndarray, end: np.ndarray, count: int) -> np.ndarray:

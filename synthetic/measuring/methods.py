@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from models.settings import AnchorSettings, InbetweenSettings
 from utils.cli import InputError
 
 GGI, PER_FRAME, CROSSFADE, REPROJECT, COPY, TRUTH = "ggi", "per_frame", "crossfade", "reproject", "copy", "truth"
@@ -17,11 +18,15 @@ class Method:
 
     kind: str = GGI
     aligned: bool = True  # LoRAs of distribution alignment in the image model
-    num_replacement: int = 12  # steps of an anchor that follow the warped one before; 0: every anchor for itself
-    degradation: float = 0.5  # share of fresh noise in the video's noise; 1: no warped noise
+    num_replacement: int = (
+        AnchorSettings.num_replacement
+    )  # steps of an anchor that follow the warped one before; 0: every anchor for itself
+    degradation: float = InbetweenSettings.degradation  # share of fresh noise in the video's noise; 1: no warped noise
     edges: bool = True  # edge frames for the in-between model; without: black ones
     end: bool = True  # the end anchor for the in-between model
-    chain: bool = True  # an arc starts from the last generated frame of the one before; without: from its anchor
+    chain: bool = (
+        InbetweenSettings.chain
+    )  # an arc starts from the last generated frame of the one before; without: from its anchor
     lora_steps: int | None = None  # optimizer steps of the alignment; None: those of the settings
     num_inference_steps: int | None = None  # denoising steps of a video; None: those of the settings
 

@@ -12,12 +12,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from models.flux.anchors import AnchorStage
+from models.inbetween.pipeline import ArcInputs
 from models.weights import FLUX_STAGE, GGI_STAGE
 from synthetic.measuring import baselines, figures
 from synthetic.measuring.methods import (
@@ -32,11 +34,11 @@ from synthetic.measuring.methods import (
     Method,
     made_as,
 )
-from synthetic.measuring.round_trips import AnchorStage, VideoStage, align, load_video_models, without_end
+from synthetic.measuring.round_trips import as_rgb
 from synthetic.measuring.scenes import ARCS
 from synthetic.measuring.scenes import VERSION as SCENE_VERSION
 from synthetic.measuring.settings import Settings
-from synthetic.measuring.units import Workbench
+from synthetic.measuring.workbench import Workbench, without_edges, without_end
 from utils.cli import InputError
 from utils.data.tensor_cache import read_arrays, write_arrays
 from utils.evaluation.measure import METRICS, Metric, Targets, measure
@@ -153,10 +155,11 @@ class Bench(Workbench):
 
     def loras(self, method: Method) -> tuple[list[dict[str, torch.Tensor]], float]:
         """Of transformer and ControlNet, in bfloat16."""
-        reference, settings = self.reference, self.settings_of(method)
+        settings = self.settings_of(method)
+        _ = self.reference  # not part of this cost
 
         def train() -> Arrays:
-            states = align(self.paths, self.preset, reference, settings, self.unit.style_seed)
+            states = self.align(settings)
             return {f"{k} {name}": t.float().numpy() for k, state in enumerate(states) for name, t in state.items()}
 
         arrays, cost = self._kept(f"loras_{settings.lora_steps}", self._lora_identity(method), train)
@@ -166,11 +169,9 @@ class Bench(Workbench):
             states[int(number)][name] = torch.from_numpy(array).bfloat16()  # exact: that is how they were saved
         return states, cost
 
-    def anchor_stage(self, method: Method) -> AnchorStage:
-        stage = AnchorStage(self.paths, self.preset, self.settings_of(method), self.prompt, self.unit.style_seed)
-        if method.aligned:
-            stage.put_in(self.loras(method)[0])
-        return stage
+    def stage_of(self, method: Method) -> AnchorStage:
+        settings = self.settings_of(method).anchors(method.num_replacement)
+        return self.anchor_stage(settings, self.loras(method)[0] if method.aligned else ())
 
     def anchors(self, method: Method) -> tuple[np.ndarray, float]:
         """uint8 [3, H, W, 3]. Each follows the one before, unless the method has no replacement."""
@@ -179,10 +180,10 @@ class Bench(Workbench):
             self.loras(method)  # not part of this cost
 
         def draw() -> Arrays:
-            stage = self.anchor_stage(method)
-            drawn = [stage.draw(data.edges[0])]
+            stage = self.stage_of(method)
+            drawn = [self.draw(stage, data.edges[0])]
             for edges, code in zip(data.edges[1:], data.codes, strict=True):
-                drawn.append(stage.draw(edges, drawn[-1], code, steps) if steps else stage.draw(edges))
+                drawn.append(self.draw(stage, edges, *((drawn[-1], code) if steps else ())))
             return {"anchors": np.array(drawn)}
 
         of = f"aligned_{self.settings_of(method).lora_steps}" if method.aligned else "base"
@@ -197,7 +198,7 @@ class Bench(Workbench):
         anchors, anchor_cost = self.anchors(method) if method.has_anchors else (None, 0.0)
         lora_cost = self.loras(method)[1] if method.has_loras else 0.0
         make = {
-            PER_FRAME: lambda: baselines.per_frame(self.anchor_stage(method).draw, self.scene.path.edges),
+            PER_FRAME: lambda: baselines.per_frame(partial(self.draw, self.stage_of(method)), self.scene.path.edges),
             CROSSFADE: lambda: baselines.crossfade(anchors),
             COPY: lambda: baselines.copy(anchors),
             REPROJECT: lambda: baselines.reproject(anchors, self.scene.world.caster, self.scene.views),
@@ -208,13 +209,14 @@ class Bench(Workbench):
 
     def _fill(self, method: Method, anchors: np.ndarray) -> np.ndarray:
         """All arcs by the in-between model, as ggi.py does it."""
-        models, path = load_video_models(self.paths, self.preset, self.prompt), self.scene.path
-        video, start, settings = [], anchors[0], self.settings_of(method)
+        changes = {"degradation": method.degradation, "chain": method.chain}
+        stage = self.inbetween_stage(self.settings_of(method).inbetween(**changes))
+        path, video, start = self.scene.path, [], anchors[0]
         for arc in range(ARCS):
-            edges = path.edges[ARC_STEPS * arc :][:ARC_FRAMES]
-            stage = VideoStage(models, settings, edges, path.noise[arc], arc)
-            conditions = stage.conditions(start, anchors[arc + 1], edges=method.edges)
-            frames = stage.fill_padded(conditions if method.end else without_end(conditions), method.degradation)
+            edges = as_rgb(path.edges[ARC_STEPS * arc :][:ARC_FRAMES])
+            inputs = ArcInputs(arc, start, anchors[arc + 1], edges, path.noise[arc], self.prompt)
+            conditions = stage.conditions(inputs if method.edges else without_edges(inputs))
+            frames = stage.decode(stage.denoise(inputs, conditions if method.end else without_end(conditions)))
             start = frames[-1] if method.chain else anchors[arc + 1]
             # Of a frame that two arcs share, the earlier arc's is kept, as in ggi.py's video.
             video.append(frames[bool(arc) : ARC_FRAMES])

@@ -9,40 +9,24 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from models.weights import FLUX_STAGE, GGI_STAGE, Preset, weight_hashes
+from models.inbetween.pipeline import load_video_vae
+from models.runtime.runtime import plain_runtime
+from models.weights import FLUX_STAGE, GGI_STAGE, Preset
 from synthetic.measuring import figures
-from synthetic.measuring.round_trips import (
-    AnchorStage,
-    Paths,
-    VideoStage,
-    align,
-    as_rgb,
-    image_round_trip,
-    load_image_vae,
-    load_video_models,
-    load_video_vae,
-    video_round_trip,
-    without_end,
-)
-from synthetic.measuring.scenes import ANCHORS, CheckScene
+from synthetic.measuring.round_trips import as_rgb, image_round_trip, load_image_vae, video_round_trip
 from synthetic.measuring.settings import Settings
-from synthetic.reference_views import find_reference, town_world_and_views
-from synthetic.render import paint, trace
-from synthetic.styles import Style, make_style
+from synthetic.measuring.workbench import Unit, Workbench, fill, without_edges, without_end
 from utils.cli import InputError
-from utils.data.references import Reference, load_references
-from utils.edges import edge_detector
+from utils.evaluation.pictures import psnr
 from utils.files import read_json, write_json
 from utils.images import contact_sheet, write_image, write_video
 from utils.layout import ARC_FRAMES, resample_indices
 
-REFERENCE_SIZE = (1080, 720)  # width, height in pixels
-REFERENCE_SEEDS = 500_000  # from a scene's seed to that of the town its reference shows
 SHEET_COLUMNS = 8
 FPS = 12
 VERSION = 3  # of what is measured; figures of another version are measured again
@@ -50,113 +34,23 @@ VERSION = 3  # of what is measured; figures of another version are measured agai
 Figures = dict[str, float]
 
 
-@dataclass(frozen=True)
-class Unit:
-    """number: of its scene in the benchmark. The reference shows another town, in the same style."""
-
-    number: int
-    scene_seed: int
-    style_seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.scene_seed}_{self.style_seed}"
-
-
-def choose_units(scenes: int, seeds: int, first_scene: int, first_style: int) -> list[Unit]:
-    """`seeds` styles for each of `scenes` scenes; no two units share a style."""
-    return [Unit(i, first_scene + i, first_style + i * seeds + j) for i in range(scenes) for j in range(seeds)]
-
-
-class Workbench:
-    """Everything that the parts of one unit share: pictures of the scene, the reference, and the anchors drawn."""
-
-    def __init__(self, unit: Unit, preset: Preset, paths: Paths, settings: Settings, folder: Path):
-        self.unit, self.preset, self.paths, self.settings = unit, preset, paths, settings
-        self.size = preset.image_size
-        self.folder = folder / "units" / unit.name
-        self.scene = CheckScene(unit.scene_seed, unit.number, self.size, folder / "scenes")
-        self.style: Style = make_style(unit.style_seed)
-        self.prompt = settings.prompt_of(self.style.caption)
-
-    @cached_property
-    def true_anchors(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.scene.anchor_pictures(self.style)
-
-    @cached_property
-    def true_arc(self) -> np.ndarray:
-        return self.scene.arc_pictures(self.style)
-
-    @cached_property
-    def reference(self) -> Reference:
-        """The reference and its edges, read from a file as the script reads them."""
-        path = self.folder / "reference.png"
-        write_image(path, find_reference(self.unit.scene_seed + REFERENCE_SEEDS, self.style, REFERENCE_SIZE))
-        detect = edge_detector(self.preset.edges)
-        return load_references([path], [self.prompt], [], detect, self.preset.resolution)[0]
-
-    @cached_property
-    def other_pictures(self) -> list[np.ndarray]:
-        """Views of the reference's town, as many as there are anchors: what a copy of the reference would resemble."""
-        world, views = town_world_and_views(self.unit.scene_seed + REFERENCE_SEEDS, self.size)
-        chosen = [views[i] for i in resample_indices(len(views), len(ANCHORS))]
-        return [paint(trace(world, view), self.style) for view in chosen]
-
-    @cached_property
-    def drawn(self) -> "DrawnAnchors":
-        return draw_anchors(self)
-
-    @cached_property
-    def video_stage(self) -> VideoStage:
-        arc = self.scene.arc
-        models = load_video_models(self.paths, self.preset, self.prompt)
-        return VideoStage(models, self.settings, arc.edges, arc.noise)
-
-
-@dataclass(frozen=True)
-class DrawnAnchors:
-    """Three anchors each, uint8 [3, H, W, 3]: independent ones and ones that follow the anchor before, with LoRAs and
-    without (base), and the true ones after the image VAE."""
-
-    free: np.ndarray
-    guided: np.ndarray
-    base_free: np.ndarray
-    base_guided: np.ndarray
-    vae: np.ndarray
-
-
-def draw_anchors(bench: Workbench) -> DrawnAnchors:
-    data, seed = bench.scene.anchors, bench.unit.style_seed
-    stage = AnchorStage(bench.paths, bench.preset, bench.settings, bench.prompt, seed)
-
-    def free_and_guided() -> tuple[np.ndarray, np.ndarray]:
-        free = [stage.draw(edges) for edges in data.edges]
-        guided = free[:1]
-        for edges, code in zip(data.edges[1:], data.codes, strict=True):
-            guided.append(stage.draw(edges, guided[-1], code))
-        return np.array(free), np.array(guided)
-
-    vae = image_round_trip(stage.models.vae, bench.true_anchors[0])
-    base = free_and_guided()
-    stage.put_in(align(bench.paths, bench.preset, bench.reference, bench.settings, seed))
-    return DrawnAnchors(*free_and_guided(), *base, vae)
-
-
 # --- parts ---
 
 
 def measure_image_vae(bench: Workbench) -> Figures:
     truth, _ = bench.true_anchors
-    seen = image_round_trip(load_image_vae(bench.paths, bench.preset), truth)
-    return {"image_vae_psnr": figures.video_psnr(seen, truth)}
+    runtime = plain_runtime(bench.preset, "anchors", bench.preset.dtype)
+    seen = image_round_trip(load_image_vae(runtime, bench.paths), truth)
+    return {"image_vae_psnr": psnr(seen, truth)}
 
 
 def measure_video_vae(bench: Workbench) -> Figures:
-    vae, truth, edges = load_video_vae(bench.paths, bench.preset), bench.true_arc, as_rgb(bench.scene.arc.edges)
+    vae = load_video_vae(plain_runtime(bench.preset, "ggi", bench.preset.dtype), bench.paths)
+    truth, edges = bench.true_arc, as_rgb(bench.scene.arc.edges)
     video, edge_video = (video_round_trip(vae, one, bench.preset.num_frames) for one in (truth, edges))
     return {
-        "video_vae_psnr": figures.video_psnr(video, truth),
-        "edge_vae_psnr": figures.video_psnr(edge_video, edges),
+        "video_vae_psnr": psnr(video, truth),
+        "edge_vae_psnr": psnr(edge_video, edges),
         "gain_vae": gain(video, truth),
     }
 
@@ -201,37 +95,39 @@ def mean_of(measure: Callable[..., float], *columns: Iterable) -> float:
 
 
 def measure_inbetween(bench: Workbench) -> Figures:
-    stage, truth = bench.video_stage, bench.true_arc
+    stage, truth = bench.inbetween, bench.true_arc
     start, end = truth[0], truth[-1]
-    conditions = stage.conditions(start, end)
+    arc = bench.first_arc(start, end)
+    conditions = stage.conditions(arc)
     filled = {
-        "inbetween_gain_db": stage.fill(conditions),
-        "gain_no_edges": stage.fill(stage.conditions(start, end, edges=False)),
-        "gain_no_end": stage.fill(without_end(conditions)),
-        "gain_no_warp": stage.fill(conditions, degradation=1.0),
+        "inbetween_gain_db": fill(stage, arc, conditions),
+        "gain_no_edges": fill(stage, without_edges(arc)),
+        "gain_no_end": fill(stage, arc, without_end(conditions)),
+        "gain_no_warp": fill(stage.with_settings(degradation=1.0), arc, conditions),
     }
     faded = figures.crossfade(start, end, ARC_FRAMES)
     rows = [("truth", truth), ("between true anchors", filled["inbetween_gain_db"]), ("cross-fade", faded)]
     rows += [(name.replace("gain_", "").replace("_", " "), frames) for name, frames in list(filled.items())[1:]]
     write_video_sheet(bench.folder / "video.png", [("edges", bench.scene.arc.edges), *rows])
     values = {name: gain(frames, truth) for name, frames in filled.items()}
-    return values | {"last_frame_psnr": figures.psnr(filled["inbetween_gain_db"][-1], end)}
+    return values | {"last_frame_psnr": psnr(filled["inbetween_gain_db"][-1:], end[None])}
 
 
 def measure_chain(bench: Workbench) -> Figures:
-    stage, drawn, truth = bench.video_stage, bench.drawn, bench.true_arc
+    stage, drawn, truth = bench.inbetween, bench.drawn, bench.true_arc
     start, end = drawn.guided[:2]
+    arc = bench.first_arc(start, end)
     videos = {
-        "chain_fidelity": stage.fill(stage.conditions(start, end)),
-        "chain_no_align": stage.fill(stage.conditions(*drawn.base_guided[:2])),
-        "chain_no_replace": stage.fill(stage.conditions(start, drawn.free[1])),
+        "chain_fidelity": fill(stage, arc),
+        "chain_no_align": fill(stage, bench.first_arc(*drawn.base_guided[:2])),
+        "chain_no_replace": fill(stage, bench.first_arc(start, drawn.free[1])),
         "chain_no_ggi": figures.crossfade(start, end, ARC_FRAMES),
-        "chain_no_edges": stage.fill(stage.conditions(start, end, edges=False)),
+        "chain_no_edges": fill(stage, without_edges(arc)),
     }
     write_video_sheet(bench.folder / "chain.png", [("truth", truth), *videos.items()])
     beside = np.concatenate([videos["chain_fidelity"], truth], axis=2)
     write_video(bench.folder / "chain.mp4", np.repeat(np.repeat(beside, 3, axis=1), 3, axis=2), FPS)
-    return {name: figures.video_psnr(frames, truth) for name, frames in videos.items()}
+    return {name: psnr(frames, truth) for name, frames in videos.items()}
 
 
 @dataclass(frozen=True)
@@ -311,20 +207,22 @@ def finished_parts(
     }
 
 
-def hash_weights(names: Iterable[str], paths: Paths, preset: Preset) -> dict[str, dict]:
-    """Hashes of the weights that the named parts use. Raises InputError when some of them are not there."""
+def used_weights(names: Iterable[str], paths: dict[str, Path], preset: Preset) -> dict[str, Path]:
+    """The weights that the named parts use."""
     used = {component: paths[component] for name in names for component in PARTS[name].components}
     if any(PARTS[name].with_transformer for name in names):
         used["transformer"] = Path(preset.ggi_transformer)
-    hashes = weight_hashes(used)
-    for name, path in used.items():
-        if not hashes[name]:
-            raise InputError(f"{name}: {path} holds no weights")
-    return hashes
+    return used
 
 
 def measure_unit(
-    unit: Unit, names: Iterable[str], preset: Preset, paths: Paths, settings: Settings, hashes: dict, folder: Path
+    unit: Unit,
+    names: Iterable[str],
+    preset: Preset,
+    paths: dict[str, Path],
+    settings: Settings,
+    hashes: dict,
+    folder: Path,
 ) -> Figures:
     """Measure the named parts, and return their figures; each is added to the unit's file as soon as it is there."""
     bench = Workbench(unit, preset, paths, settings, folder)

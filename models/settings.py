@@ -1,0 +1,141 @@
+"""How each stage works: one frozen dataclass a stage, from whose fields the scripts' flags are made.
+
+Defaults are the paper's, and stand nowhere else. Nothing heavy is imported here.
+"""
+
+import argparse
+from dataclasses import dataclass, fields
+
+from models.precision import MIXED
+from utils.cli import (
+    decay,
+    finite_float,
+    flag,
+    guidance_float,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    seed,
+    unit_float,
+)
+
+LOGS = ["tensorboard", "none"]
+AUTO = "auto: bf16 for full weights, and for tiny ones where the device computes in it, else no"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a network is trained."""
+
+    max_train_steps: int = flag(
+        1000, "optimizer steps; may be raised later to go on", type=positive_int, decides=False
+    )
+    checkpointing_steps: int = flag(500, "steps between checkpoints", type=positive_int, decides=False)
+    sheet_steps: int = flag(500, "steps between sample sheets", type=positive_int, decides=False)
+    learning_rate: float = flag(1e-4, "peak learning rate of AdamW", type=positive_float)
+    warmup_steps: int = flag(100, "first steps, over which the learning rate rises", type=non_negative_int)
+    decay_steps: int = flag(
+        0, "last steps, over which the learning rate falls to zero", type=non_negative_int, decides=False
+    )
+    train_batch_size: int = flag(1, "items per process and step", type=positive_int)
+    gradient_accumulation_steps: int = flag(1, "batches per optimizer step", type=positive_int)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", type=positive_float)
+    ema_decay: float = flag(0.999, "decay of the averaged weights that are saved; 0 saves the raw ones", type=decay)
+    beta2: float = flag(0.999, "second beta of AdamW; the first is 0.9", type=decay)
+    weight_decay: float = flag(0.01, "weight decay of AdamW", type=non_negative_float)
+    mixed_precision: str = flag(
+        "auto", f"precision of the computation, weights are float32; {AUTO}", choices=["auto", "bf16", "no"]
+    )
+    seed: int = flag(0, "seed of start values, data order, noise and timesteps", type=seed)
+    report_to: str = flag("tensorboard", "where curves are logged", choices=LOGS, decides=False)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then constant, then linear to zero over the last `decay_steps` steps. step: from 0."""
+        rise = min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        fall = min(1.0, (self.max_train_steps - step) / max(self.decay_steps, 1))
+        return self.learning_rate * min(rise, fall)
+
+
+@dataclass(frozen=True)
+class AlignmentSettings:
+    """Stage 1: LoRAs on FLUX and its ControlNet, trained on the reference."""
+
+    max_train_steps: int = flag(600, "optimizer steps; may be raised later to go on", type=positive_int, decides=False)
+    checkpointing_steps: int = flag(100, "steps between checkpoints", type=positive_int, decides=False)
+    learning_rate: float = flag(1e-4, "constant learning rate of AdamW", type=positive_float)
+    rank: int = flag(16, "LoRA rank", type=positive_int)
+    train_batch_size: int = flag(1, "crops per process and step", type=positive_int)
+    gradient_accumulation_steps: int = flag(1, "batches per optimizer step", type=positive_int)
+    mixed_precision: str = flag(
+        "auto", f"precision of the networks, LoRA is float32; {AUTO}", choices=["auto", *MIXED]
+    )
+    seed: int = flag(0, "seed of LoRA's start values, crops, noise and timesteps", type=seed)
+    report_to: str = flag("tensorboard", "where the loss is logged", choices=LOGS, decides=False)
+
+    def training(self) -> TrainSettings:
+        """The same for the training loop: AdamW as the reference sets it, at a constant rate, without averaging."""
+        shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rank"}
+        return TrainSettings(**shared, warmup_steps=0, ema_decay=0.0)
+
+
+@dataclass(frozen=True)
+class AnchorSettings:
+    """Stage 2: one anchor view, kept consistent with the one before."""
+
+    lora_weight: float = flag(1.0, "multiplies both LoRA factors: the strength is its square", type=finite_float)
+    neg_prompt: str = flag("", "negative prompt; equal prompts make true CFG a no-op, which is skipped")
+    num_steps: int = flag(25, "denoising steps; the ControlNet acts on the first 25", type=positive_int)
+    num_replacement: int = flag(12, "steps guided by the warped previous anchor", type=non_negative_int)
+    guidance: float = flag(4.0, "distilled guidance scale of FLUX.1-dev", type=finite_float)
+    true_gs: float = flag(3.5, "scale of true classifier-free guidance; 1 switches it off", type=finite_float)
+    timestep_to_start_cfg: int = flag(1, "first step with true CFG", type=non_negative_int)
+    control_weight: float = flag(0.8, "strength of the edge ControlNet", type=finite_float)
+    use_else_noise: bool = flag(False, "a different noise for every anchor: seed, seed + 1, …", action="store_true")
+
+
+@dataclass(frozen=True)
+class InbetweenSettings:
+    """Stage 3: the frames between two anchors."""
+
+    degradation: float = flag(0.5, "share of fresh noise: 0 keeps the warped noise, 1 drops it", type=unit_float)
+    num_inference_steps: int = flag(30, "DDIM steps", type=positive_int)
+    guidance_scale: float = flag(6.0, "classifier-free guidance scale; 1 switches it off", type=guidance_float)
+    seed: int = flag(43, "seed of fresh noise and of the VAE's draws", type=seed)
+    chain: bool = flag(
+        True,
+        "start each arc from the last generated frame of the one before (default); --no-chain: from its anchor",
+        action=argparse.BooleanOptionalAction,
+    )
+    cache: float | None = flag(
+        None,
+        "skip most of a step that changes the first block's output by less than this share, such as 0.1: faster, "
+        "a little different (default: off)",
+        type=positive_float,
+        metavar="THRESHOLD",
+    )
+
+
+INBETWEEN_TRAINING = {  # TrainSettings of the released in-between transformer
+    "max_train_steps": 1350,
+    "checkpointing_steps": 450,
+    "sheet_steps": 450,
+    "learning_rate": 5e-5,
+    "gradient_accumulation_steps": 4,
+    "ema_decay": 0.0,
+    "beta2": 0.95,
+    "weight_decay": 1e-4,
+}
+
+
+@dataclass(frozen=True)
+class InbetweenTrainSettings:
+    """What the training of stage 3 has beside TrainSettings."""
+
+    from_scratch: bool = flag(
+        False, "start from random weights of that transformer's architecture", action="store_true"
+    )
+    caption_dropout: float = flag(0.1, "share of examples with an empty prompt", type=unit_float)
+    gradient_checkpointing: bool | None = flag(
+        None, "less memory, more time (full: on)", action=argparse.BooleanOptionalAction, decides=False
+    )
