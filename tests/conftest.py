@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ALIGN, ANCHORS, GGI, call, run
-from tests.small import SESSION, session_folder
-from tests.stages import QUICK_VIDEO, RUN, VIDEO, draw, last_line, new_scene, train
+from tests.support.helpers import ALIGN, ANCHORS, GGI, call, run
+from tests.support.small import SESSION, session_folder
+from tests.support.stages import QUICK_VIDEO, RUN, VIDEO, draw, last_line, new_scene, train
 
 # Before torch is imported: OpenMP threads that spin while they wait crawl on a machine that is not idle.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -82,7 +82,7 @@ def unchained(tmp_path_factory: pytest.TempPathFactory, anchored: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two training clips; `tests.clips.arguments` puts their encodings beside it."""
-    from tests.clips import make_dataset
+    """A folder of two training clips; `tests.support.clips.arguments` puts their encodings beside it."""
+    from tests.support.clips import make_dataset
 
     return make_dataset(tmp_path_factory.mktemp("dataset") / "clips")

@@ -34,7 +34,7 @@ from models.flux.lora import add_lora, lora_state, require_fit
 from models.flux.network import anchor_schedule, shifted_schedule
 from models.loading import keymaps
 from models.loading.files import MODEL_KINDS, build_empty
-from tests.parity_models import formula_image, ggi_cases, image_cases, largest, training_steps
+from tests.models.parity_models import formula_image, ggi_cases, image_cases, largest, training_steps
 from utils import layout as arcs
 from utils.cli import InputError, Parser, run_script
 from utils.correspondence import gather_indices, latent_mask, read_map, resize_map, unreliable_mask, warp_image

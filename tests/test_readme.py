@@ -1,4 +1,4 @@
-"""The README's commands: every line of its bash blocks has flags that exist, and `make demo` leaves a video."""
+"""The commands of README and docs: the bash blocks name flags that exist, and `make demo` leaves a video."""
 
 import importlib
 import re
@@ -9,39 +9,67 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, probe_video
+from tests.support.helpers import ROOT, probe_video
 
-TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line and not line.startswith("#")]
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+BLOCKS = [block for text in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)]
+LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+COMMANDS = [line for line in LINES if shlex.split(line, comments=True)]
+FOREIGN = ("hf", "pip")  # programs that are not ours
+LINKS = sorted({(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^):#]+)[)#]", text)})
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) >= 8
+    assert len(COMMANDS) >= 16
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_flags_exist(monkeypatch, command):
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
+    if words[0] in FOREIGN:
+        assert all((ROOT / words[i + 1]).is_file() for i, word in enumerate(words) if word == "-r")
+        return
     if words[0] == "blender":
         assert (ROOT / words[words.index("-P") + 1]).is_file()
+        return
+    if words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        assert all(re.search(rf"^{re.escape(word)}(:| [:?]?=)", makefile, re.M) for word in map(_name, words[1:]))
         return
     if words[:2] == ["python", "-m"]:
         script, arguments = words[2], words[3:]
     else:
         position = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        script, arguments = words[position].removesuffix(".py"), words[position + 1 :]
+        script, arguments = words[position].removesuffix(".py").replace("/", "."), words[position + 1 :]
         assert words[0] in ("python", "accelerate")
-    module = importlib.import_module(script)
+    package = (ROOT / script.replace(".", "/")).is_dir()  # its command is in __main__.py
+    module = importlib.import_module(f"{script}.__main__" if package else script)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     module.parse_args()  # raises on an unknown flag or a missing value
 
 
+def _name(word: str) -> str:
+    """A target of make, or the variable that is set."""
+    return word.split("=")[0]
+
+
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"`?((?:utils|models|tools|docs|assets|configs)/[\w./-]+\.\w+)", TEXT)))
+    "path",
+    sorted(
+        set(
+            re.findall(
+                r"(?<![\w/])((?:utils|models|tests|tools|docs|assets|configs)/[\w./-]+\.\w+)", "".join(PAGES.values())
+            )
+        )
+    ),
 )
 def test_files_exist(path):
     assert (ROOT / path).exists() or path.startswith("assets/mytown")
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=lambda value: getattr(value, "name", value))
+def test_links_lead_somewhere(page, link):
+    assert (page.parent / link).exists()
 
 
 @pytest.mark.slow

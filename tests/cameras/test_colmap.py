@@ -1,0 +1,82 @@
+"""COLMAP models, text and binary."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cameras.cameras_common import assert_same, random_path, write_colmap
+from utils.cameras.read import read_cameras
+from utils.cli import InputError
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("sub", ["", "sparse/0"])
+def test_colmap_model(tmp_path: Path, binary: bool, sub: str) -> None:
+    path = random_path(12)
+    write_colmap(tmp_path / sub, path, binary, "OPENCV", (0.0, 0.0, 0.0, 0.0))
+    back = read_cameras(tmp_path, up="+z", fps=30)
+    assert_same(path, back, 1e-9)  # image_10 comes after image_9
+    assert (back.up, back.fps) == ("+z", 30)
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize(
+    ("model", "extra"), [("OPENCV", (0.1, 0.0, 0.0, 0.0)), ("OPENCV", (0, 0, 0, 1e-3)), ("FOV", (0.0,))]
+)
+def test_colmap_distortion_is_refused(tmp_path: Path, binary: bool, model: str, extra: tuple) -> None:
+    write_colmap(tmp_path, random_path(), binary, model, extra)
+    with pytest.raises(InputError, match="distortion"):
+        read_cameras(tmp_path, up="+z")
+
+
+def test_colmap_says_nothing_about_up(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--cameras_up"):
+        read_cameras(write_colmap(tmp_path, random_path(), True))
+
+
+@pytest.mark.parametrize("name", ["cameras.bin", "images.bin"])
+def test_colmap_binary_of_another_length(tmp_path: Path, name: str) -> None:
+    file = write_colmap(tmp_path, random_path(3), True) / name
+    whole = file.read_bytes()
+    for data in [whole[:cut] for cut in range(0, len(whole), 7)] + [whole + b"\0", b"\xff" * 8 + whole[8:]]:
+        file.write_bytes(data)
+        with pytest.raises(InputError, match="copy it again"):
+            read_cameras(tmp_path, up="+y")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("cameras.txt", "PINHOLE", "PIN", "not a COLMAP camera"),
+        ("cameras.txt", " 480", "", "not a COLMAP camera|expected CAMERA_ID"),
+        ("cameras.txt", "640 480", "640 0", "image size"),
+        ("cameras.txt", "640 480", "640 x", "expected CAMERA_ID"),
+        ("cameras.txt", "\n2 ", "\n9 ", "camera 2"),
+        ("cameras.txt", "2 PINHOLE 640", "2 PINHOLE 320", "one size"),
+        ("images.txt", " 2 im age_2.png", "", "expected IMAGE_ID"),
+        ("images.txt", "1.5 2.5 7", "1.5 2.5", "2-D points"),
+    ],
+)
+def test_bad_colmap_text(tmp_path: Path, name: str, old: str, new: str, message: str) -> None:
+    file = write_colmap(tmp_path, random_path(3), False) / name
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(InputError, match=message):
+        read_cameras(tmp_path, up="+y")
+
+
+def test_bad_colmap_poses_and_folders(tmp_path: Path) -> None:
+    folder = write_colmap(tmp_path, random_path(3), False)
+    for pose, message in (("0 0 0 0 1 1 1", "zero"), ("nan 0 0 1 1 1 1", "NaN"), ("1 0 0 0 inf 1 1", "NaN")):
+        (folder / "images.txt").write_text(f"1 {pose} 1 a\n\n2 1 0 0 0 1 2 3 1 b\n\n")
+        with pytest.raises(InputError, match=message):
+            read_cameras(folder, up="+y")
+    (folder / "images.txt").write_text("# none\n")
+    with pytest.raises(InputError, match="at least two"):
+        read_cameras(folder / "images.txt", up="+y")
+    (folder / "images.txt").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(InputError, match="not a text file"):
+        read_cameras(folder, up="+y")
+    (folder / "images.txt").unlink()
+    with pytest.raises(InputError, match="no COLMAP model"):
+        read_cameras(folder, up="+y")

@@ -1,0 +1,11 @@
+"""What lies on the GPU and what on the CPU, checked in a process that takes a pretend GPU for its accelerator."""
+
+import pytest
+
+from tests.support.helpers import end, start_module
+
+
+@pytest.mark.slow
+def test_nothing_on_the_gpu_meets_the_cpu():
+    result = end(start_module("pytest", "-q", "tests/support/on_pretend_gpu.py"))
+    assert result.returncode == 0, result.stdout
