@@ -20,7 +20,8 @@ from models import convert
 from models.convert import merge_ggi
 from models.flux.lora import check_lora, load_lora
 from models.flux.network import FluxModels, Text, velocity
-from models.loading import files, keymaps
+from models.loading import keymaps
+from models.loading.files import load_ggi_transformer, load_reference_file, reference_config
 from tests.support.helpers import GOLDEN, profiled_peak
 from utils.cli import InputError
 
@@ -45,9 +46,9 @@ def test_command_writes_what_diffusers_loads(monkeypatch, tmp_path, kind, file, 
     command(monkeypatch, kind, source, tmp_path / "out")
     model, info = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
-    direct = files.load_reference_file(kind, source).state_dict()
+    direct = load_reference_file(kind, source).state_dict()
     assert all(torch.equal(tensor, direct[key]) for key, tensor in model.state_dict().items())
-    read = json.loads(json.dumps(files.reference_config(kind, source)))
+    read = json.loads(json.dumps(reference_config(kind, source)))
     assert read == {key: json.loads(json.dumps(model.config[key])) for key in read}
 
 
@@ -70,7 +71,7 @@ def test_keys_must_fit_exactly(tmp_path, kind, change):
         tensors[key] = torch.zeros(3)
     save_file(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(InputError, match=f"not a {kind} checkpoint"):
-        files.load_reference_file(kind, tmp_path / "bad.safetensors")
+        load_reference_file(kind, tmp_path / "bad.safetensors")
 
 
 def test_merging_equals_peft(monkeypatch, tmp_path):
@@ -78,7 +79,7 @@ def test_merging_equals_peft(monkeypatch, tmp_path):
     command(monkeypatch, "ggi", GGI, tmp_path / "merged")
     merged, info = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info.values())
-    again = files.load_ggi_transformer(tmp_path / "merged", torch.float32).state_dict()
+    again = load_ggi_transformer(tmp_path / "merged", torch.float32).state_dict()
     assert all(torch.equal(tensor, again[key]) for key, tensor in merged.state_dict().items())
 
     apart = CogVideoXTransformer3DModel.from_config(json.loads((GGI / "config.json").read_text()))
@@ -133,13 +134,13 @@ def test_merging_holds_one_shard_and_one_file(tmp_path):
         folder = tmp_path / f"out{shard}"
         peak = profiled_peak(lambda shard=shard, folder=folder: merge_ggi(tmp_path / "source", folder, shard))
         assert 0.9 * min(shard, merged) < peak < min(shard, merged) + file + layer
-        assert files.load_ggi_transformer(folder, torch.bfloat16).config.in_channels == 48
+        assert load_ggi_transformer(folder, torch.bfloat16).config.in_channels == 48
 
 
 def load_flux() -> FluxModels:
     files = {"flux": "flux_tiny", "controlnet": "controlnet_tiny", "autoencoder": "ae_tiny"}
     return FluxModels(
-        *(files.load_reference_file(kind, GOLDEN / "3_flux" / f"{file}.safetensors") for kind, file in files.items())
+        *(load_reference_file(kind, GOLDEN / "3_flux" / f"{file}.safetensors") for kind, file in files.items())
     )
 
 
@@ -179,7 +180,7 @@ def test_loras_load_in_stock_diffusers(monkeypatch, tmp_path):
 def test_lora_weight_counts_twice():
     """--lora_weight multiplies both factors: 0.5 leaves a quarter of the update."""
     path = GOLDEN / "4_lora" / "lora.safetensors"
-    model = files.load_reference_file("flux", GOLDEN / "3_flux" / "flux_tiny.safetensors")
+    model = load_reference_file("flux", GOLDEN / "3_flux" / "flux_tiny.safetensors")
     load_lora(model, check_lora(path, model.config), weight=0.5)
     layer = model.transformer_blocks[0].attn.to_qkv
     factors = load_file(path)
@@ -191,4 +192,4 @@ def test_lora_weight_counts_twice():
 def test_damaged_file_is_bad_input(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"not a tensor file")
     with pytest.raises(InputError, match="not a readable safetensors file"):
-        files.load_reference_file("flux", tmp_path / "x.safetensors")
+        load_reference_file("flux", tmp_path / "x.safetensors")
