@@ -38,7 +38,7 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Step:
+class WarpStep:
     """How values move from one frame to the next. Gains are float32 columns: [N, 1], [M, 1], [G, 1], [K, 1]."""
 
     source: np.ndarray  # int64 [N], the earlier frame's element that each element takes over (0 where fresh)
@@ -102,7 +102,7 @@ def read_cells(values: np.ndarray, mass: np.ndarray, latent_size: tuple[int, int
     return total / np.sqrt(cell_mass)[..., None].astype(np.float32)
 
 
-def plan_step(particles: Particles, positions: np.ndarray, valid: np.ndarray) -> tuple[Step, Particles]:
+def plan_step(particles: Particles, positions: np.ndarray, valid: np.ndarray) -> tuple[WarpStep, Particles]:
     """Where the mass of one frame goes in the next. Never looks at values.
 
     positions: float [H, W, 2] in elements; valid: bool [H, W]; both on the next frame, as in `warp_noise`.
@@ -144,11 +144,11 @@ def plan_step(particles: Particles, positions: np.ndarray, valid: np.ndarray) ->
     split, merged = _group(target[share > 1], source[share > 1]), _group(lone, joined)
     gains = (gain, noise_gain[split.members], scale[merged.keys], noise_gain[fresh])
     gain, split_gain, merged_gain, fresh_gain = (g.astype(np.float32)[:, None] for g in gains)
-    step = Step(carried, gain, split, split_gain, merged, merged_gain, fresh, fresh_gain)
+    step = WarpStep(carried, gain, split, split_gain, merged, merged_gain, fresh, fresh_gain)
     return step, Particles(relaxed, offset)
 
 
-def apply_step(step: Step, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def apply_step(step: WarpStep, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Values of the next frame, float32 [N, C] like `values`. Draws only for split and for fresh elements."""
     channels = values.shape[1]
     moved = values[step.source]

@@ -15,7 +15,7 @@ from models.flux.network import FluxModels, Text, decode_latents, velocity
 from models.inbetween.pipeline import LATENT_CHANNELS
 from models.inbetween.training import InbetweenObjective
 
-Step = Callable[[], object]
+Pass = Callable[[], object]
 
 
 def _text(models: FluxModels, batch: int, length: int) -> Text:
@@ -24,7 +24,7 @@ def _text(models: FluxModels, batch: int, length: int) -> Text:
     return Text(tokens, torch.randn(batch, config.pooled_projection_dim, device=device))
 
 
-def anchor_step(models: FluxModels, size: tuple[int, int], length: int, branches: int = 1) -> Step:
+def anchor_step(models: FluxModels, size: tuple[int, int], length: int, branches: int = 1) -> Pass:
     """The velocity. size: width, height in pixels. length: tokens of the prompt. branches: 2 with true CFG."""
     width, height = size
     text = _text(models, branches, length)
@@ -33,7 +33,7 @@ def anchor_step(models: FluxModels, size: tuple[int, int], length: int, branches
     return lambda: velocity(models, tokens, 0.5, text, control, guidance=4.0)
 
 
-def anchor_decoding(models: FluxModels, size: tuple[int, int]) -> Step:
+def anchor_decoding(models: FluxModels, size: tuple[int, int]) -> Pass:
     latents = torch.randn(1, 16, size[1] // 8, size[0] // 8, device=models.device)
     return lambda: decode_latents(models, latents)
 
@@ -44,7 +44,7 @@ def alignment_step(
     batch: int,
     length: int,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> Step:
+) -> Pass:
     """Loss and gradients of square crops. side: in pixels. batch: crops. autocast: context of the forward pass."""
     objective, text = FlowObjective(models), _text(models, batch, length)
     tokens = torch.randn(batch, side * side // 256, 64, device=models.device)
@@ -59,7 +59,7 @@ def alignment_step(
     return step
 
 
-def ggi_step(network: CogVideoXTransformer3DModel, size: tuple[int, int], num_frames: int, batch: int) -> Step:
+def ggi_step(network: CogVideoXTransformer3DModel, size: tuple[int, int], num_frames: int, batch: int) -> Pass:
     """One pass of the transformer. batch: 2 with guidance, whose branches go together."""
     config, device = network.config, network.device
     frames, h, w = latent_shape(network, size, num_frames)
@@ -81,7 +81,7 @@ def inbetween_training_step(
     num_frames: int,
     batch: int,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> Step:
+) -> Pass:
     """Loss and gradients of a batch of clips. size: width, height in pixels. autocast: context of the forward pass."""
     config, device = objective.transformer.config, objective.transformer.device
     frames, h, w = latent_shape(objective.transformer, size, num_frames)
@@ -107,12 +107,12 @@ def latent_shape(network: ModelMixin, size: tuple[int, int], num_frames: int) ->
     return (num_frames - 1) // network.config.temporal_compression_ratio + 1, size[1] // 8, size[0] // 8
 
 
-def video_encoding(vae: AutoencoderKLCogVideoX, size: tuple[int, int], num_frames: int) -> Step:
+def video_encoding(vae: AutoencoderKLCogVideoX, size: tuple[int, int], num_frames: int) -> Pass:
     pixels = torch.randn(1, 3, num_frames, size[1], size[0], device=vae.device)
     return lambda: vae.encode(pixels)
 
 
-def video_decoding(vae: AutoencoderKLCogVideoX, shape: tuple[int, int, int]) -> Step:
+def video_decoding(vae: AutoencoderKLCogVideoX, shape: tuple[int, int, int]) -> Pass:
     """shape: of the latents, as `latent_shape` gives it."""
     latents = torch.randn(1, LATENT_CHANNELS, *shape, device=vae.device)
     return lambda: vae.decode(latents)
