@@ -148,7 +148,10 @@ def _patterns(name: str) -> list[str]:
 
 
 def find_local(name: str, text: str) -> Path | None:
-    """A component's path on this machine, if all of it is there. Raises InputError for a path that is nothing."""
+    """A component's path on this machine, if all of it is there.
+
+    Raises InputError if the source is neither a path nor a repo id.
+    """
     if Path(text).exists():
         return Path(text)
     source = hub.parse_source(text)

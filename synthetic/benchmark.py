@@ -25,8 +25,8 @@ from synthetic.measuring.settings import Settings
 from utils.cli import InputError, Parser, add_settings, require_writable, run_script, settings_of
 
 if TYPE_CHECKING:  # they bring torch along
-    from synthetic.measuring.rows import Bench
-    from synthetic.measuring.workbench import Unit
+    from synthetic.measuring.rows import RowBench
+    from synthetic.measuring.scene_bench import Unit
 
 PASS_STYLES = 1000  # style seeds set apart for each pass over the scenes
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def choose_passes(scenes: int, seeds: int, first_scene: int, first_style: int) -> list["Unit"]:
     """`seeds` passes over the scenes, in styles of their own: more scenes or seeds add to the units of fewer."""
-    from synthetic.measuring.workbench import choose_units
+    from synthetic.measuring.scene_bench import choose_units
 
     starts = range(first_style, first_style + seeds * PASS_STYLES, PASS_STYLES)
     return [unit for start in starts for unit in choose_units(scenes, 1, first_scene, start)]
@@ -74,14 +74,14 @@ def choose_passes(scenes: int, seeds: int, first_scene: int, first_style: int) -
 
 # --- what the workers do ---
 
-Setup = tuple[tuple, dict]  # arguments of Bench: (unit, preset, paths, settings, folder), hashes
+Setup = tuple[tuple, dict]  # arguments of RowBench: (unit, preset, paths, settings, folder), hashes
 
 
-def open_bench(setup: Setup) -> "Bench":
-    from synthetic.measuring.rows import Bench
+def open_bench(setup: Setup) -> "RowBench":
+    from synthetic.measuring.rows import RowBench
 
     arguments, hashes = setup
-    return Bench(*arguments, hashes=hashes)
+    return RowBench(*arguments, hashes=hashes)
 
 
 def draw_scene(setup: Setup) -> None:

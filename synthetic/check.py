@@ -192,8 +192,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(args: argparse.Namespace, parts: list[str]) -> dict[str, dict[str, float]]:
     """{unit: figures} of all units, measured now where they are not there yet."""
+    from synthetic.measuring.scene_bench import choose_units
     from synthetic.measuring.units import PARTS, finished_parts, used_weights
-    from synthetic.measuring.workbench import choose_units
 
     preset = load_unit_preset(args)
     components = dict.fromkeys(component for part in parts for component in PARTS[part].components)
@@ -232,11 +232,11 @@ def run_jobs(jobs: list[tuple], processes: int) -> dict[str, dict[str, float]]:
 
 
 def _draw_scene(job: tuple) -> None:
+    from synthetic.measuring.scene_bench import SceneBench
     from synthetic.measuring.units import PARTS
-    from synthetic.measuring.workbench import Workbench
 
     unit, parts, *rest, _hashes, folder = job
-    scene = Workbench(unit, *rest, folder).scene
+    scene = SceneBench(unit, *rest, folder).scene
     for kind in {kind for part in parts for kind in PARTS[part].scene_data}:
         getattr(scene, kind)  # drawn into the cache
 

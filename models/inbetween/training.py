@@ -62,7 +62,7 @@ def check_start(config: Mapping, size: tuple[int, int], num_frames: int) -> None
 def load_start(folder: Path) -> CogVideoXTransformer3DModel:
     """The transformer of a folder with 48 input channels, float32.
 
-    Of an image-to-video transformer with 32, the columns for edges are new and zero: at first edges change nothing.
+    An image-to-video transformer has 32 input channels; the 16 for edges are added as zeros.
     """
     config = read_json(folder / "config.json")
     if config["in_channels"] == CHANNELS:

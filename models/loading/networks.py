@@ -1,7 +1,7 @@
-"""Loading the networks of a stage from the local paths that `models.weights.locate` found.
+"""Load the networks of a stage from the local paths that `models.weights.locate` found.
 
-Text encoders are loaded, used and freed before the big networks are touched: they are the largest part that is needed
-the shortest. All loading is strict: a missing, extra or misshapen key is an error.
+Text encoders are loaded, used and freed before the others: they are the largest networks and are needed only briefly.
+All loading is strict: a missing, extra or misshapen key is an error.
 """
 
 import gc

@@ -142,7 +142,7 @@ def load_state(accelerator: Accelerator, folder: Path, module, optimizer, averag
         before, now = kinds if not accelerator.is_fsdp2 else kinds[::-1]
         raise InputError(f"{folder} is of a training that was {before}; this one is {now}: go on as it was begun")
     if not accelerator.is_fsdp2:
-        # On GPUs, several processes would else hold all of it twice for a moment.
+        # Load to the CPU: otherwise each process briefly holds two copies on its GPU.
         accelerator.load_state(folder, map_location="cpu")
         return
     state = _sharded_state(module, optimizer, average)

@@ -1,7 +1,7 @@
 """One unit of the benchmark: a test scene in a test style, its videos by every method, and what they measure.
 
-What rows share is made once and kept on disk with all that decides it: LoRAs and true frames per unit, anchors per
-setting of stage 2, a video per recipe, its metrics. What is there under the same conditions is not made again.
+Results that several rows share are computed once and cached with the settings they depend on: LoRAs and true frames
+per unit, anchors per setting of stage 2, a video per recipe, its metrics.
 
     OUTPUT/scenes/              edges, correspondences and noise of each scene
     OUTPUT/units/SCENE_STYLE/   reference.png, *.safetensors as above, METHOD.json with the metrics
@@ -35,10 +35,10 @@ from synthetic.measuring.methods import (
     made_as,
 )
 from synthetic.measuring.round_trips import as_rgb
+from synthetic.measuring.scene_bench import SceneBench, without_edges, without_end
 from synthetic.measuring.scenes import ARCS
 from synthetic.measuring.scenes import VERSION as SCENE_VERSION
 from synthetic.measuring.settings import Settings
-from synthetic.measuring.workbench import Workbench, without_edges, without_end
 from utils.cli import InputError
 from utils.data.tensor_cache import read_arrays, write_arrays
 from utils.evaluation.measure import METRICS, Metric, Targets, measure
@@ -76,14 +76,14 @@ class Truth:
     classes: np.ndarray
 
 
-class Bench(Workbench):
+class RowBench(SceneBench):
     """Makes what the rows of one unit need. hashes: of all weights, {component: …} with `transformer`.
 
     `loras`, `anchors` and `video` also give the CPU seconds that they cost when they were made.
     """
 
-    def __init__(self, *workbench, hashes: dict[str, dict]):
-        super().__init__(*workbench)
+    def __init__(self, *scene, hashes: dict[str, dict]):
+        super().__init__(*scene)
         self.hashes = hashes
 
     # --- what decides what ---

@@ -19,8 +19,8 @@ from models.runtime.runtime import plain_runtime
 from models.weights import FLUX_STAGE, GGI_STAGE, Preset
 from synthetic.measuring import figures
 from synthetic.measuring.round_trips import as_rgb, image_round_trip, load_image_vae, video_round_trip
+from synthetic.measuring.scene_bench import SceneBench, Unit, fill, without_edges, without_end
 from synthetic.measuring.settings import Settings
-from synthetic.measuring.workbench import Unit, Workbench, fill, without_edges, without_end
 from utils.cli import InputError
 from utils.evaluation.pictures import psnr
 from utils.files import read_json, write_json
@@ -37,14 +37,14 @@ Figures = dict[str, float]
 # --- parts ---
 
 
-def measure_image_vae(bench: Workbench) -> Figures:
+def measure_image_vae(bench: SceneBench) -> Figures:
     truth, _ = bench.true_anchors
     runtime = plain_runtime(bench.preset, "anchors", bench.preset.dtype)
     seen = image_round_trip(load_image_vae(runtime, bench.paths), truth)
     return {"image_vae_psnr": psnr(seen, truth)}
 
 
-def measure_video_vae(bench: Workbench) -> Figures:
+def measure_video_vae(bench: SceneBench) -> Figures:
     vae = load_video_vae(plain_runtime(bench.preset, "ggi", bench.preset.dtype), bench.paths)
     truth, edges = bench.true_arc, as_rgb(bench.scene.arc.edges)
     video, edge_video = (video_round_trip(vae, one, bench.preset.num_frames) for one in (truth, edges))
@@ -61,7 +61,7 @@ def gain(frames: np.ndarray, truth: np.ndarray) -> float:
     return figures.inbetween_psnr(frames, truth) - figures.inbetween_psnr(faded, truth)
 
 
-def measure_anchors(bench: Workbench) -> Figures:
+def measure_anchors(bench: SceneBench) -> Figures:
     drawn, data, (truth, classes) = bench.drawn, bench.scene.anchors, bench.true_anchors
     correlation = partial(mean_of, figures.gradient_correlation)
     colour = partial(mean_of, figures.class_colour_error)
@@ -94,7 +94,7 @@ def mean_of(measure: Callable[..., float], *columns: Iterable) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
-def measure_inbetween(bench: Workbench) -> Figures:
+def measure_inbetween(bench: SceneBench) -> Figures:
     stage, truth = bench.inbetween, bench.true_arc
     start, end = truth[0], truth[-1]
     arc = bench.first_arc(start, end)
@@ -113,7 +113,7 @@ def measure_inbetween(bench: Workbench) -> Figures:
     return values | {"last_frame_psnr": psnr(filled["inbetween_gain_db"][-1:], end[None])}
 
 
-def measure_chain(bench: Workbench) -> Figures:
+def measure_chain(bench: SceneBench) -> Figures:
     stage, drawn, truth = bench.inbetween, bench.drawn, bench.true_arc
     start, end = drawn.guided[:2]
     arc = bench.first_arc(start, end)
@@ -135,7 +135,7 @@ class Part:
     """measure: its figures. components: weights that decide them; with_transformer: and the in-between transformer.
     scene_data: which drawings of the scene it needs, attributes of CheckScene."""
 
-    measure: Callable[[Workbench], Figures]
+    measure: Callable[[SceneBench], Figures]
     components: tuple[str, ...]
     scene_data: tuple[str, ...] = ()
     with_transformer: bool = False
@@ -153,7 +153,7 @@ PARTS = {  # in the order in which they are measured
 # --- sheets ---
 
 
-def write_anchor_sheet(bench: Workbench) -> None:
+def write_anchor_sheet(bench: SceneBench) -> None:
     """Reference, edges and anchors of all kinds above the truth."""
     drawn, (truth, _) = bench.drawn, bench.true_anchors
     rows = [
@@ -225,7 +225,7 @@ def measure_unit(
     folder: Path,
 ) -> Figures:
     """Measure the named parts, and return their figures; each is added to the unit's file as soon as it is there."""
-    bench = Workbench(unit, preset, paths, settings, folder)
+    bench = SceneBench(unit, preset, paths, settings, folder)
     measured = {}
     for name in names:
         started = time.process_time()

@@ -23,9 +23,9 @@ from synthetic.measuring.methods import (
     made_as,
 )
 from synthetic.measuring.report import CURVES
+from synthetic.measuring.scene_bench import Unit, choose_units
 from synthetic.measuring.scenes import CheckScene
 from synthetic.measuring.settings import Settings
-from synthetic.measuring.workbench import Unit, choose_units
 from synthetic.render import paint, trace
 from synthetic.styles import make_style
 from utils.cli import InputError
@@ -187,14 +187,16 @@ def test_more_scenes_and_seeds_add_to_the_units_of_fewer():
 
 def test_identities_hold_what_decides_a_video_and_no_more(tmp_path: Path):
     from models.weights import FLUX_STAGE, GGI_STAGE
-    from synthetic.measuring.rows import Bench
+    from synthetic.measuring.rows import RowBench
 
     names = (*FLUX_STAGE, *GGI_STAGE, "transformer")
     hashes = {name: {"model.safetensors": "1"} for name in names}
 
     def identity(method: str, settings: Settings | None = None, **changed: str) -> dict:
         new = hashes | {name: {"model.safetensors": value} for name, value in changed.items()}
-        bench = Bench(Unit(0, 200_000, 200_000), load_preset("tiny"), {}, settings or Settings(), tmp_path, hashes=new)
+        bench = RowBench(
+            Unit(0, 200_000, 200_000), load_preset("tiny"), {}, settings or Settings(), tmp_path, hashes=new
+        )
         return bench.video_identity(METHODS[method])
 
     assert identity("full") == identity("full") != identity("no_warp")

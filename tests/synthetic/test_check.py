@@ -14,10 +14,10 @@ from synthetic import check
 from synthetic.check import FIGURES, judge, means_over_units
 from synthetic.measuring import figures
 from synthetic.measuring import units as check_units
+from synthetic.measuring.scene_bench import Unit
 from synthetic.measuring.scenes import ANCHORS, CheckScene
 from synthetic.measuring.settings import Settings
 from synthetic.measuring.units import PARTS, finished_parts, part_identity, result_path
-from synthetic.measuring.workbench import Unit
 from synthetic.reference_views import ENOUGH, completeness, find_reference
 from synthetic.styles import CLASSES, MAJOR_CLASSES, make_style
 from tests.support.helpers import end, exit_code, start_module

@@ -66,7 +66,7 @@ class DrawnAnchors:
     vae: np.ndarray
 
 
-class Workbench:
+class SceneBench:
     """Everything that the parts of one unit share: pictures of the scene, the reference, and the anchors drawn."""
 
     def __init__(self, unit: Unit, preset: Preset, paths: dict[str, Path], settings: Settings, folder: Path):
@@ -161,7 +161,7 @@ def without_end(conditions: torch.Tensor) -> torch.Tensor:
     return taken
 
 
-def draw_anchors(bench: Workbench) -> DrawnAnchors:
+def draw_anchors(bench: SceneBench) -> DrawnAnchors:
     data = bench.scene.anchors
 
     def free_and_guided(stage: AnchorStage) -> tuple[np.ndarray, np.ndarray]:
