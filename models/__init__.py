@@ -3,11 +3,11 @@
 import logging
 import warnings
 
-# diffusers' own ControlNet takes this class from its old place.
+# diffusers' own ControlNet imports this class from its deprecated location.
 warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated", FutureWarning)
-# What transformers falls back to is what is wanted: no picture needs torchvision here.
+# transformers' fallback is what we want: no picture needs torchvision here.
 logging.getLogger("transformers.utils.import_utils").addFilter(
     lambda record: "requires torchvision" not in record.getMessage()
 )
-# Where it is installed, it speaks of faster kernels.
+# If installed, it logs hints about faster kernels.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

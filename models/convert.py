@@ -7,8 +7,8 @@
     python -m models.convert controlnet_lora loras/NAME/checkpoint-400/controlnet.lora.safetensors  DST.safetensors
     python -m models.convert ggi             checkpoints/checkpoint-1350/transformer DST_FOLDER
 
-The scripts convert in memory what is not converted yet; a converted copy loads faster, and other diffusers programs
-can read it. Names and sizes: `models/loading/keymaps.py`. Missing, unknown or misshapen keys are errors.
+The scripts convert reference files in memory as they load them; a converted copy loads faster, and other diffusers
+programs can read it. Names and sizes: `models/loading/keymaps.py`. Missing, unknown or misshapen keys are errors.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Flags on how a stage runs, shared by the scripts. Nothing heavy is imported here."""
+"""Flags that say how a stage runs, shared by the scripts. Nothing heavy is imported here."""
 
 from utils.cli import InputError, Parser
 
-MEMORY_MODES = ("full", "balanced", "low")  # from fast and large to slow and small
-ATTENTION_KERNELS = ("cudnn", "flash", "efficient")  # of torch (`models/runtime/speed.py`)
+MEMORY_MODES = ("full", "balanced", "low")  # from fastest and largest to slowest and smallest
+ATTENTION_KERNELS = ("cudnn", "flash", "efficient")  # torch's kernels (`models/runtime/speed.py`)
 
 
 def add_memory_flags(parser: Parser) -> None:
@@ -12,7 +12,7 @@ def add_memory_flags(parser: Parser) -> None:
         "--memory",
         choices=["auto", *MEMORY_MODES],
         default="auto",
-        decides=False,  # what does is among a manifest's weights
+        decides=False,  # placements that change results are in the manifest's `weights`
         help="how networks are kept: full is fastest, low needs least; auto takes the fastest mode that fits",
     )
     parser.add_argument(

@@ -1,7 +1,7 @@
 """The Hugging Face hub: what a repo id means, access, disk space, downloads, and damaged files.
 
-A source is `org/name` or `org/name@revision`, with `/file` behind it when one file of the repository is meant. Files
-go to the hub's own cache (HF_HOME); nothing is asked of the network for what is there. HF_HUB_OFFLINE is honoured.
+A source is `org/name` or `org/name@revision`, followed by `/file` for a single file of the repository. Files go to
+the hub's own cache (HF_HOME); cached files need no network access. HF_HUB_OFFLINE is honoured.
 """
 
 import errno
@@ -15,9 +15,9 @@ from pathlib import Path
 from utils.cli import InputError
 from utils.files import file_sha256, known_sha256, read_json, show_bytes
 
-SPARE = 2**30  # bytes that stay free on the disk of the cache
+SPARE = 2**30  # bytes to leave free on the cache's disk
 WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
-OPTIONAL = ("*.txt", "*.model")  # one tokenizer has the one, another the other
+OPTIONAL = ("*.txt", "*.model")  # a tokenizer has one or the other
 SOURCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?")
 
 
@@ -34,12 +34,12 @@ class Source:
         return f"https://huggingface.co/{self.repo}"
 
     def patterns(self, wanted: Sequence[str]) -> list[str]:
-        """Files to fetch: the one that is named, else all `wanted` glob patterns."""
+        """Glob patterns of the files to fetch: the named file, or all of `wanted`."""
         return [self.file] if self.file else list(wanted)
 
 
 def parse_source(text: str) -> Source | None:
-    """`org/name[@revision][/file]`, or None for what can only be a local path."""
+    """Parse `org/name[@revision][/file]`; None if the text can only be a local path."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -54,7 +54,7 @@ def parse_source(text: str) -> Source | None:
 
 
 def is_whole(folder: Path, patterns: Iterable[str]) -> bool:
-    """Whether all that `patterns` ask for is there, weights and their shards: a download may have been cut short."""
+    """Whether every file that `patterns` ask for is there, shards included: a download may have been cut short."""
     for pattern in patterns:
         files = list(folder.glob(pattern))
         holds_weights = pattern.startswith(WEIGHT_FOLDERS)
@@ -87,7 +87,7 @@ def find_cached(source: Source, patterns: Sequence[str]) -> Path | None:
 
 
 def check_access(name: str, source: Source) -> None:
-    """Raise InputError unless this user may download from the repository now. name: the flag that replaces it."""
+    """Raise InputError unless this user can download the repository now. name: the flag that names another source."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -107,7 +107,7 @@ def check_access(name: str, source: Source) -> None:
         raise InputError(
             f"{name}: there is no repository {source.repo} on the hub, nor a local path; check the spelling"
         ) from error
-    except Exception as error:  # whatever the HTTP library of the day raises: no network, proxy, server error
+    except Exception as error:  # any exception of the HTTP library: no network, proxy, server error
         raise InputError(
             f"{name}: {source.repo} is not in the local cache and {source.url} cannot be reached; go online, {instead}"
         ) from error
@@ -136,7 +136,7 @@ def list_missing(name: str, source: Source, patterns: Sequence[str]) -> dict[Pat
 
 
 def require_space(missing: Iterable[int]) -> None:
-    """Raise OSError (ENOSPC) unless downloads of these many bytes fit on the disk of the cache, and SPARE beside."""
+    """Raise OSError (ENOSPC) unless downloads of these sizes (bytes) fit on the cache's disk and leave SPARE free."""
     from huggingface_hub import constants
 
     cache, needed = Path(constants.HF_HUB_CACHE), sum(missing)
@@ -151,17 +151,17 @@ def require_space(missing: Iterable[int]) -> None:
 
 
 def download(name: str, source: Source, patterns: Sequence[str], missing: Iterable[Path]) -> Path:
-    """Fetch a source into the cache, less what is there already, and return its folder or file.
+    """Fetch the files of a source that are not in the cache yet, and return its folder or file.
 
-    missing: paths that `list_missing` gave; they are compared with their hashes. Damaged ones are removed again.
-    Raises InputError then, and when the network fails.
+    missing: paths from `list_missing`, checked against their hashes; damaged files are removed. Raises InputError for
+    damaged files, and when the network fails.
     """
     from huggingface_hub import snapshot_download
 
     where = {"revision": source.revision, "allow_patterns": source.patterns(patterns)}
     try:
         folder = Path(snapshot_download(source.repo, **where))
-    except Exception as error:  # those of the HTTP library, and OSError
+    except Exception as error:  # the HTTP library's exceptions, and OSError
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         raise _failed(name, source, error) from error
@@ -183,5 +183,5 @@ def _failed(name: str, source: Source, error: Exception) -> InputError:
 
 
 def find_damaged(paths: Iterable[Path]) -> list[Path]:
-    """Files whose bytes are not what the hub's cache says: it names large files by their SHA-256."""
+    """Files whose bytes do not match the hub's cache, which names large files by their SHA-256."""
     return [path for path in paths if (known := known_sha256(path)) and file_sha256(path, trust=False) != known]

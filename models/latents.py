@@ -53,9 +53,9 @@ def to_signed(images: np.ndarray) -> torch.Tensor:
 
 
 def find_or_make(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Latents from the file `path`; without one they are made and written there first. On the CPU.
+    """Read latents from the file `path`, or make them and write them there. On the CPU.
 
-    A decode that fails costs no second denoising. Raises OSError when they cannot be written.
+    So a failed decode needs no second denoising. Raises OSError when they cannot be written.
     """
     if path.exists():
         return load_file(path)["latents"]

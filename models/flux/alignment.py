@@ -83,11 +83,11 @@ class Batch:
 def draw_batch(
     references: Sequence[Reference], step_seed: Sequence[int], items: Iterable[int], resolution: int, multiple: int
 ) -> Batch:
-    """The batch of one step: crops of one reference at one size, with noise and timesteps of their own.
+    """The batch of one step: crops of one reference at one size, each with its own noise and timestep.
 
     items: numbers in the global batch. The reference and the size depend on `step_seed` alone, an item on `step_seed`
-    and its number. No state is carried from step to step: a resumed run draws what an uninterrupted one would have
-    drawn, and so do several processes that share a global batch.
+    and its number. No state is carried from step to step, so a resumed run, or several processes that share a global
+    batch, draw exactly what one uninterrupted process would.
     """
     step_rng = np.random.default_rng(step_seed)
     reference = references[step_rng.integers(len(references))]
@@ -126,14 +126,14 @@ def load_trainable(
     seed: int,
     kept: Mapping[str, str] = PLACEMENTS["alignment"]["full"],
 ) -> tuple[FluxModels, list[list[torch.nn.Parameter]]]:
-    """Frozen networks in `dtype`, and new float32 LoRAs on transformer and ControlNet: (models, parameters of each).
+    """Load frozen networks in `dtype` and add float32 LoRAs to transformer and ControlNet: (models, LoRA parameters).
 
-    paths: of FLUX_STAGE. seed: of the LoRAs' start values. kept: {network: placement}. On a GPU activations are
-    computed again in the backward pass; a CPU has room for them.
+    paths: components of FLUX_STAGE. seed: initialises the LoRAs. kept: {network: placement}. On a GPU activations are
+    recomputed in the backward pass; a CPU has room for them.
     """
     models = load_flux(paths, device, dtype)
     networks = [models.transformer, models.controlnet]
-    set_seed(seed % 2**32)  # NumPy's generator takes no more; its state is part of a checkpoint
+    set_seed(seed % 2**32)  # NumPy's generator takes 32 bits at most; its state is part of a checkpoint
     for network in networks:
         add_lora(network, rank)
     loras = train_loras(networks, checkpointing=is_gpu(device))
@@ -144,11 +144,11 @@ def load_trainable(
 class Alignment(Training):
     """Stage 1, ready to be trained by `fit`: LoRAs on FLUX and its ControlNet that learn the references' style.
 
-    paths: of FLUX_STAGE. multiple, resolution: of the crops' sides, in pixels. Networks lie as `runtime` says.
+    paths: components of FLUX_STAGE. Crops have a long side of `resolution` pixels and sides divisible by `multiple`.
     """
 
     name = "alignment"
-    kept_states = None  # small: any checkpoint can be gone on from
+    kept_states = None  # small, so every checkpoint can be resumed from
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class Alignment(Training):
             save_lora(network, path)
 
     def begin(self, folder: Path) -> None:
-        """Put a copy of what is trained on beside the LoRAs."""
+        """Copy the references and their edges beside the LoRAs."""
         for i, reference in enumerate(self.references):
             copy = folder / "references" / f"{i:02d}_{reference.path.stem}"
             write_image(copy.with_name(f"{copy.name}.png"), reference.image)

@@ -36,7 +36,7 @@ from utils.correspondence import latent_mask, resize_map, unreliable_mask, warp_
 
 @dataclass(frozen=True)
 class Replacement:
-    """What the early steps are replaced by. latents x_1: [1, 16, h, w]; mask: [1, 16, h, w], 1 = keep the sample."""
+    """Replaces latents in early steps. latents x_1: [1, 16, h, w]; mask: [1, 16, h, w], 1 = keep the sample."""
 
     latents: torch.Tensor
     mask: torch.Tensor
@@ -85,15 +85,15 @@ def sample_anchor(
 ) -> torch.Tensor:
     """Denoise one anchor; returns float32 latents [1, 16, h, w].
 
-    noise: x_0 ~ N(0, 1), float32 [1, 16, h, w], h and w even. control: edges [1, 3, 8 h, 8 w] in [-1, 1]. When both
-    prompts are equal, or its scale is 1, true CFG changes nothing, and its second branch is left out; else both go
-    in one batch, whose activations are fewer than the decoder's (`plan_anchors`).
+    noise: x_0 ~ N(0, 1), float32 [1, 16, h, w], h and w even. control: edges [1, 3, 8 h, 8 w] in [-1, 1]. True CFG
+    changes nothing if the prompts are equal or its scale is 1: the negative branch is then skipped. Otherwise both
+    branches go in one batch, whose activations are smaller than the decoder's (`plan_anchors`).
     """
     height, width = noise.shape[-2:]
     schedule = anchor_schedule(settings.num_steps, 8 * width, 8 * height)
     use_cfg = settings.true_gs != 1 and not positive.same_as(negative)
     both = stack_texts([positive, negative]).to(models.device) if use_cfg else None
-    positive, control = positive.to(models.device), control.to(models.device)  # once, not in every step
+    positive, control = positive.to(models.device), control.to(models.device)  # once instead of in every step
     x0 = tokens = pack(noise).to(models.device)
     if replacement is not None:
         x1, keep = pack(replacement.latents), pack(replacement.mask)
@@ -122,10 +122,10 @@ def decode_anchor(models: FluxModels, latents: torch.Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Anchor:
-    """What one anchor is drawn from.
+    """The inputs of one anchor.
 
-    number: its place in the path. edges: uint8 [H, W, 3]. seed: of the run. previous: the anchor before it, uint8
-    [H, W, 3], and code: the map from it, uint16; None draws it for itself.
+    number: its index on the path. edges: uint8 [H, W, 3]. seed: the run's seed. previous: the anchor before it, uint8
+    [H, W, 3]. code: uint16 correspondence map from it. Without them the anchor is drawn on its own.
     """
 
     number: int
@@ -138,7 +138,7 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Drawn:
-    """An anchor's latents, float32 [1, 16, h, w], and what they followed: see `warp_anchor`."""
+    """An anchor's latents, float32 [1, 16, h, w], and the warp and mask that guided them (`warp_anchor`)."""
 
     latents: torch.Tensor
     warped: np.ndarray | None = None
@@ -148,8 +148,8 @@ class Drawn:
 class AnchorStage:
     """Stage 2, ready to draw: FLUX and its ControlNet with the LoRAs of every style, and every prompt encoded.
 
-    paths: of FLUX_STAGE. loras: {style: values of both networks, as `read_loras` gives them}; without any, the
-    networks stay bare. prompts: those that anchors will have.
+    paths: components of FLUX_STAGE. loras: {style: LoRAs of both networks, from `read_loras`}; if empty, none are
+    added. prompts: every prompt that an anchor will use.
     """
 
     def __init__(
@@ -204,6 +204,6 @@ class AnchorStage:
         return decode_anchor(self.models, latents)
 
     def _noise(self, anchor: Anchor, number: int) -> torch.Tensor:
-        """N(0, 1) [1, 16, h, w]: of the anchor with this number; all have the same, unless settings say otherwise."""
+        """N(0, 1) [1, 16, h, w] for the anchor with this number; the same for all anchors unless `use_else_noise`."""
         height, width = anchor.edges.shape[:2]
         return draw_noise((1, 16, height // 8, width // 8), anchor.seed + number * self.settings.use_else_noise)

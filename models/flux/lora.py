@@ -1,4 +1,4 @@
-"""LoRA on FLUX and its ControlNet, where the reference has it.
+"""LoRA on FLUX and its ControlNet, on the same layers as the reference.
 
 q, k and v share one `down` matrix in the reference. diffusers' fused projections (`to_qkv`, `to_added_qkv`) give
 exactly that with plain peft layers, and cost nothing once the separate weights of the fused blocks are dropped.
@@ -41,7 +41,7 @@ def lora_targets(config: Mapping) -> dict[str, tuple[int, int]]:
 def check_lora(path: Path, config: Mapping) -> dict[str, torch.Tensor]:
     """Read a LoRA file and make sure that it fits a model of this config; no model is needed.
 
-    Returns peft's names. Raises InputError naming the first key that is missing, unknown or of another shape.
+    Keys are peft's names. Raises InputError naming the first key that is missing, unknown or of another shape.
     """
     tensors, _ = read_weights(path)
     try:
@@ -57,9 +57,9 @@ def check_lora(path: Path, config: Mapping) -> dict[str, torch.Tensor]:
 def read_loras(
     loras: Mapping[str, Sequence[Path]], configs: Sequence[Mapping]
 ) -> dict[str, list[dict[str, torch.Tensor]]]:
-    """{name: values of each network} from {name: file of each network}. configs: of the networks.
+    """Read {name: one LoRA file per network} as {name: one LoRA per network}. configs: one per network.
 
-    Raises InputError for a file that does not fit (`check_lora`), and unless all have one rank.
+    Raises InputError for a file that does not fit (`check_lora`), and if ranks differ.
     """
     states = {
         name: [check_lora(file, config) for file, config in zip(files, configs, strict=True)]
@@ -75,7 +75,7 @@ def lora_rank(state: Mapping[str, torch.Tensor]) -> int:
 
 
 def common_ranks(loras: Mapping[str, Sequence[Mapping[str, torch.Tensor]]]) -> list[int]:
-    """Rank of each network's LoRA, the same in all of them ({name: values of each network}), else an InputError."""
+    """Rank of each network's LoRA in {name: one LoRA per network}. Raises InputError if names differ in rank."""
     ranks = {name: [lora_rank(state) for state in states] for name, states in loras.items()}
     first, *others = ranks.values()
     if any(other != first for other in others):
@@ -84,7 +84,7 @@ def common_ranks(loras: Mapping[str, Sequence[Mapping[str, torch.Tensor]]]) -> l
 
 
 def require_fit(source: object, state: Mapping[str, torch.Tensor], config: Mapping) -> None:
-    """Raise InputError unless `state` (peft's names) is a whole LoRA for a model of this config."""
+    """Raise InputError unless `state` (peft's names) is a complete LoRA for a model of this config."""
     rank, wanted = lora_rank(state), {}
     for name, (features, out) in lora_targets(config).items():
         wanted |= {f"{name}.lora_A.weight": (rank, features), f"{name}.lora_B.weight": (out, rank)}
@@ -112,7 +112,7 @@ def lora_parameters(model: FluxModel) -> list[torch.nn.Parameter]:
 
 
 def train_loras(models: Sequence[FluxModel], *, checkpointing: bool = True) -> list[list[torch.nn.Parameter]]:
-    """Let LoRA layers be trained, in float32. Returns each model's parameters.
+    """Make the LoRA layers trainable, in float32. Returns each model's parameters.
 
     checkpointing: recompute activations in the backward pass: less memory, more time, the same numbers.
     """
@@ -142,7 +142,7 @@ def load_lora(model: FluxModel, state: Mapping[str, torch.Tensor], weight: float
 
 
 def set_lora(model: FluxModel, state: Mapping[str, torch.Tensor], weight: float = 1.0) -> None:
-    """Put values (peft names) into LoRA layers that exist already, wherever the model is kept.
+    """Copy values (peft names) into existing LoRA layers, whatever the model's placement.
 
     weight: `--lora_weight`. It multiplies both factors, as in the reference, so the strength is its square.
     """
@@ -152,7 +152,7 @@ def set_lora(model: FluxModel, state: Mapping[str, torch.Tensor], weight: float 
 
 
 def lora_state(model: FluxModel) -> dict[str, torch.Tensor]:
-    """LoRA values under the reference's names, in the dtype they are trained in."""
+    """The LoRA under the reference's key names, in the dtype it is trained in."""
     state = {key: tensor.detach() for key, tensor in get_peft_model_state_dict(model).items()}
     return {key: tensor.contiguous() for key, tensor in lora_from_peft(state).items()}
 
@@ -164,7 +164,7 @@ def save_lora(model: FluxModel, path: Path, dtype: torch.dtype = torch.bfloat16)
 
 
 def save_loras_only(accelerator: Accelerator, models: Sequence[FluxModel]) -> None:
-    """Make `save_state` and `load_state` of `accelerator` carry the LoRAs alone, in the dtype they are trained in."""
+    """Make `save_state` and `load_state` of `accelerator` store only the LoRAs, in the dtype they are trained in."""
 
     def save(_: list, weights: list, folder: str) -> None:
         weights.clear()

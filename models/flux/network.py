@@ -21,9 +21,9 @@ from models.latents import posterior_sample, token_positions
 from models.loading.networks import free_caches, load_encoders, load_model
 from models.runtime.memory import RESIDENT, place
 
-TRAINING_STEPS, TRAINING_TOKENS = 999, 4096  # schedule from which training draws its timesteps
+TRAINING_STEPS, TRAINING_TOKENS = 999, 4096  # the schedule that training timesteps are drawn from
 CONTROL_STEPS = 25  # the ControlNet acts on the first 25 steps only
-CONTROL_RESIDUALS = 2  # how many of its residuals are used; the reference has this number fixed
+CONTROL_RESIDUALS = 2  # how many of its residuals are used, a constant in the reference
 
 
 @dataclass
@@ -33,7 +33,7 @@ class FluxModels:
     transformer: FluxTransformer2DModel
     controlnet: FluxControlNetModel
     vae: AutoencoderKL
-    device: str = "cpu"  # where they compute; with offloading their weights are elsewhere
+    device: str = "cpu"  # where they compute; offloaded weights are elsewhere
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Text:
 
 
 def stack_texts(texts: Sequence[Text]) -> Text:
-    """One batch of prompts that were encoded one by one."""
+    """Stack prompts that were encoded one by one into a batch."""
     return Text(torch.cat([text.tokens for text in texts]), torch.cat([text.pooled for text in texts]))
 
 
@@ -71,8 +71,8 @@ def shifted_schedule(num_steps: int, tokens: int) -> torch.Tensor:
 def anchor_schedule(num_steps: int, width: int, height: int) -> torch.Tensor:
     """The schedule of anchor views of width x height pixels.
 
-    Its length parameter is a sixteenth of the token count. The reference has it so, and the released settings are
-    tuned to it.
+    Its length parameter is a sixteenth of the token count, as in the reference; the released settings are tuned to
+    that.
     """
     return shifted_schedule(num_steps, (width // 8) * (height // 8) // 256)
 
@@ -159,7 +159,7 @@ def guided_velocity(positive: torch.Tensor, negative: torch.Tensor | None, true_
 
 
 def _inputs(network, tokens, timestep, text, control, guidance) -> dict:
-    """What transformer and ControlNet take alike."""
+    """The arguments that transformer and ControlNet share."""
     device, dtype = tokens.device, network.dtype
     batch = tokens.shape[0]
     return {
@@ -176,7 +176,7 @@ def _inputs(network, tokens, timestep, text, control, guidance) -> dict:
 
 
 def load_flux(paths: dict[str, Path], device: str, dtype: torch.dtype) -> FluxModels:
-    """Transformer, ControlNet and VAE of FLUX, in CPU memory; `place_flux` brings them to `device`."""
+    """Load FLUX's transformer, ControlNet and VAE into CPU memory; `place_flux` moves them to `device`."""
     return FluxModels(
         load_model("flux_transformer", FluxTransformer2DModel, paths["flux_transformer"], dtype),
         load_model("controlnet", FluxControlNetModel, paths["controlnet"], dtype),
@@ -186,7 +186,7 @@ def load_flux(paths: dict[str, Path], device: str, dtype: torch.dtype) -> FluxMo
 
 
 def place_flux(models: FluxModels, kept: Mapping[str, str]) -> None:
-    """Bring the networks to their device as `kept` says; call it after LoRA layers were added."""
+    """Place the networks. kept: {network: placement}. Call it after LoRA layers were added."""
     for name in kept.keys() & {"transformer", "controlnet", "vae"}:
         place(getattr(models, name), kept[name], models.device)
 
@@ -194,7 +194,7 @@ def place_flux(models: FluxModels, kept: Mapping[str, str]) -> None:
 def encode_flux_prompts(
     path: Path, prompts: Iterable[str], device: str, dtype: torch.dtype, max_length: int, how: str = RESIDENT
 ) -> dict[str, Text]:
-    """{prompt: Text} from the text encoders of the pipeline folder `path`, which are freed again. On the CPU."""
+    """Encode prompts with the pipeline folder `path`'s text encoders, then free them: {prompt: Text on the CPU}."""
     pipeline = load_encoders("flux_text", FluxPipeline, path, device, dtype, how)
     texts = {}
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Clips as the in-between transformer sees them, encoded once and kept on disk.
 
-One file per clip and one per caption (`utils/data/tensor_cache.py`): a file that is damaged, cut short or made from
-something else is made again. An interrupted encoding goes on where it stopped, and several processes divide the clips.
+One file per clip and one per caption (`utils/data/tensor_cache.py`): a file that is damaged, truncated or made from
+other inputs is made again. An interrupted encoding resumes where it stopped, and processes divide the clips.
 
     CACHE/clips-<identity>/<clip>.safetensors     float16, h and w in latent cells:
         video, edges [2, 13, 16, h, w]            mean and standard deviation of the VAE's posterior
@@ -33,17 +33,17 @@ from utils.layout import LATENT_FRAMES, NOISE_CHANNELS, edge_frame_indices
 from utils.runs import derive_seed
 
 Tensors = dict[str, torch.Tensor]
-FORMAT = 1  # raised when the files come to hold something else
+FORMAT = 1  # increase it when the files' contents change
 END_DRAWS = 4  # noised copies of each end image
 END_NOISE = (-3.0, 0.5)  # mean and standard deviation of the logarithm of their noise
 STORED = torch.float16
 
 
 class ClipCache:
-    """The files of one data set and one VAE, and of the captions in one text encoder."""
+    """Cached latents of one dataset and VAE, and caption embeddings of one text encoder."""
 
     def __init__(self, folder: Path, source: ClipSource, identity: dict, text_identity: dict):
-        """identity: what decides latents besides the clips (VAE, precision …). text_identity: the same for texts."""
+        """identity: what latents depend on besides the clips (VAE, precision …). text_identity: the same for texts."""
         self.source = source
         self._about = {"format": FORMAT, "dataset": source.identity(), **identity}
         self._text_about = {"format": FORMAT, **text_identity}
@@ -67,7 +67,7 @@ class ClipCache:
         return self._text_about | {"caption": caption}
 
     def missing_clips(self, rank: int = 0, processes: int = 1) -> list[int]:
-        """This process's share of the clips that are not there in good order; reads all that are."""
+        """This process's share of the clips whose file is missing or damaged; checks every existing file."""
         share = range(rank, len(self), processes)
         return [i for i in share if not is_whole(self.clip_path(i), self._clip_about(i))]
 
@@ -81,7 +81,7 @@ class ClipCache:
             write_arrays(self.clip_path(i), arrays, self._clip_about(i))
 
     def missing_texts(self) -> list[str]:
-        """Captions whose embedding is not there, and the empty one if it is not; all clips must be there."""
+        """Captions (and the empty caption) without an embedding yet; all clips must be encoded already."""
         texts = sorted({"", *(self.caption(i) for i in range(len(self)))})
         return [text for text in texts if not is_whole(self.text_path(text), self._caption_about(text))]
 
@@ -111,7 +111,7 @@ class ClipCache:
 
 
 def is_whole(path: Path, about: dict) -> bool:
-    """Whether a file holds what `about` says; prints one line about a file that is there and does not."""
+    """Whether a file is intact and matches `about`; prints one line about an existing file that is not."""
     whole = read_arrays(path, about) is not None
     if path.exists() and not whole:
         print(f"{path} is damaged or foreign and will be made again", file=sys.stderr, flush=True)
@@ -138,19 +138,19 @@ def prefetch(load: Callable[[int], Clip], numbers: Iterable[int]) -> Iterator[tu
 
 
 class ClipEncoder:
-    """The video VAE, and what of a clip goes through it."""
+    """Encodes the frames, edges and end images of a clip with the video VAE."""
 
     def __init__(
         self, vae: AutoencoderKLCogVideoX, size: tuple[int, int], num_frames: int, autocast: torch.dtype | None
     ):
-        """vae: on its device. size: (width, height) in pixels. num_frames: of the model, padding included."""
+        """vae: already on its device. size: (width, height) in pixels. num_frames: the model's, padding included."""
         self._vae, self._size, self._num_frames, self._autocast = vae, size, num_frames, autocast
 
     @torch.no_grad()
     def encode(self, clip: Clip, seed: int) -> Tensors:
-        """All tensors of one clip, on the CPU. seed: of the end images' noise. InputError: the clip has another size.
+        """All tensors of one clip, on the CPU. seed: draws the end images' noise. Raises InputError for a wrong size.
 
-        The 46 frames are padded with three copies of the last, so that the 13th latent frame holds the end alone.
+        The 46 frames are padded with three copies of the last, so that the 13th latent frame holds only the end.
         """
         self._check(clip)
         padded = edge_frame_indices(self._num_frames)

@@ -39,7 +39,7 @@ LATENT_CHANNELS = 16
 
 
 def prepare_networks(transformer: CogVideoXTransformer3DModel, vae: AutoencoderKLCogVideoX, *, tiling: bool) -> None:
-    """Set both up for inference. tiling: of the VAE."""
+    """Set both up for inference. tiling: decode the VAE in tiles."""
     use_complex_rotary(transformer)
     vae.enable_slicing()
     if tiling:
@@ -85,7 +85,7 @@ class CogVideoXInbetweenPipeline(CogVideoXImageToVideoPipeline):
         """Conditions [1, F', 32, h, w]: (start, zeros …, end) | edges.
 
         start, end: images [1, 3, H, W] in [-1, 1]. edges: video [1, F, 3, H, W] in [-1, 1]. end_mask: [h, w], 1
-        keeps the end latents there; the reference has it, switched off by default.
+        keeps the end latents there; in the reference it is off by default.
         """
         edge_latents = self.encode_video(edges, eps.edges)
         images = torch.zeros_like(edge_latents)
@@ -93,7 +93,7 @@ class CogVideoXInbetweenPipeline(CogVideoXImageToVideoPipeline):
         images[:, -1] = self.encode_video(end[:, None], eps.end)[:, 0]
         if end_mask is not None:
             images[:, -1] *= end_mask.to(images)
-        self.maybe_free_model_hooks()  # with offloading of whole networks: the VAE gives way to the transformer
+        self.maybe_free_model_hooks()  # if networks are loaded on demand, the VAE makes room for the transformer
         return torch.cat([images, edge_latents], dim=2)
 
     def prepare_latents(
@@ -118,8 +118,8 @@ class CogVideoXInbetweenPipeline(CogVideoXImageToVideoPipeline):
         """Denoise one arc; returns latents [1, F', 16, h, w].
 
         conditions: as `encode_conditions` returns them. noise: N(0, 1) [1, F', 16, h, w]. prompt_embeds,
-        negative_prompt_embeds: [1, T, D]; when they are equal guidance changes nothing, and its second pass is left
-        out. on_step: diffusers' `callback_on_step_end`.
+        negative_prompt_embeds: [1, T, D]; if they are equal, guidance changes nothing and its second branch is
+        skipped. on_step: diffusers' `callback_on_step_end`.
         """
         frames, channels, h, w = noise.shape[1:]
         if channels != LATENT_CHANNELS or conditions.shape != (1, frames, 2 * LATENT_CHANNELS, h, w):
@@ -134,7 +134,7 @@ class CogVideoXInbetweenPipeline(CogVideoXImageToVideoPipeline):
         self._conditions = conditions
         try:
             return super().__call__(
-                image=torch.zeros(1, 3, h * scale, w * scale),  # asked for by the parent, not used
+                image=torch.zeros(1, 3, h * scale, w * scale),  # required by the parent, not used
                 height=h * scale,
                 width=w * scale,
                 num_frames=(frames - 1) * self.vae_scale_factor_temporal + 1,
@@ -160,7 +160,7 @@ class CogVideoXInbetweenPipeline(CogVideoXImageToVideoPipeline):
 def encode_video_prompts(
     path: Path, prompts: Iterable[str], device: str, dtype: torch.dtype, max_length: int, how: str = RESIDENT
 ) -> dict[str, torch.Tensor]:
-    """{prompt: T5 embedding [1, T, D]} for CogVideoX; the text encoder is freed again. Tensors on the CPU."""
+    """Encode prompts for CogVideoX, then free the text encoder: {prompt: T5 embedding [1, T, D] on the CPU}."""
     pipeline = load_encoders("cogvideox_text", CogVideoXInbetweenPipeline, path, device, dtype, how)
     with torch.no_grad():
         embeds = {
@@ -174,10 +174,10 @@ def encode_video_prompts(
 
 @torch.no_grad()
 def caption_image(image: np.ndarray, path: Path, device: str, dtype: torch.dtype, seed: int) -> str:
-    """Describe uint8 [H, W, 3] with the BLIP-2 model in `path`, which is freed again."""
+    """Describe an image, uint8 [H, W, 3], with the BLIP-2 model in `path`, then free the model."""
     from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessorPil
 
-    # The processor is put together here because its own loader wants torchvision.
+    # The processor is assembled here because its own loader requires torchvision.
     model = Blip2ForConditionalGeneration.from_pretrained(path, dtype=dtype, local_files_only=True).to(device)
     processor = Blip2Processor(
         BlipImageProcessorPil.from_pretrained(path, local_files_only=True),
@@ -199,9 +199,9 @@ def load_inbetween(
     *,
     tiling: bool,
 ) -> CogVideoXInbetweenPipeline:
-    """The in-between pipeline without its text encoder.
+    """Load the in-between pipeline without its text encoder.
 
-    transformer: folder in either layout, merged while loading. kept: {network: how it is kept} (`runtime/memory.py`).
+    transformer: folder in either layout, merged while loading. kept: {network: placement} (`runtime/memory.py`).
     """
     networks = {
         "transformer": load_ggi_transformer(transformer, dtype).requires_grad_(False),
@@ -211,7 +211,7 @@ def load_inbetween(
     pipeline = load_pipeline(
         "cogvideox_text", CogVideoXInbetweenPipeline, paths["cogvideox_text"], dtype, **networks, **no_text
     )
-    pipeline.scheduler = CogVideoXDDIMScheduler.from_config(pipeline.scheduler.config)  # whatever the repository names
+    pipeline.scheduler = CogVideoXDDIMScheduler.from_config(pipeline.scheduler.config)  # whatever it was
     prepare_networks(**networks, tiling=tiling)
     if ON_DEMAND in kept.values():
         pipeline.enable_model_cpu_offload(device=device)
@@ -223,7 +223,7 @@ def load_inbetween(
 
 
 def load_video_vae(runtime: Runtime, paths: Mapping[str, Path]) -> AutoencoderKLCogVideoX:
-    """CogVideoX's VAE alone, on the runtime's device."""
+    """Load only CogVideoX's VAE, onto the runtime's device."""
     vae = load_model("cogvideox_vae", AutoencoderKLCogVideoX, paths["cogvideox_vae"], runtime.dtype)
     if runtime.preset.vae_tiling:
         vae.enable_tiling()
@@ -232,9 +232,9 @@ def load_video_vae(runtime: Runtime, paths: Mapping[str, Path]) -> AutoencoderKL
 
 @dataclass(frozen=True)
 class ArcInputs:
-    """What one arc is filled from. Pictures may have any size; the stage resizes them.
+    """The inputs of one arc. Pictures may have any size; the stage resizes them.
 
-    index: its place in the path. start, end: anchors, or the last frame of the arc before, uint8 [H, W, 3]. edges:
+    index: its position on the path. start, end: anchors, or the last frame of the arc before, uint8 [H, W, 3]. edges:
     uint8 [46, H, W, 3]. noise: warped, float32 [13, h, w, 16].
     """
 
@@ -249,8 +249,8 @@ class ArcInputs:
 class InbetweenStage:
     """Stage 3, ready to fill arcs: CogVideoX with two end images, and every prompt encoded.
 
-    paths: of GGI_STAGE. transformer: folder of the in-between transformer. prompts: those that arcs will have. size:
-    (width, height) in pixels.
+    paths: components of GGI_STAGE. transformer: folder of the in-between transformer. prompts: every prompt that an
+    arc will use. size: (width, height) in pixels.
     """
 
     def __init__(
@@ -274,13 +274,13 @@ class InbetweenStage:
         runtime.compile(self.pipe.transformer)
 
     def with_settings(self, **changes: object) -> "InbetweenStage":
-        """The same networks, working otherwise."""
+        """A copy that shares the networks but has other settings."""
         other = copy.copy(self)
         other.settings = replace(self.settings, **changes)
         return other
 
     def conditions(self, arc: ArcInputs) -> torch.Tensor:
-        """Conditions [1, 13, 32, h, w] of an arc, on the device."""
+        """Encode an arc's conditions, [1, 13, 32, h, w] on the device."""
         ends = (to_signed(resize_image(picture, *self.size))[None] for picture in (arc.start, arc.end))
         frames = [resize_edges(edges, *self.size) for edges in arc.edges]
         edges = to_signed(np.stack([frames[i] for i in edge_frame_indices(self.num_frames)]))[None]
@@ -288,7 +288,7 @@ class InbetweenStage:
         return self.pipe.encode_conditions(*ends, edges, eps)
 
     def denoise(self, arc: ArcInputs, conditions: torch.Tensor | None = None) -> torch.Tensor:
-        """Latents [1, 13, 16, h, w] of an arc. conditions: others than the arc's own."""
+        """Denoise an arc; returns latents [1, 13, 16, h, w]. conditions: replace the arc's own."""
         settings = self.settings
         warped = torch.from_numpy(arc.noise).movedim(-1, 1)[None]
         fresh = draw_noise(warped.shape, derive_seed(settings.seed, arc.index, 1))
@@ -304,5 +304,5 @@ class InbetweenStage:
             )
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """All frames of the model, uint8 [num_frames, H, W, 3]: 46 of the arc, and those that pad it."""
+        """Decode latents into uint8 [num_frames, H, W, 3]: the arc's 46 frames, and the padding after them."""
         return self.pipe.decode_video(latents)

@@ -1,7 +1,7 @@
 """Training of the in-between transformer: start weights, the objective, what a step sees, and what is saved.
 
-All weights are trained except a LoRA that is given (the reference freezes the one of Go-with-the-Flow inside); it is
-merged into what is saved. The network predicts v; the loss is on the clean latents that follow from it, x0 =
+All weights are trained except a given LoRA (the reference freezes that of Go-with-the-Flow in the network); it is
+merged into the saved weights. The network predicts v; the loss is on the clean latents that follow from it, x0 =
 sqrt(ᾱ) x_t - sqrt(1 - ᾱ) v, weighted by 1/(1 - ᾱ), as in diffusers' CogVideoX training example.
 """
 
@@ -60,7 +60,7 @@ def check_start(config: Mapping, size: tuple[int, int], num_frames: int) -> None
 
 
 def load_start(folder: Path) -> CogVideoXTransformer3DModel:
-    """The transformer of a folder with 48 input channels, float32.
+    """Load a folder's transformer in float32, with 48 input channels.
 
     An image-to-video transformer has 32 input channels; the 16 for edges are added as zeros.
     """
@@ -78,7 +78,7 @@ def load_start(folder: Path) -> CogVideoXTransformer3DModel:
 
 
 def new_transformer(config: Mapping, seed: int) -> CogVideoXTransformer3DModel:
-    """Random start weights of this architecture with 48 input channels, float32."""
+    """A transformer of this architecture with random float32 weights and 48 input channels."""
     torch.manual_seed(seed)
     return CogVideoXTransformer3DModel.from_config({**config, "in_channels": CHANNELS})
 
@@ -87,7 +87,7 @@ def new_transformer(config: Mapping, seed: int) -> CogVideoXTransformer3DModel:
 
 
 def read_frozen_lora(path: Path, config: Mapping) -> Tensors:
-    """A LoRA file in diffusers' format as {module.lora_A.weight, module.lora_B.weight: tensor}.
+    """Read a LoRA file in diffusers' format as {module.lora_A.weight, module.lora_B.weight: tensor}.
 
     A scale (alpha / rank) is multiplied into lora_B. Raises InputError unless it fits a transformer of this config.
     """
@@ -147,9 +147,9 @@ def rotary_positions(config: Mapping, h: int, w: int, frames: int) -> tuple[torc
 
 @contextmanager
 def uncached_casts() -> Iterator[None]:
-    """Autocast copies each weight when it is used and drops the copy; at full size the copies of all are 11 GB.
+    """Let autocast drop its copy of each weight after use; at full size, all copies would take 11 GB.
 
-    The numbers are the same: no weight is used twice in a pass.
+    The results are the same: no weight is used twice in a pass.
     """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
@@ -162,7 +162,7 @@ def uncached_casts() -> Iterator[None]:
 class InbetweenObjective(torch.nn.Module):
     """Transformer and noise schedule: the loss of a batch."""
 
-    _no_split_modules: ClassVar = ["CogVideoXBlock"]  # what FSDP gathers together
+    _no_split_modules: ClassVar = ["CogVideoXBlock"]  # FSDP gathers the weights of one such block at a time
 
     def __init__(self, transformer: CogVideoXTransformer3DModel, scheduler: CogVideoXDDIMScheduler):
         super().__init__()
@@ -202,9 +202,9 @@ class InbetweenObjective(torch.nn.Module):
 
 
 def mix_channels(noise: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Another sample of warped noise from one: noise [F, C, h, w], channels mixed by a random rotation or reflection.
+    """Make another sample of warped noise [F, C, h, w] by a random rotation or reflection of its channels.
 
-    The channels are independent samples that were moved alike, so every orthogonal mix of them has their distribution,
+    The channels are independent samples warped in the same way, so any orthogonal mix of them has their distribution,
     in space and in time. The matrix is uniform: Q of the QR decomposition of a Gaussian, signs fixed by R's diagonal.
     """
     q, r = np.linalg.qr(rng.standard_normal((noise.shape[1],) * 2))
@@ -213,7 +213,7 @@ def mix_channels(noise: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 
 def conditions_of(clip: Tensors, start: int, end: int, edges: torch.Tensor) -> torch.Tensor:
-    """Conditions [13, 32, h, w]: (start, zeros …, end) | edges, with these two of the noised end images."""
+    """Conditions [13, 32, h, w]: (start, zeros …, end) | edges. start, end: which noised copy of each end image."""
     images = torch.zeros_like(edges)
     images[0], images[-1] = clip["start"][start], clip["end"][end]
     return torch.cat([images, edges], dim=1)
@@ -226,10 +226,10 @@ def posterior_draw(stored: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def draw_item(cache: ClipCache, item_seed: Sequence[int], caption_dropout: float, num_timesteps: int) -> Tensors:
-    """One training example: what `InbetweenObjective` takes, without the batch dimension.
+    """One training example: the arguments of `InbetweenObjective`, without the batch dimension.
 
-    Clip, caption or none, end images, α of the noise ~ U(0, 1), timestep, rotation of channels, noise: all from the
-    seed.
+    The seed decides everything: clip, caption or none, end images, α of the noise ~ U(0, 1), timestep, rotation of
+    channels, noise.
     """
     rng = np.random.default_rng(item_seed)
     number, timestep = int(rng.integers(len(cache))), int(rng.integers(num_timesteps))
@@ -266,9 +266,9 @@ def paint_sheet(
     numbers: Iterable[int],
     autocast: torch.dtype | None,
 ) -> np.ndarray:
-    """Clips as the VAE gives them back, and as the transformer fills them in: uint8 [H, W, 3].
+    """Clips as the VAE reconstructs them, and as the transformer fills them in: uint8 [H, W, 3].
 
-    Few steps and no guidance: this shows what was learnt, not the best that it can do. The networks share a device.
+    Few steps and no guidance: this shows progress, not the best quality. The networks share a device.
     """
     pipe = CogVideoXInbetweenPipeline(
         tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler
@@ -300,8 +300,8 @@ def paint_sheet(
 class InbetweenTraining(Training):
     """The in-between transformer, ready to be trained by `fit` on a cache of clips.
 
-    paths: of GGI_STAGE, and `start`: the folder of the start weights. lora: frozen inside, see `read_frozen_lora`;
-    empty for none.
+    paths: components of GGI_STAGE, and `start`: the folder of the start weights. lora: the frozen LoRA from
+    `read_frozen_lora`; empty for none.
     """
 
     def __init__(
@@ -337,7 +337,7 @@ class InbetweenTraining(Training):
         save_transformer(self.transformer, folder / "transformer", self.runtime.dtype)
 
     def paint(self) -> np.ndarray:
-        vae = load_video_vae(self.runtime, self.paths)  # for the moment: it needs memory
+        vae = load_video_vae(self.runtime, self.paths)  # loaded only for the sheet, to save memory
         numbers = range(min(SHEET_CLIPS, len(self.cache)))
         return paint_sheet(self.transformer, vae, self.scheduler, self.cache, numbers, self.runtime.autocast)
 
