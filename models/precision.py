@@ -1,4 +1,4 @@
-"""The precision of the networks: what `auto` means on a device, and to a run that is continued."""
+"""The precision of the networks: what `auto` means on a device, and for a run that is continued."""
 
 import argparse
 import platform
@@ -8,26 +8,26 @@ from collections.abc import Sequence
 from utils.cli import InputError
 from utils.runs import Run, is_first_process
 
-MIXED = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}  # --mixed_precision: what is computed in
+MIXED = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}  # --mixed_precision: dtype of the computation
 
 
 def computes_in_bfloat16(device: str) -> bool:
-    """Whether a torch device has instructions for bfloat16: without, it is emulated, and slower than float32."""
+    """Whether a torch device has bfloat16 instructions; without them it is emulated, slower than float32."""
     import torch
 
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # oneDNN obeys ONEDNN_MAX_CPU_ISA, but says yes on every CPU with AVX-512; the CPU's own flags obey nothing.
+    # oneDNN honours ONEDNN_MAX_CPU_ISA but says yes on every CPU with AVX-512; the CPU's flags ignore the variable.
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
-    is_arm = platform.machine() in ("aarch64", "arm64")  # there oneDNN asks the CPU
+    is_arm = platform.machine() in ("aarch64", "arm64")  # on Arm oneDNN asks the CPU itself
     return is_arm or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def automatic_precision(args: argparse.Namespace, published: str, device: str) -> dict[str, str]:
-    """{flag: what it means on this device} of --dtype and --mixed_precision where they are auto.
+    """{flag: its value on this device} for those of --dtype and --mixed_precision that are auto.
 
-    published: dtype of the weights. Those in bfloat16 stay so everywhere.
+    published: dtype of the weights. bfloat16 weights stay bfloat16 on every device.
     """
     low = published == "bfloat16" or computes_in_bfloat16(device)
     values = {"dtype": "bfloat16" if low else published, "mixed_precision": "bf16" if low else "no"}
@@ -35,9 +35,9 @@ def automatic_precision(args: argparse.Namespace, published: str, device: str) -
 
 
 def settle_precision(args: argparse.Namespace, runs: Sequence[Run]) -> None:
-    """Put the precision of these runs in the place of auto.
+    """Replace auto by the precision that these runs were begun in.
 
-    Raises InputError when they were begun in several: networks are loaded once.
+    Raises InputError when they differ, because networks are loaded only once.
     """
     for name in _automatic(args):
         found = {run.manifest["arguments"][name]: run.folder for run in runs}
@@ -52,7 +52,7 @@ def _automatic(args: argparse.Namespace) -> list[str]:
 
 
 def report_precision(args: argparse.Namespace) -> None:
-    """Say on stderr what is computed in."""
+    """Print the precision of the computation on stderr."""
     if is_first_process():
         computed = MIXED[args.mixed_precision] if "mixed_precision" in args else args.dtype
         print(f"precision: {computed}", file=sys.stderr)

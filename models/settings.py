@@ -1,6 +1,6 @@
-"""How each stage works: one frozen dataclass a stage, from whose fields the scripts' flags are made.
+"""Settings of each stage: one frozen dataclass per stage; the scripts' flags are made from its fields.
 
-Defaults are the paper's, and stand nowhere else. Nothing heavy is imported here.
+Defaults are the paper's, and are defined only here. Nothing heavy is imported here.
 """
 
 import argparse
@@ -74,7 +74,7 @@ class AlignmentSettings:
     report_to: str = flag("tensorboard", "where the loss is logged", choices=LOGS, decides=False)
 
     def training(self) -> TrainSettings:
-        """The same for the training loop: AdamW as the reference sets it, at a constant rate, without averaging."""
+        """As TrainSettings: AdamW with the reference's settings, a constant learning rate, no averaging."""
         shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rank"}
         return TrainSettings(**shared, warmup_steps=0, ema_decay=0.0)
 
@@ -130,7 +130,7 @@ INBETWEEN_TRAINING = {  # TrainSettings of the released in-between transformer
 
 @dataclass(frozen=True)
 class InbetweenTrainSettings:
-    """What the training of stage 3 has beside TrainSettings."""
+    """Settings of stage 3's training beyond TrainSettings."""
 
     from_scratch: bool = flag(
         False, "start from random weights of that transformer's architecture", action="store_true"

@@ -3,7 +3,7 @@
     python -m models.weights check
     python -m models.weights fetch --weights full
 
-`check` says what of a weight set is on this machine, `fetch` downloads the rest. The scripts do the same: `locate`
+`check` lists which weights are on this machine, `fetch` downloads the rest. The scripts do the same: `locate`
 turns every component of a stage into a local path before anything is loaded, so that a gated repository or a missing
 file is reported at once. A component is named by a repo id (`org/name`, `org/name@revision`), by a file in a
 repository (`org/name/file.safetensors`), by a local folder in diffusers format, or by a local reference-format file.
@@ -49,19 +49,19 @@ CONVERTIBLE = {  # component -> its kind in models.convert
     "controlnet": "controlnet",
     "inbetween": "ggi",
 }
-EPOCH = 1350  # of the released in-between transformer
-RELEASE = "https://drive.google.com/drive/folders/1IhI9qDv6tH5T7XzeEjx27UYw2EqZ7MKY"  # where its authors keep it
+EPOCH = 1350  # the released in-between transformer's
+RELEASE = "https://drive.google.com/drive/folders/1IhI9qDv6tH5T7XzeEjx27UYw2EqZ7MKY"  # its authors' folder
 CAPTION_MODEL, CAPTION_FILES = "Salesforce/blip2-opt-2.7b", ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What one weight set can do, and where it lives (`preset.json`). Sizes are (width, height) in pixels."""
+    """Sizes and sources of one weight set (`preset.json`). Sizes are (width, height) in pixels."""
 
     name: str
-    image_size: tuple[int, int] | None  # anchors; None: the size of the edge frames
-    image_multiple: int  # sides of anchors are floored to it
-    training_multiple: int  # sides of training crops
+    image_size: tuple[int, int] | None  # size of anchors; None: that of the edge frames
+    image_multiple: int  # sides of anchors are rounded down to a multiple of it
+    training_multiple: int  # the same for sides of training crops
     resolution: int  # long side of training crops
     mask_dilations: int  # growth of the unreliable area around a warped anchor
     video_size: tuple[int, int]
@@ -117,7 +117,7 @@ def add_source_flags(group: argparse._ActionsContainer, components: Sequence[str
 
 
 def locate(args: argparse.Namespace, preset: Preset, components: Iterable[str]) -> dict[str, Path]:
-    """Local paths of all components. What is missing is downloaded, once access to all of it and space are certain."""
+    """Local paths of all components. Downloads missing ones, after checking access to all of them and disk space."""
     paths = _fetch_missing({name: _source(args, preset, name) for name in components})
     for name, path in paths.items():
         folder = component_folder(name, path)
@@ -133,7 +133,7 @@ def _source(args: argparse.Namespace, preset: Preset, name: str) -> str:
 
 
 def caption_source(given: str | None) -> Path:
-    """Local path of BLIP-2. Raises InputError, saying how to do without, when it is not at hand."""
+    """Local path of BLIP-2. If it is not available, raises InputError that says how to do without."""
     try:
         return _fetch_missing({"caption_model": given or CAPTION_MODEL})["caption_model"]
     except InputError as error:
@@ -161,7 +161,7 @@ def find_local(name: str, text: str) -> Path | None:
 
 
 def _fetch_missing(texts: dict[str, str]) -> dict[str, Path]:
-    """Local paths of components by their sources."""
+    """{component: local path} from {component: source}; downloads what is missing."""
     paths = {name: find_local(name, text) for name, text in texts.items()}
     sources = {name: hub.parse_source(texts[name]) for name, path in paths.items() if path is None}
     for name, source in sources.items():
@@ -187,7 +187,7 @@ def find_inbetween(preset: Preset, model_path: Path | None, epoch: int) -> Path:
 
 
 def component_folder(name: str, path: Path) -> Path:
-    """Where a component's config.json lies: in the pipeline's sub-folder or in `path` itself. Files stay files."""
+    """Folder of a component's config.json: the pipeline's sub-folder or `path` itself. A file is returned as is."""
     subfolder = COMPONENTS[name][1]
     return path / subfolder if subfolder and (path / subfolder).is_dir() else path
 
@@ -214,7 +214,7 @@ def require_hashes(paths: Mapping[str, Path]) -> dict[str, dict[str, str]]:
 def require_same_weights(
     run: Run, args: argparse.Namespace, preset: Preset, components: Iterable[str], **others: Path
 ) -> None:
-    """Raise InputError when local weights have changed since the finished run was made with them.
+    """Raise InputError when local weights have changed since the finished run used them.
 
     others: further components and their folders.
     """
@@ -267,7 +267,7 @@ def _weight_files(name: str, path: Path) -> list[Path]:
 
 
 def _describe(name: str, path: Path) -> str:
-    """Size and place, and the command that makes a copy which loads faster, where there is one."""
+    """Size and path of a component, and the command for a copy that loads faster, if there is one."""
     files = _weight_files(name, path)
     found = f"{show_bytes(sum(file.stat().st_size for file in files)):>8}  {path}"
     kind = CONVERTIBLE.get(name)
@@ -277,7 +277,7 @@ def _describe(name: str, path: Path) -> str:
 
 
 def _holds_lora(files: Sequence[Path]) -> bool:
-    """Whether a LoRA lies beside the weights it belongs to, unmerged, as the paper's authors saved it."""
+    """Whether the files hold weights with an unmerged LoRA, as the paper's authors saved them."""
     from safetensors import safe_open
 
     for file in files:

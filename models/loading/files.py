@@ -41,12 +41,12 @@ class Shards(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, key: str) -> torch.Tensor:
         with safe_open(self._file_of[key], "pt") as handle:
-            return handle.get_tensor(key).clone()  # a clone lets go of the memory map
+            return handle.get_tensor(key).clone()  # cloned so that the memory map is released
 
     def empty_like(self, key: str) -> torch.Tensor:
         """A tensor of the same shape and dtype on the meta device."""
         with safe_open(self._file_of[key], "pt") as handle:
-            return torch.empty_like(handle.get_tensor(key), device="meta")  # the memory map is not read for this
+            return torch.empty_like(handle.get_tensor(key), device="meta")  # no data is read from the memory map
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -56,7 +56,7 @@ class Shards(Mapping[str, torch.Tensor]):
 
 
 def build_empty(cls: type, config: dict, state: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-    """A diffusers model on the meta device whose keys and shapes must be exactly those of `state`.
+    """Build a diffusers model on the meta device; its keys and shapes must be exactly those of `state`.
 
     Raises ValueError naming the first missing, unexpected or misshapen key.
     """
@@ -75,7 +75,7 @@ def build_empty(cls: type, config: dict, state: Mapping[str, torch.Tensor]) -> t
 
 
 def build(cls: type, config: dict, state: StateDict) -> torch.nn.Module:
-    """A diffusers model that holds `state` itself (no copy). Strict: see `build_empty`."""
+    """Build a diffusers model around the tensors of `state`, without copying. Strict: see `build_empty`."""
     model = build_empty(cls, config, state)
     model.load_state_dict({key: tensor.contiguous() for key, tensor in state.items()}, strict=True, assign=True)
     return model.eval()
@@ -87,12 +87,12 @@ def open_weights(path: Path) -> safe_open:
         raise InputError(f"{path} does not exist")
     try:
         return safe_open(path, "pt")
-    except Exception as error:  # safetensors has an exception type of its own, which is not exported
+    except Exception as error:  # safetensors does not export its exception type
         raise InputError(f"{path} is not a readable safetensors file ({error}); fetch or make it again") from error
 
 
 def read_weights(path: Path) -> tuple[StateDict, dict]:
-    """All tensors of a safetensors file and its metadata, JSON values decoded."""
+    """Read all tensors of a safetensors file, and its metadata with JSON values decoded."""
     with open_weights(path) as handle:
         metadata = {key: _decode(value) for key, value in (handle.metadata() or {}).items()}
         return {key: handle.get_tensor(key) for key in handle.keys()}, metadata  # noqa: SIM118 - not a dict
@@ -116,7 +116,7 @@ def load_reference_file(kind: str, path: Path) -> torch.nn.Module:
 
 
 def reference_config(kind: str, path: Path) -> dict:
-    """The diffusers config of a reference-format file, from its header alone."""
+    """Derive the diffusers config of a reference-format file from its header alone."""
     with open_weights(path) as handle, torch.device("meta"):
         shapes = {key: torch.empty(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
         params = _decode((handle.metadata() or {}).get(MODEL_KINDS[kind][2], "null"))
@@ -127,7 +127,7 @@ def reference_config(kind: str, path: Path) -> dict:
 
 
 def load_ggi_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
-    """The 48-channel transformer of a folder in either layout, merged and cast tensor by tensor."""
+    """Load the 48-channel transformer of a folder in either layout, merging and casting tensor by tensor."""
     config, source = read_json(folder / "config.json"), Shards(folder)
     try:
         config, _ = ggi_transformer(config, {})

@@ -1,8 +1,8 @@
 """Names and sizes: how reference-format state dicts map onto diffusers' models. Pure functions on dicts of tensors.
 
-Everything works on meta tensors too, which is how whole-size inventories are checked without memory. Sizes are read
-from the tensors, never assumed. What tensors cannot tell (the split of the rotary axes, the latent scale) comes from
-the file's metadata, else from the published models. Every key must be known: a key left over is an error.
+Everything also works on meta tensors, so full-size key lists can be checked without memory. Sizes are read from the
+tensors, never assumed. What tensors do not show (the split of the rotary axes, the latent scale) comes from the
+file's metadata or else from the published models. Every key must be known: a key left over is an error.
 """
 
 import re
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 StateDict = dict[str, torch.Tensor]
-# A rule: a pattern for the whole source key, and the names its rows go to, in order (one name: a plain renaming).
+# A rule: a pattern for the whole source key, and the names that its rows go to, in order (one name: just a renaming).
 Rules = list[tuple[str, list[str]]]
 
 MLP_RATIO = 4  # fixed in diffusers' Flux blocks
@@ -102,8 +102,8 @@ CONTROLNET_RULES: Rules = [
 def rename(source: Mapping[str, torch.Tensor], rules: Rules) -> StateDict:
     """Apply `rules` to every key. Raises ValueError for a key that no rule knows.
 
-    A key with several targets is split by rows, evenly, except that the last target takes what is left (in FLUX's
-    `linear1` rows are q, k, v of `hidden` each, then the MLP).
+    A key with several targets is split evenly by rows, except that the last target takes the remaining rows (FLUX's
+    `linear1` holds `hidden` rows each of q, k and v, then the MLP's).
     """
     compiled = [(re.compile(pattern), targets) for pattern, targets in rules]
     result = {}
@@ -124,7 +124,7 @@ def _split_rows(tensor: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
 
 
 def _count(source: Mapping[str, torch.Tensor], pattern: str) -> int:
-    """Number of consecutive blocks whose index is the group of `pattern`."""
+    """Number of consecutive blocks; the group of `pattern` captures a block's index."""
     found = {int(m[1]) for key in source if (m := re.match(pattern, key))}
     if found != set(range(len(found))):
         raise ValueError(f"blocks {pattern!r} are not numbered without gaps: {sorted(found)}")
@@ -285,12 +285,12 @@ def unfuse_lora(fused: Mapping[str, torch.Tensor]) -> StateDict:
 
 
 def merged_names(source: Iterable[str]) -> list[str]:
-    """Keys that the merged transformer has: LoRA factors gone, `base_layer` dropped from names."""
+    """Keys of the merged transformer: without LoRA factors, `base_layer` dropped from names."""
     return [key.replace(".base_layer.", ".") for key in source if ".lora_" not in key]
 
 
 def with_base(name: str) -> str:
-    """Where peft puts the tensor `name` of a module that has a LoRA."""
+    """peft's name for the tensor `name` of a module that has a LoRA."""
     module, _, part = name.rpartition(".")
     return f"{module}.base_layer.{part}"
 
@@ -298,7 +298,7 @@ def with_base(name: str) -> str:
 def merge_tensor(source: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     """One tensor of the merged transformer: W + B A where the source has a LoRA (alpha = rank, so scale 1).
 
-    The product is taken in float32 and rounded once, to the dtype of W.
+    The sum is computed in float32 and rounded once, to the dtype of W.
     """
     base = with_base(name)
     if base not in source:
@@ -312,7 +312,7 @@ def merge_tensor(source: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
 
 
 def ggi_transformer(config: dict, source: Mapping[str, torch.Tensor]) -> tuple[dict, StateDict]:
-    """checkpoint-1350 in peft naming, or already merged -> (config, state dict) of `CogVideoXTransformer3DModel`."""
+    """checkpoint-1350, in peft naming or already merged -> (config, state dict) of `CogVideoXTransformer3DModel`."""
     if config.get("in_channels") != 48:
         raise ValueError(
             f"config.json says in_channels {config.get('in_channels')}: GGI needs 48 (noise, images, edges)"

@@ -17,13 +17,13 @@ from models.weights import CONVERTIBLE, component_folder
 from utils.cli import InputError
 from utils.files import read_json
 
-# The scripts show a progress bar of their own.
+# The scripts show their own progress bar.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
 
 def component_config(name: str, path: Path) -> dict:
-    """Config of a model without loading it; for a reference-format file it is read from the tensors' shapes."""
+    """Read a model's config without loading it; for a reference-format file, from the tensors' shapes."""
     folder = component_folder(name, path)
     if folder.is_dir():
         return read_json(folder / "config.json")
@@ -46,7 +46,7 @@ def load_model(name: str, cls: type, path: Path, dtype: torch.dtype) -> torch.nn
 
 
 def load_pipeline(name: str, cls: type, path: Path, dtype: torch.dtype, **parts) -> diffusers.DiffusionPipeline:
-    """A pipeline from the folder `path`, without transformer and VAE unless they are among `parts`."""
+    """Load the pipeline in the folder `path`, without transformer and VAE unless they are among `parts`."""
     parts = {"transformer": None, "vae": None} | parts
     try:
         return cls.from_pretrained(path, dtype=dtype, local_files_only=True, **parts)
@@ -57,7 +57,7 @@ def load_pipeline(name: str, cls: type, path: Path, dtype: torch.dtype, **parts)
 def load_encoders(
     name: str, cls: type, path: Path, device: str, dtype: torch.dtype, how: str
 ) -> diffusers.DiffusionPipeline:
-    """A pipeline with its text encoders alone. how: they are kept on the device (`models/runtime/memory.py`)."""
+    """Load a pipeline with only its text encoders. how: their placement (`models/runtime/memory.py`)."""
     pipeline = load_pipeline(name, cls, path, dtype)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
@@ -66,9 +66,9 @@ def load_encoders(
 
 
 def free_caches() -> None:
-    """Give memory back to the GPU and to the system, after the last reference to a network was dropped."""
+    """Return cached memory to the GPU and the system, after the last reference to a network was dropped."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         if hasattr(torch.accelerator, "empty_host_cache"):  # since torch 2.12
-            torch.accelerator.empty_host_cache()  # pinned, by what was streamed
+            torch.accelerator.empty_host_cache()  # memory pinned for offloading

@@ -1,6 +1,6 @@
-"""How the networks of a stage are kept (`--memory`), and what that needs of a GPU, known before anything is loaded.
+"""Where the networks of a stage are placed (`--memory`), and how much GPU memory that needs, known before loading.
 
-`full` holds all networks of a phase on the GPU; `balanced` and `low` trade precision or speed for room (`PLACEMENTS`).
+`full` holds all networks of a phase on the GPU; `balanced` and `low` save memory by less precision or speed.
 Plans are tables, checkpoints/NAME/memory.json, written by `python -m benchmarks.memory`.
 """
 
@@ -22,19 +22,19 @@ from utils.cli import InputError
 from utils.files import read_json, show_bytes
 from utils.runs import is_first_process
 
-SPARE = 0.06  # share of the free memory that is left to the CUDA context and to fragmentation
+SPARE = 0.06  # share of the free memory reserved for the CUDA context and fragmentation
 BITSANDBYTES = "bitsandbytes==0.50.2"
 RESIDENT = "resident"  # on the GPU, as loaded
-FP8 = "fp8"  # on the GPU, stored in 8 bits, computed in the precision of the rest; for inference
-INT8, NF4 = "int8", "nf4"  # on the GPU, the blocks' matrices in 8 or 4 bits; gradients pass through
-ON_DEMAND = "at work"  # in CPU memory, on the GPU while the network is used
-OFFLOADED = "streamed"  # in CPU memory, layers come to the GPU one by one, ahead of their use
-EIGHT_BITS = "8 bits"  # an optimizer's moments, in blocks of values that share a scale
-PAGED = "8 bits, paged"  # the same numbers in CPU memory; the driver brings what an update needs
+FP8 = "fp8"  # on the GPU, stored in 8 bits, computed in the precision of the other networks; for inference
+INT8, NF4 = "int8", "nf4"  # on the GPU, the blocks' matrices in 8 or 4 bits, frozen; gradients pass through
+ON_DEMAND = "at work"  # in CPU memory, moved to the GPU while the network is used
+OFFLOADED = "streamed"  # in CPU memory, layers are moved to the GPU one by one, each just before its use
+EIGHT_BITS = "8 bits"  # an optimizer's moments in 8 bits, each block of values with one scale
+PAGED = "8 bits, paged"  # the same in CPU memory; the driver pages in what an update needs
 LOSSY = (FP8, INT8, NF4, EIGHT_BITS)
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
-# stage -> mode -> network, or optimizer -> how it is kept; text: encoders, freed before the others are loaded
+# stage -> mode -> network or optimizer -> placement; text: the encoders, freed before the others are loaded
 PLACEMENTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "alignment": {
         "full": {"text": RESIDENT, "transformer": RESIDENT, "controlnet": RESIDENT, "vae": RESIDENT},
@@ -51,7 +51,7 @@ PLACEMENTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "balanced": {"text": RESIDENT, "transformer": ON_DEMAND, "vae": ON_DEMAND},
         "low": {"text": OFFLOADED, "transformer": OFFLOADED, "vae": RESIDENT},
     },
-    "training": {  # of whole networks, whose float32 weights and gradients stay on the GPU
+    "training": {  # of all weights, which stay on the GPU in float32, as do their gradients
         "full": {"optimizer": RESIDENT},
         "balanced": {"optimizer": EIGHT_BITS},
         "low": {"optimizer": PAGED},
@@ -61,7 +61,7 @@ PLACEMENTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes that one phase of a stage holds on the GPU at its peak. optimizer: gradients and moments."""
+    """Peak GPU memory of one phase of a stage, in bytes. optimizer: gradients and moments."""
 
     name: str
     weights: int
@@ -73,15 +73,15 @@ class Phase:
         return self.weights + self.activations + self.optimizer
 
 
-Plan = dict[str, list[Phase]]  # mode -> its phases, which follow each other: the largest decides
+Plan = dict[str, list[Phase]]  # mode -> its phases, one after the other: the largest decides
 
 
 # --- looking up ---
 
-PLAN_FILE = "memory.json"  # of a weight set, beside its preset
+PLAN_FILE = "memory.json"  # beside the preset of a weight set
 BATCHED = ("training", "denoising")  # phases whose activations grow with the batch
 FIXED = ("text", "update")  # phases whose activations depend neither on the batch nor on pixels and frames
-SHARDED = ("training", "update", "sheets")  # phases with what FSDP divides
+SHARDED = ("training", "update", "sheets")  # phases that hold tensors divided by FSDP
 
 
 def look_up_plan(
@@ -89,9 +89,9 @@ def look_up_plan(
 ) -> Plan:
     """The plan of a stage from the table of a weight set, with its activations for pictures of this size.
 
-    weights: full or tiny. pixels: of a picture. frames: of a video. batch: crops or clips per training step, or
-    branches of guidance (1 or 2). None: as in the table. What it does not know, such as other networks, another
-    precision or LoRA rank, is not in the plan.
+    weights: full or tiny. pixels: per picture. frames: per video. batch: crops or clips per training step, or
+    branches of guidance (1 or 2). None: as in the table. The plan does not account for other networks, another
+    precision or another LoRA rank.
     """
     entry = read_json(WEIGHTS / weights / PLAN_FILE)[stage]
     area = pixels * (frames or entry["frames"])
@@ -106,9 +106,9 @@ def look_up_plan(
 
 
 def shard_plan(plan: Plan, processes: int) -> Plan:
-    """The plan of `full`, the only mode for FSDP, with what is divided among processes.
+    """The plan of `full`, the only mode for FSDP, with weights and optimizer divided among processes.
 
-    An approximation: the two blocks that are whole for the moment, and what lies outside of blocks, are left out.
+    An approximation: it ignores the two blocks gathered at a time, and the weights outside the blocks.
     """
 
     def part(phase: Phase) -> Phase:
@@ -121,9 +121,9 @@ def shard_plan(plan: Plan, processes: int) -> Plan:
 
 
 def plan_on(device: str, stage: str, plan: Plan) -> Plan:
-    """The plan for `device`. plan: of a GPU.
+    """Adapt the plan of a GPU to `device`.
 
-    A CPU streams nothing: each phase needs what it does in the fastest mode with the same placement.
+    A CPU offloads nothing: each phase needs as much as in the fastest mode with the same placement.
     """
     if is_gpu(device):
         return plan
@@ -147,14 +147,14 @@ def is_gpu(device: str) -> bool:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that are free on a torch device; processes of one launch share a CPU's memory."""
+    """Free bytes on a torch device; on a CPU, the share of one process of the launch."""
     if not is_gpu(device):
         return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return torch.cuda.mem_get_info(torch.device(device))[0]
 
 
 def find_room(device: str) -> int:
-    """Bytes that a plan may use on the fullest device of a launch, so that all processes choose alike."""
+    """Bytes that a plan may use: of the fullest device of a launch, so that all processes choose the same mode."""
     room = int((1 - SPARE) * free_memory(device))
     if torch.distributed.is_initialized():
         least = torch.tensor([room], device=device)
@@ -164,9 +164,9 @@ def find_room(device: str) -> int:
 
 
 def choose_mode(wanted: str, plans: Mapping[str, Sequence[Phase]], room: int, device: str) -> str:
-    """The mode to use. wanted: a mode of `plans`, or auto: the first, which is the fastest, that fits into `room`.
+    """The mode to use. wanted: a mode of `plans`, or auto for the first (and so fastest) that fits into `room` bytes.
 
-    Raises InputError for what does not fit, naming the fastest mode that would.
+    Raises InputError if it does not fit, naming the fastest mode that would.
     """
     peaks = {mode: max(phase.total for phase in plans[mode]) for mode in MEMORY_MODES if mode in plans}
     fitting = [mode for mode in peaks if peaks[mode] <= room]
@@ -180,16 +180,16 @@ def choose_mode(wanted: str, plans: Mapping[str, Sequence[Phase]], room: int, de
 
 
 def describe_plan(mode: str, phases: Sequence[Phase], room: int, device: str) -> str:
-    """One line for the user."""
+    """Describe the chosen mode to the user, in one line."""
     parts = ", ".join(f"{phase.name} {show_bytes(phase.total)}" for phase in phases)
     return f"memory {mode}: {parts}; {device} has room for {show_bytes(room)}"
 
 
-# --- keeping ---
+# --- placing ---
 
 
 def block_linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """{name: layer} of the matrices of all transformer blocks, which are nearly all weights; LoRA's are left out."""
+    """{name: linear layer} of all transformer blocks, nearly all of the weights; LoRA layers are left out."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -198,7 +198,7 @@ def block_linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 
 def place(model: torch.nn.Module, how: str, device: str) -> None:
-    """Bring a loaded network to `device`, or set up offloading; ON_DEMAND is left to the pipeline's own hooks."""
+    """Move a loaded network to `device`, or set up offloading; ON_DEMAND is left to the pipeline's own hooks."""
     if how == OFFLOADED:
         from diffusers import ModelMixin
         from diffusers.hooks import apply_group_offloading
@@ -218,7 +218,7 @@ def place(model: torch.nn.Module, how: str, device: str) -> None:
 
 
 def quantise(model: torch.nn.Module, how: str) -> None:
-    """Put layers of 8 or 4 bits in the place of the blocks' matrices; their weights shrink when they are moved."""
+    """Replace the blocks' linear layers by 8-bit or 4-bit ones, which quantise when they are moved."""
     from bitsandbytes.nn import Int8Params, Params4bit
 
     from models.runtime.quantised import Int8Linear, Nf4Linear
@@ -229,7 +229,7 @@ def quantise(model: torch.nn.Module, how: str) -> None:
     }[how]
     for name, layer in block_linears(model).items():
         weight = layer.weight.data
-        with torch.device("meta"):  # its own start weights are not wanted
+        with torch.device("meta"):  # no initial weights: they would be overwritten
             new = layer_class(layer.in_features, layer.out_features, layer.bias is not None, **options)
         new.weight = weight_class(weight, requires_grad=False, **options)
         new.bias, new.compute_dtype = layer.bias, weight.dtype
@@ -239,7 +239,7 @@ def quantise(model: torch.nn.Module, how: str) -> None:
 def choose_memory_mode(
     stage: str, plan: Mapping[str, Sequence[Phase]], wanted: str, device: str
 ) -> tuple[str, dict[str, str]]:
-    """Choose a mode for this device, say so on stderr, and return it with {network: how it is kept}."""
+    """Choose a mode for this device, report it on stderr, and return it with {network: placement}."""
     room, plan = find_room(device), plan_on(device, stage, plan)
     mode = choose_mode(wanted, plan, room, device)
     if is_first_process():
@@ -254,8 +254,8 @@ def choose_memory_mode(
 def advise_on_oom(stage: str, mode: str, *, sharded: bool = False) -> Iterator[None]:
     """Turn running out of memory in the block into an OSError that says which mode needs less.
 
-    The same results come first: a mode that computes as this one does can go on where it stopped. sharded: over
-    several processes, for which there is no other mode.
+    Modes with the same results are suggested first, because they can continue the run. sharded: weights are divided
+    among processes, for which there is no other mode.
     """
     smaller = () if sharded else MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :]
     alike = [
@@ -276,7 +276,7 @@ def advise_on_oom(stage: str, mode: str, *, sharded: bool = False) -> Iterator[N
 
 
 def placement_on(device: str, stage: str, mode: str) -> dict[str, str]:
-    """{network: how it is kept}. Without a GPU to stream them to, networks lie in CPU memory all the time."""
+    """{network: placement}. Without a GPU nothing is offloaded: networks stay in CPU memory."""
     kept = PLACEMENTS[stage][mode]
     if is_gpu(device):
         return dict(kept)
@@ -285,7 +285,7 @@ def placement_on(device: str, stage: str, mode: str) -> dict[str, str]:
 
 
 def lossy_placements(kept: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """What of it changes the results, for a manifest's `weights`; empty when nothing does."""
-    values = {name: EIGHT_BITS if how == PAGED else how for name, how in kept.items()}  # pages change no number
+    """The placements that change results, for a manifest's `weights`; empty when none does."""
+    values = {name: EIGHT_BITS if how == PAGED else how for name, how in kept.items()}  # paging changes no result
     found = {name: how for name, how in values.items() if how in LOSSY}
     return {"kept": found} if found else {}

@@ -1,7 +1,7 @@
-"""AdamW with its moments in 32 or in 8 bits, and what its parts hold on the GPU.
+"""AdamW with 32-bit or 8-bit moments.
 
 An 8-bit moment is a code for one of 256 values; 256 neighbours share a float32 scale. Tensors below 4096 elements
-keep 32-bit moments, as bitsandbytes has it. Weights and gradients are float32 in every mode.
+keep 32-bit moments, as in bitsandbytes. Weights and gradients are float32 in every mode.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def make_optimizer(
 
 
 def page_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Page what `load_state_dict` of a paged optimizer left on the GPU; for all others nothing happens."""
+    """Move the moments that `load_state_dict` left on the GPU back to paged memory; only for a paged optimizer."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     if not getattr(optimizer, "is_paged", False):
         return
@@ -39,9 +39,6 @@ def page_moments(optimizer: torch.optim.Optimizer) -> None:
             loaded = state[name]
             buffer = optimizer.get_state_buffer(parameter, loaded.dtype)
             if getattr(buffer, "is_paged", False):
-                torch.cuda.synchronize()  # its zeros are written by the GPU, what follows by the CPU
+                torch.cuda.synchronize()  # the GPU zeroes the buffer, the CPU then fills it
                 buffer.copy_(loaded)
                 state[name] = buffer
-
-
-# --- counting; what counts are sizes alone, so parameters may be empty ---

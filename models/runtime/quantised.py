@@ -1,10 +1,10 @@
-"""bitsandbytes' layers of 8 and 4 bits, frozen, to train a LoRA beside them.
+"""Frozen 8-bit and 4-bit layers of bitsandbytes, to train a LoRA beside them.
 
-They compute as torch.nn.Linear does under autocast: in one dtype, whatever the input's is. Both multiply by weights
-that are restored for the moment.
+Like torch.nn.Linear under autocast, they compute in one dtype, whatever the input's. Both restore their weights to
+that dtype for each product.
 
-bitsandbytes' own 8-bit layer is not for training with gradient checkpointing: it keeps its inputs where checkpointing
-does not see them. It also rounds the inputs to 8 bits.
+bitsandbytes' own 8-bit layer does not suit gradient checkpointing: it stores its inputs where checkpointing does not
+see them. It also rounds the inputs to 8 bits.
 """
 
 import bitsandbytes as bnb
@@ -40,5 +40,5 @@ class _Int8Product(torch.autograd.Function):
 
 
 def _restore(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """codes: int8 [out, in]. scales: float32 [out], of which a code is a 127th."""
+    """Weights in `dtype`: codes * scales / 127. codes: int8 [out, in]. scales: float32 [out]."""
     return codes.to(dtype).mul_((scales / 127)[:, None])

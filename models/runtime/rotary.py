@@ -1,7 +1,7 @@
 """Attention whose rotary positions are complex numbers of modulus 1, for inference with both diffusion models.
 
-One product turns queries and keys. It moves 20 bytes for each of their 16-bit values, diffusers' formulas 52 and 56,
-and gives the same numbers (a GPU may round them otherwise).
+One product rotates queries and keys. It moves 20 bytes per 16-bit value, diffusers' formulas move 52 and 56; the
+results are the same (a GPU may round differently).
 """
 
 import torch
@@ -16,7 +16,7 @@ Angles = tuple[torch.Tensor, torch.Tensor]  # float32 cosines and sines [S, head
 def use_complex_rotary(
     network: CogVideoXTransformer3DModel | FluxTransformer2DModel | FluxControlNetModel, use: bool = True
 ) -> None:
-    """Let all blocks attend by this module's classes, or by diffusers' again."""
+    """Switch all blocks to this module's attention processors, or back to diffusers'."""
     if isinstance(network, CogVideoXTransformer3DModel):
         network.set_attn_processor(CogVideoXComplexAttention() if use else CogVideoXAttnProcessor2_0())
     else:
@@ -24,7 +24,7 @@ def use_complex_rotary(
 
 
 class CogVideoXComplexAttention:
-    """diffusers' attention processor of CogVideoX."""
+    """Replaces diffusers' attention processor of CogVideoX."""
 
     def __call__(
         self,
@@ -51,7 +51,7 @@ class CogVideoXComplexAttention:
 
 
 class FluxComplexAttention:
-    """diffusers' attention processor of FLUX and its ControlNets."""
+    """Replaces diffusers' attention processor of FLUX and its ControlNets."""
 
     def __call__(
         self,
@@ -61,7 +61,7 @@ class FluxComplexAttention:
         attention_mask: None = None,
         image_rotary_emb: Angles | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """hidden_states: image tokens [B, S, D], and the text's before them in single-stream blocks.
+        """hidden_states: image tokens [B, S, D]; in single-stream blocks the text tokens come before them.
 
         encoder_hidden_states: text [B, T, D] in double-stream blocks, which return both.
         """
@@ -102,7 +102,7 @@ def refuse_mask(mask: torch.Tensor | None) -> None:
 
 
 def rotation_of(angles: Angles) -> torch.Tensor:
-    """complex64 [S, head size / 2]."""
+    """The angles as complex numbers, complex64 [S, head size / 2]."""
     return torch.complex(*(part[:, ::2].contiguous() for part in angles))
 
 

@@ -1,4 +1,4 @@
-"""How a stage runs here: device, precision, processes, memory mode, attention kernel, compilation."""
+"""How a stage runs on this machine: device, precision, processes, memory mode, attention kernel, compilation."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +25,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Runtime:
-    """placement: {network: where and in how many bits it is kept} of the mode of --memory (`PLACEMENTS`).
+    """placement: {network: where it is placed and in how many bits}, from the memory mode (`PLACEMENTS`).
 
-    stage: alignment, anchors, ggi or training. process: None runs alone. autocast: precision of a training's
-    computation, None for that of its weights. sharded: each process holds a part of the weights (FSDP).
+    stage: alignment, anchors, ggi or training. process: None for a single process. autocast: precision of a
+    training's computation, None for the weights' own. sharded: each process holds a part of the weights (FSDP).
     """
 
     stage: str
@@ -48,7 +48,7 @@ class Runtime:
         return self.process is None or self.process.is_main_process
 
     def share(self, items: Sequence) -> Sequence:
-        """Which of the items this process does."""
+        """This process's share of the items."""
         return items[self.process.process_index :: self.process.num_processes] if self.process else items
 
     def wait(self) -> None:
@@ -57,16 +57,16 @@ class Runtime:
             self.process.wait_for_everyone()
 
     def attention(self) -> AbstractContextManager:
-        """The attention kernel that was asked for, in the block."""
+        """Use the requested attention kernel in the block."""
         return attention_kernel(self.kernel)
 
     def compile(self, transformer: torch.nn.Module) -> None:
-        """Compile the blocks of a transformer, if that was asked for."""
+        """Compile the blocks of a transformer, if requested."""
         if self.compiled:
             compile_blocks(transformer)
 
     def advise_on_oom(self) -> AbstractContextManager:
-        """Running out of memory in the block ends in an OSError that names the mode that needs less."""
+        """Turn running out of memory in the block into an OSError that names a mode that needs less."""
         return advise_on_oom(self.stage, self.mode, sharded=self.sharded)
 
     def weight_identity(self, paths: Mapping[str, Path]) -> dict:
@@ -97,7 +97,7 @@ def open_runtime(args: argparse.Namespace, preset: Preset, stage: str, plan: Map
 def open_training_runtime(
     args: argparse.Namespace, preset: Preset, stage: str, plan: Mapping[str, Sequence[Phase]]
 ) -> Runtime:
-    """The same for a training: processes divide a batch, and sharded ones the weights. A launcher chooses GPUs."""
+    """`open_runtime` for a training: processes divide a batch, or also the weights. The launcher chooses GPUs."""
     device, sharded = resolve_launched_device(args.device), sharding_wanted()
     if sharded and stage == "alignment":
         raise InputError("alignment cannot be sharded (configs/fsdp.yaml): launch it with configs/ddp.yaml")
@@ -124,5 +124,5 @@ def open_training_runtime(
 
 
 def plain_runtime(preset: Preset, stage: str, dtype: str, device: str = "cpu") -> Runtime:
-    """One process, all networks on the device as loaded: what measurements run with."""
+    """A runtime for measurements: one process, all networks on the device as loaded."""
     return Runtime(stage, preset, device, DTYPES[dtype], "full", PLACEMENTS[stage]["full"])

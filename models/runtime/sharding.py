@@ -1,7 +1,7 @@
 """Training with weights, gradients and moments divided among GPUs: FSDP2, as configs/fsdp.yaml asks for.
 
-Each process holds a part of every tensor (a DTensor). A block's weights are gathered when it is at work. Whatever else
-needs whole tensors gathers them too, and every process must take part in that.
+Each process holds a part of every tensor (a DTensor). A block's weights are gathered while it computes. Other code
+that needs full tensors gathers them itself, and every process must take part in that.
 """
 
 import os
@@ -32,7 +32,7 @@ def sharding_wanted() -> bool:
 
 
 def sharding_plugin() -> FullyShardedDataParallelPlugin:
-    """The launcher's settings, weights and gradients travel in float32, and autocast computes as in one process."""
+    """The launcher's settings; weights and gradients are exchanged in float32, autocast works as in one process."""
     if os.environ.get("FSDP_VERSION") != "2":
         raise InputError("sharded training needs fsdp_version: 2, as in configs/fsdp.yaml")
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -40,7 +40,7 @@ def sharding_plugin() -> FullyShardedDataParallelPlugin:
 
 
 def require_shards(accelerator: Accelerator) -> None:
-    """Raise InputError when sharding was asked for and accelerate does not do it: on a CPU, or in one process."""
+    """Raise InputError when sharding is wanted but accelerate does not shard: on a CPU, or in one process."""
     if sharding_wanted() and not accelerator.is_fsdp2:
         raise InputError(
             "configs/fsdp.yaml needs two GPUs or more; launch with configs/ddp.yaml, or with python alone"
@@ -48,13 +48,13 @@ def require_shards(accelerator: Accelerator) -> None:
 
 
 def require_blocks(accelerator: Accelerator, objective: torch.nn.Module) -> None:
-    """Raise InputError when a training cannot be sharded: its objective does not say what is gathered together."""
+    """Raise InputError when a training cannot be sharded: its objective does not name the blocks to gather."""
     if accelerator.is_fsdp2 and not hasattr(objective, "_no_split_modules"):
         raise InputError("this training cannot be sharded (configs/fsdp.yaml): launch it with configs/ddp.yaml")
 
 
 def require_shardable(memory: str, mixed_precision: str) -> None:
-    """Raise InputError when flags do not go with sharded training: it quantises nothing and scales no gradients."""
+    """Raise InputError for flags that sharded training does not support: quantisation and gradient scaling."""
     if sharding_wanted() and memory not in ("auto", "full"):
         raise InputError(f"--memory {memory} does not go with sharded training (FSDP): leave it out, or use full")
     if sharding_wanted() and mixed_precision == "fp16":
@@ -62,25 +62,25 @@ def require_shardable(memory: str, mixed_precision: str) -> None:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or all parts of a divided one. Call it in every process."""
+    """The full tensor, gathered from all processes if it is sharded. Call it in every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The module's state dict. A divided one comes together in the first process's CPU memory; others get nothing."""
+    """The module's state dict. If sharded, the first process gathers it in CPU memory; the others get nothing."""
     state = module.state_dict()
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
         return state
     found = {}
     for name, tensor in state.items():
-        tensor = whole(tensor)  # on the GPU one at a time
+        tensor = whole(tensor)  # only one full tensor on the GPU at a time
         if is_first_process():
             found[name] = tensor.cpu()
     return found
 
 
 def own_parts(parameters: Sequence[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-    """This process's part of each parameter, in the same memory; parameters that are not divided as they are."""
+    """This process's part of each parameter, sharing its memory; unsharded parameters unchanged."""
     return [
         torch.nn.Parameter(parameter.detach().to_local()) if isinstance(parameter, DTensor) else parameter
         for parameter in parameters
@@ -89,7 +89,7 @@ def own_parts(parameters: Sequence[torch.nn.Parameter]) -> list[torch.nn.Paramet
 
 @contextmanager
 def root_gathered(module: torch.nn.Module) -> Iterator[None]:
-    """In the block, a sharded module's parts may be called without it. (The blocks inside gather themselves.)"""
+    """Gather a sharded module so that its submodules can be called directly. (Blocks gather themselves.)"""
     if not isinstance(module, FSDPModule):
         yield
         return
@@ -100,14 +100,14 @@ def root_gathered(module: torch.nn.Module) -> Iterator[None]:
         module.reshard()
 
 
-# --- what is needed to go on ---
+# --- saving and resuming ---
 
 
 @contextmanager
 def checkpoint_folder(accelerator: Accelerator, folder: Path) -> Iterator[Path | None]:
-    """A temporary folder that becomes `folder` when the block ends well; None in a process that writes nothing.
+    """A temporary folder, renamed to `folder` if the block succeeds; None in a process that writes nothing.
 
-    Sharded, every process writes into the same one.
+    If sharded, all processes write into the same folder.
     """
     if not accelerator.is_main_process and not accelerator.is_fsdp2:
         yield None
@@ -117,14 +117,14 @@ def checkpoint_folder(accelerator: Accelerator, folder: Path) -> Iterator[Path |
                 broadcast_object_list([str(temporary)])
             yield temporary
             if accelerator.is_fsdp2:
-                accelerator.wait_for_everyone()  # before it gets its name
+                accelerator.wait_for_everyone()  # before it is renamed
     else:
         yield Path(broadcast_object_list([None])[0])
         accelerator.wait_for_everyone()
 
 
 def save_state(accelerator: Accelerator, folder: Path, module, optimizer, average=None) -> None:
-    """What `load_state` needs: each process its part. average: EMAModel of the parameters' parts, or None."""
+    """Write what `load_state` needs; each process writes its part. average: EMAModel of the own parts, or None."""
     if not accelerator.is_fsdp2:
         accelerator.save_state(folder)
         return
@@ -136,7 +136,7 @@ def save_state(accelerator: Accelerator, folder: Path, module, optimizer, averag
 
 
 def load_state(accelerator: Accelerator, folder: Path, module, optimizer, average=None) -> None:
-    """The state of `save_state`. Raises InputError when it is that of the other kind of training."""
+    """Load the state from `save_state`. Raises InputError if only one of the two trainings is sharded."""
     if accelerator.is_fsdp2 != (folder / ".metadata").is_file():
         kinds = ("sharded (configs/fsdp.yaml)", "not sharded")
         before, now = kinds if not accelerator.is_fsdp2 else kinds[::-1]
@@ -146,7 +146,7 @@ def load_state(accelerator: Accelerator, folder: Path, module, optimizer, averag
         accelerator.load_state(folder, map_location="cpu")
         return
     state = _sharded_state(module, optimizer, average)
-    # In place. A parameter that never got a gradient, such as of the ControlNet's last block, has no moments there.
+    # In place. A parameter that never got a gradient (as in the ControlNet's last block) has no moments in the file.
     dcp.load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
     states.set_model_state_dict(module, state["model"], options=TRAINED)
     states.set_optimizer_state_dict(module, optimizer.optimizer, state["optimizer"], options=TRAINED)
@@ -157,7 +157,7 @@ def load_state(accelerator: Accelerator, folder: Path, module, optimizer, averag
 
 
 def _sharded_state(module, optimizer, average) -> dict:
-    """Trained weights and moments by their names, and averaged weights by their numbers, all as DTensors."""
+    """Trained weights and moments by name, and averaged weights by number, all as DTensors."""
     state = {
         "model": states.get_model_state_dict(module, options=TRAINED),
         "optimizer": states.get_optimizer_state_dict(module, optimizer.optimizer, options=TRAINED),

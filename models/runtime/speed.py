@@ -1,9 +1,9 @@
-"""What makes denoising faster: compiled blocks, another attention kernel, and a cache for the in-betweening.
+"""Faster denoising: compiled blocks, another attention kernel, and a cache for the in-betweening.
 
-The cache changes the result a little, the others its rounding.
+The cache changes the result slightly, the others only its rounding.
 
-The cache is not for FLUX with a ControlNet: diffusers adds the ControlNet's residuals after skipped blocks, too, on
-top of the cached sum that holds them already.
+The cache does not suit FLUX with a ControlNet: diffusers adds the ControlNet's residuals after skipped blocks as
+well, although the cached sum already contains them.
 """
 
 from collections.abc import Iterator
@@ -20,18 +20,18 @@ from models.runtime.memory import RESIDENT
 from models.runtime.rotary import use_complex_rotary
 from utils.cli import InputError
 
-# torch's plain kernel is left out: it needs all scores at once, 30 GB for a video.
+# torch's plain kernel is left out: it holds all attention scores at once, 30 GB for a video.
 KERNELS = {name: getattr(SDPBackend, f"{name.upper()}_ATTENTION") for name in ATTENTION_KERNELS}
 HEAD_SIZE = 128  # FLUX's, the largest
-PROGRAMS = 64  # of one function; FLUX's single blocks need two for each size and batch. Others run as they are
+PROGRAMS = 64  # per function; FLUX's single blocks need two per size and batch. Beyond the limit, code runs uncompiled
 
 
 @contextmanager
 def attention_kernel(name: str | None) -> Iterator[None]:
-    """Attention in the block is computed by this kernel of torch alone; None leaves the choice to torch.
+    """Compute all attention in the block by this kernel of torch; None leaves the choice to torch.
 
-    In all threads: what runs beside the block must have no attention that the kernel cannot do. (diffusers'
-    `set_attention_backend` would do for FLUX, but has no effect on CogVideoX.)
+    It holds for all threads: other threads must not need attention that the kernel cannot compute. (diffusers'
+    `set_attention_backend` would work for FLUX, but has no effect on CogVideoX.)
     """
     if name is None:
         yield
@@ -56,9 +56,9 @@ def require_attention(name: str | None, device: str, dtype: torch.dtype) -> None
 
 @contextmanager
 def first_block_cache(transformer: CacheMixin, threshold: float | None) -> Iterator[None]:
-    """Skip all blocks but the first, and add what they added last, while the first one's residual hardly changes.
+    """While the first block's residual hardly changes, skip the other blocks and reuse what they added last.
 
-    threshold: its mean change, relative to its mean size; None switches the cache off. It is empty on entering.
+    threshold: the residual's mean change relative to its mean size; None disables the cache. It starts empty.
     """
     if threshold is None:
         yield
@@ -71,18 +71,18 @@ def first_block_cache(transformer: CacheMixin, threshold: float | None) -> Itera
 
 
 def require_compilable(how: str) -> None:
-    """Raise InputError unless a network lies on its device as it was loaded; other ways work by hooks between layers.
+    """Raise InputError unless a network is on its device as loaded; other placements use hooks between layers.
 
-    how: it is kept (`models/runtime/memory.py`).
+    how: its placement (`models/runtime/memory.py`).
     """
     if how != RESIDENT:
         raise InputError(f"--compile goes with --memory full: the transformer would be kept {how}")
 
 
 def compile_blocks(transformer: torch.nn.Module) -> None:
-    """Compile the blocks of a transformer, not the whole: they share one program for each shape of their inputs."""
+    """Compile a transformer block by block: all blocks share one program for each shape of their inputs."""
     torch._dynamo.config.recompile_limit = PROGRAMS
-    use_complex_rotary(transformer, False)  # the compiler knows no complex numbers, and fuses diffusers' formula
+    use_complex_rotary(transformer, False)  # it cannot compile complex numbers, and fuses diffusers' formula
     for name in ("transformer_blocks", "single_transformer_blocks"):
         for block in getattr(transformer, name, ()):
-            block.compile(dynamic=False)  # with true CFG batches of one and of two
+            block.compile(dynamic=False)  # true CFG uses batches of one and of two

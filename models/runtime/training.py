@@ -1,7 +1,7 @@
 """The training loop of whole networks: accelerate, EMA, clipping, curves, sample sheets, and exact resuming.
 
-What a step sees depends on the seed, the step and the item's number alone: no sampler state is kept, so that a resumed
-run draws what an uninterrupted one would have drawn, and so do several processes that share a global batch.
+A training example depends only on the seed, the step and the item's number. No sampler state is kept, so a resumed
+run, or several processes that share a global batch, draw exactly what one uninterrupted process would.
 """
 
 import csv
@@ -62,24 +62,24 @@ class Training:
     sheet: Callable[[], np.ndarray] | None = None
     attention: Callable[[], AbstractContextManager] = nullcontext  # around every forward and backward pass
 
-    name: ClassVar[str] = "training"  # of its curves
-    kept_states: ClassVar[int | None] = 2  # checkpoints that keep what is needed to go on; None: all
+    name: ClassVar[str] = "training"  # name of its curves
+    kept_states: ClassVar[int | None] = 2  # how many checkpoints keep the state needed to resume; None: all
 
     def clip_groups(self) -> dict[str, list]:
         """{name of a norm: parameters whose gradients are clipped together}."""
         return {"grad_norm": [p for p in self.objective.parameters() if p.requires_grad]}
 
     def prepare(self, accelerator) -> None:
-        """Called before anything is trained or loaded, such as to say what a state holds."""
+        """Called before anything is trained or loaded, for example to choose what a state holds."""
 
     def begin(self, folder: Path) -> None:
-        """Called by the first process when the run has begun, to write what belongs beside the weights."""
+        """Called by the first process when the run has begun, to write further files beside the weights."""
 
 
 def open_accelerator(run: Run, settings, device: str):
-    """accelerate's Accelerator of a run. settings: TrainSettings, or anything else with its fields."""
+    """Make accelerate's Accelerator for a run. settings: TrainSettings, or any object with its fields."""
     sharded = sharding_wanted()
-    # gradients that wait for the next batch are whole: sharded ones are reduced at once
+    # sharded gradients are reduced after each batch: gradients that wait for the next batch would be full size
     accumulation = accelerate.utils.GradientAccumulationPlugin(
         settings.gradient_accumulation_steps, sync_each_batch=sharded
     )
@@ -90,8 +90,8 @@ def open_accelerator(run: Run, settings, device: str):
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_dir=run.folder,
         cpu=device == "cpu",
-        # Some outputs go unused, such as the text output of the ControlNet's last block: they never get a gradient.
-        # Gradients that lie in DDP's buckets are not held twice.
+        # Unused outputs, such as the text output of the ControlNet's last block, never get a gradient.
+        # Gradients that are views of DDP's buckets are not held twice.
         kwargs_handlers=[
             accelerate.DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
             accelerate.InitProcessGroupKwargs(timeout=WAIT),
@@ -115,8 +115,8 @@ def fit(
     """Train, and leave checkpoint-<step>/ folders in the run.
 
     weights: hashes of what the training starts from, for the manifest; a run is not continued with others.
-    moments: how AdamW's are kept (`optimizers.py`; default: 32 bits). resume: step of the checkpoint to go on from; by
-    default the newest one with a state. quiet: without a progress bar.
+    moments: how AdamW's moments are stored (`optimizers.py`; default: 32 bits). resume: step of the checkpoint to
+    resume from (default: the newest one with a state). quiet: show no progress bar.
     """
     accelerator = open_accelerator(run, settings, device)
     trained = _Trained.prepare(accelerator, training, settings, moments)
@@ -135,7 +135,7 @@ def fit(
         for group in trained.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step)
         values = _backward(accelerator, trained.module, training, settings, step)
-        accelerator.unscale_gradients()  # float16 scales them
+        accelerator.unscale_gradients()  # they are scaled in float16
         norms = optimizer_step(trained.optimizer, groups.values(), settings.max_grad_norm)
         if trained.average:
             trained.average.step(trained.parts)
@@ -146,7 +146,7 @@ def fit(
         last = step + 1 == total
         if training.sheet and ((step + 1) % settings.sheet_steps == 0 or last):
             trained.paint(accelerator, run.folder / SAMPLES_FOLDER / f"{step + 1:06d}.png")
-        if (step + 1) % settings.checkpointing_steps == 0 or last:  # after its sheet: the last one ends the run
+        if (step + 1) % settings.checkpointing_steps == 0 or last:  # after its sheet: the last ends the run
             write_checkpoint(accelerator, run, step + 1, losses, partial(trained.save, accelerator))
             if main and training.kept_states:
                 _forget_states(run, training.kept_states)
@@ -157,14 +157,14 @@ def fit(
 
 
 def find_resume_step(run: Run) -> int:
-    """The newest checkpoint that can be gone on from; 0 to start."""
+    """Step of the newest checkpoint that can be resumed; 0 if there is none."""
     checkpoints = {} if run.replaces else find_checkpoints(run.folder)
     return max((step for step, path in checkpoints.items() if (path / STATE_FOLDER).is_dir()), default=0)
 
 
 @dataclass
 class _Trained:
-    """What accelerate made of a training. parts: of each parameter, this process's; average: EMAModel of them."""
+    """A training prepared by accelerate. parts: this process's part of each parameter; average: EMAModel of them."""
 
     training: Training
     module: object
@@ -177,7 +177,7 @@ class _Trained:
         objective = training.objective
         require_blocks(accelerator, objective)
         training.prepare(accelerator)
-        if not accelerator.is_fsdp2:  # it moves what it divides
+        if not accelerator.is_fsdp2:  # FSDP moves the weights itself
             objective.to(accelerator.device)
         parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         options = (settings.learning_rate, (0.9, settings.beta2), settings.weight_decay, moments or RESIDENT)
@@ -200,7 +200,7 @@ class _Trained:
             self.training.save(folder)
 
     def paint(self, accelerator, path: Path) -> None:
-        """Write a sample sheet. Sharded weights are painted with by all processes together."""
+        """Write a sample sheet. If weights are sharded, all processes compute it together."""
         if not (accelerator.is_main_process or accelerator.is_fsdp2):
             return
         with averaged(self.average, self.parts), root_gathered(self.training.objective):
@@ -221,7 +221,7 @@ def optimizer_step(optimizer, clip_groups: Iterable[Iterable], max_norm: float =
 
 
 def _backward(accelerator, module, training: Training, settings: TrainSettings, step: int) -> dict[str, float]:
-    """Gradients of one optimizer step, accumulated over its batches; the mean values over all of them."""
+    """Accumulate the gradients of one optimizer step over its batches; returns the mean of each value."""
     rank, size = accelerator.process_index, settings.train_batch_size
     rows = []
     for micro in range(settings.gradient_accumulation_steps):
@@ -236,7 +236,7 @@ def _backward(accelerator, module, training: Training, settings: TrainSettings, 
 
 
 def forward_precision(accelerator) -> AbstractContextManager:
-    """Autocast for a sharded module: accelerate gives it to all others itself."""
+    """Autocast for a sharded module; accelerate adds it to all others itself."""
     return accelerator.autocast() if accelerator.is_fsdp2 else nullcontext()
 
 
@@ -246,7 +246,7 @@ def _to(batch: dict, device) -> dict:
 
 @contextmanager
 def averaged(average, parameters: list) -> Iterator[None]:
-    """Put the averaged weights in place for the block; with none, nothing happens."""
+    """Use the averaged weights in the block; does nothing without an average."""
     if average is None:
         yield
         return
@@ -259,18 +259,18 @@ def averaged(average, parameters: list) -> Iterator[None]:
 
 
 def write_checkpoint(accelerator, run: Run, step: int, losses: list[float], save: Callable[[Path], None]) -> None:
-    """checkpoint-<step>/ with what save(folder) writes; it gets its name when complete.
+    """Write checkpoint-<step>/ by calling save(folder); the folder gets its name when complete.
 
     losses: of all steps so far, written beside it. Call it in every process; the first one writes, or all if sharded.
     """
     if accelerator.is_main_process:
-        write_losses(run.folder, losses)  # before the checkpoint: a kill in between leaves rows too many, not too few
+        write_losses(run.folder, losses)  # first: a kill in between leaves too many rows, not too few
     checkpoint = run.folder / f"checkpoint-{step}"
     try:
         with checkpoint_folder(accelerator, checkpoint) as temporary:
             if temporary:
                 save(temporary)
-    except torch.OutOfMemoryError:  # a RuntimeError, too
+    except torch.OutOfMemoryError:  # it is also a RuntimeError
         raise
     except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
         raise OSError(errno.EIO, f"cannot write a checkpoint ({error})", str(checkpoint)) from error
@@ -280,9 +280,9 @@ def write_checkpoint(accelerator, run: Run, step: int, losses: list[float], save
 
 
 def end_training(accelerator) -> None:
-    """Close curves and processes. Let go of what `prepare` gave first.
+    """Close curves and processes. Drop all references to what `prepare` returned before calling it.
 
-    A DDP module that outlives its process group can hang: it ends the group's threads while it holds Python's lock,
+    A DDP module that outlives its process group can hang: it ends the group's threads while holding Python's lock,
     which they wait for.
     """
     accelerator.free_memory()
@@ -290,7 +290,7 @@ def end_training(accelerator) -> None:
 
 
 def _forget_states(run: Run, kept: int) -> None:
-    """Remove what is needed to go on from all checkpoints but the newest; their weights stay."""
+    """Remove the training state of all but the newest `kept` checkpoints; their weights stay."""
     for path in list(find_checkpoints(run.folder).values())[:-kept]:
         shutil.rmtree(path / STATE_FOLDER, ignore_errors=True)
 
