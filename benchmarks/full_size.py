@@ -1,13 +1,13 @@
-"""Full-size networks with random weights: seconds per step beside the GPU's limit, peak memory beside the plan.
+"""Full-size networks with random weights: seconds per step against the GPU's limit, peak memory against the plan.
 
     python -m benchmarks.full_size
     python -m benchmarks.full_size --phases ggi --steps 5 --memory low --json full_size.json
     python -m benchmarks.full_size --attention cudnn --compile --no_reference
 
 Speed and memory do not depend on the values of weights, so nothing is downloaded: the networks are built from
-configs/full. Beside our recipe runs the reference's (benchmarks/recipes.py), whose transformer is loaded anew for
-every arc. Without a CUDA device, operations are counted, the plan says the memory that a GPU would need, and the rest
-is `not measured`; --weights tiny measures the tiny networks anywhere.
+configs/full. The reference's recipe (benchmarks/recipes.py), which reloads the transformer for every arc, is measured
+for comparison. Without a CUDA device, operations are counted, memory is taken from the plan, and the rest is
+`not measured`; --weights tiny measures the tiny networks anywhere.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from utils.cli import InputError, Parser, positive_float, positive_int, require_
 from utils.files import write_json
 
 PHASES = ("alignment", "anchors", "ggi")
-RECIPES = ("text", "ours", "reference")  # of each phase, one after the other in memory
-FASTER = ("ours", "both branches")  # steps that --attention is for
+RECIPES = ("text", "ours", "reference")  # per phase; only one is in memory at a time
+FASTER = ("ours", "both branches")  # steps that use --attention
 WARM_UP = 2  # steps that are not timed
-DEVIATION = 0.02  # of random weights
-CEILING_PRODUCTS = {"cuda": (8192, 1000), "cpu": (512, 20)}  # sides of matrices, and how many products are timed
-LOADED_BYTES = 2e9  # of which loading is timed
+DEVIATION = 0.02  # standard deviation of random weights
+CEILING_PRODUCTS = {"cuda": (8192, 1000), "cpu": (512, 20)}  # side of the matrices, and number of timed products
+LOADED_BYTES = 2e9  # loading is timed on this many bytes
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def phases(text: str) -> list[str]:
-    """argparse type: some of PHASES, separated by commas."""
+    """argparse type: a comma-separated list of PHASES."""
     names = text.split(",")
     for name in names:
         if name not in PHASES:
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def recipe_of(args: argparse.Namespace) -> str:
-    """Our recipe in words."""
+    """Describe our recipe in words."""
     flags = [f"--memory {args.memory}"] if args.memory != "full" else []
     flags += [f"--attention {args.attention}"] if args.attention else []
     flags += ["--compile"] if args.compile else []
@@ -115,7 +115,7 @@ def recipe_of(args: argparse.Namespace) -> str:
 
 
 def try_to_measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Namespace, device: str) -> bool:
-    """Measure a recipe. Whatever goes wrong is printed: the others are still worth having."""
+    """Measure a recipe. Prints any error instead of raising it, so that the other recipes are still measured."""
     import torch
 
     from models.loading.networks import free_caches
@@ -137,7 +137,7 @@ def try_to_measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argpars
 
 
 def count(setup: Setup, phase: str, recipe: str) -> list[Row]:
-    """Operations of each step, counted on the real code without data."""
+    """Count the operations of each step by running the real code on tensors without data."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -157,7 +157,7 @@ def count(setup: Setup, phase: str, recipe: str) -> list[Row]:
 
 
 def planned_peaks(weights: str, phase: str, memory: str) -> dict[str, int]:
-    """{step: bytes} of our recipe on a GPU: each is a phase of the memory plan."""
+    """{step: planned peak bytes on a GPU} of our recipe; each step is a phase of the memory plan."""
     from models.runtime.memory import BATCHED, look_up_plan
 
     setup = setup_of(weights)
@@ -173,7 +173,7 @@ def planned_peaks(weights: str, phase: str, memory: str) -> dict[str, int]:
 
 
 def cpu_attention() -> dict:
-    """Counts of the attention that tensors without data go through: torch's table has those of GPUs only."""
+    """FLOP counts of the CPU attention that tensors without data use; torch's table has only the GPU kernels."""
     import torch
     from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
@@ -211,7 +211,7 @@ def measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Names
     kept = placement_on(device, phase, memory) | {"detector": RESIDENT}
 
     def make(name: str, builder: Callable):
-        whole = kept[name] in (RESIDENT, ON_DEMAND)  # others may not fit before they are quantised or streamed
+        whole = kept[name] in (RESIDENT, ON_DEMAND)  # others may not fit until they are quantised or offloaded
         network = materialize(
             empty_model(builder, dtype), functools.partial(random_values, device, device if whole else "cpu")
         )
@@ -222,7 +222,7 @@ def measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Names
     with default_dtype(dtype), torch.set_grad_enabled(phase == "alignment"):
         built = build(setup, phase, recipe, make, device)
         transformer = built.networks.get("transformer")
-        if args.compile and recipe == "ours" and phase != "alignment":  # whose script has no such flag
+        if args.compile and recipe == "ours" and phase != "alignment":  # alignment's script has no --compile
             compile_blocks(transformer)
         for row in rows:
             at_work, step = built.steps[row.step]
@@ -239,9 +239,9 @@ def measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Names
 
 
 def random_values(device: str, place: str, name: str, tensor):
-    """Values in the place of an empty tensor: random matrices, drawn on `device` and brought to `place`.
+    """Random values for an empty tensor, drawn on `device` and moved to `place`.
 
-    Norms scale by 1, nothing is shifted: the signal neither dies nor grows.
+    Norm weights are 1 and biases 0, so that the signal neither vanishes nor explodes.
     """
     import torch
 
@@ -253,7 +253,7 @@ def random_values(device: str, place: str, name: str, tensor):
 
 
 def time_step(step: Callable, steps: int, device: str) -> tuple[float, int | None]:
-    """(seconds per step, peak bytes on the GPU, those of the first steps included)."""
+    """(seconds per step, peak bytes on the GPU including the first steps)."""
     import torch
 
     if device == "cuda":
@@ -272,7 +272,7 @@ def time_step(step: Callable, steps: int, device: str) -> tuple[float, int | Non
 
 
 def merged_distance(network, step: Callable) -> float:
-    """Relative distance between one pass with the LoRA beside the weights and one with it merged."""
+    """Relative distance between the outputs with the LoRA unmerged and merged."""
     import torch
 
     with torch.no_grad():
@@ -282,7 +282,7 @@ def merged_distance(network, step: Callable) -> float:
 
 
 def limit_memory(gigabytes: float) -> None:
-    """Raise InputError without a CUDA device."""
+    """Limit the process's GPU memory. Raises InputError without a CUDA device."""
     import torch
 
     if not torch.cuda.is_available():
@@ -291,9 +291,9 @@ def limit_memory(gigabytes: float) -> None:
 
 
 def loading_seconds(network, device: str) -> float:
-    """Time that the network's tensors take from the local disk, whose cache is warm, to the device.
+    """Seconds to load the network's tensors from the local disk (warm cache) to the device.
 
-    Measured on some of them and scaled by their bytes.
+    Measured on some tensors and scaled to the bytes of all.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -314,7 +314,7 @@ def loading_seconds(network, device: str) -> float:
 
 
 def matrix_ceiling(device: str) -> float:
-    """Operations per second of a large bfloat16 matrix product, kept up until a GPU is as warm as by a model."""
+    """Operations per second of a large bfloat16 matrix product, run until a GPU is as warm as under a model."""
     import torch
 
     n, repeats = CEILING_PRODUCTS[device]

@@ -1,11 +1,11 @@
-"""How fast preprocessing is: CPU and wall seconds, memory, and ratios of two of them, which other machines share.
+"""Speed of preprocessing: CPU and wall seconds, memory, and ratios of times, which hold on other machines too.
 
     python -m benchmarks.preprocess [--scene assets/sampleA/scene.glb --cameras assets/sampleA/cameras.json]
 
-Every time is the median of 3. The scene is subdivided up to --max_faces triangles, which changes no picture, only
-the size of the mesh; each size runs in a process of its own, so that its peak memory is its own. Seen: an
-edge frame takes the time of 12 to 18 maps, the noise of an arc 0.8 to 1.4 times that of its 12 maps, and 256 times the
-triangles 1.3 times as long per map and up to 1.5 times per frame. Threads are timed by the wall: on an idle machine.
+Every time is the median of 3. The scene is subdivided up to --max_faces triangles, which changes the mesh's size but
+no picture; each size runs in its own process, so that its peak memory is its own. Measured: an edge frame takes as
+long as 12 to 18 maps, the noise of an arc 0.8 to 1.4 times as long as its 12 maps; with 256 times the triangles, a map
+takes 1.3 times and a frame up to 1.5 times as long. Threads are timed in wall seconds: use an idle machine.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from utils.scene.raycast import RayCaster
 from utils.scene.views import correspondence, make_views
 
 EDGE_SIZE, MAP_SIZE, LATENT_SIZE = (1080, 720), (360, 240), (90, 60)
-MAPS, FRAMES = 12, 4  # of each per measurement
+MAPS, FRAMES = 12, 4  # how many of each are timed together
 REPEATS = 3
 
 
@@ -59,7 +59,7 @@ def median_seconds(work: Callable[[], object], clock: Callable[[], float]) -> fl
 
 
 def measure(scene_path: Path, cameras_path: Path, splits: int) -> dict[str, float]:
-    """Figures of one mesh size, from load to edge frame; CPU seconds, but for the threads' wall seconds."""
+    """Measure one mesh size, from loading to edge frames, in CPU seconds; threads in wall seconds."""
     path = read_cameras(cameras_path)
     start = time.process_time()
     geometry = turn(load_geometry(scene_path), path.up)
@@ -94,7 +94,7 @@ def measure(scene_path: Path, cameras_path: Path, splits: int) -> dict[str, floa
 
 
 def columns(row: dict[str, float], first: dict[str, float]) -> dict[str, str]:
-    """What is shown of a mesh size; first: the figures of the smallest. Ratios are of times in this run."""
+    """The printed columns of a mesh size. first: the figures of the smallest. Ratios compare times of this run."""
     return {
         "triangles": f"{row['faces']}",
         "load+build s": f"{row['build_s']:.2f}",

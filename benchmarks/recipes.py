@@ -1,7 +1,7 @@
-"""What the full-size benchmark builds and runs: our recipe of each stage, and the reference's.
+"""The recipes of the full-size benchmark: ours for each stage, and the reference's.
 
-The reference's: in-betweening with its LoRA of rank 2048 unmerged, a second pass for equal prompts, text and edges
-encoded in every training step.
+The reference keeps the in-between LoRA of rank 2048 unmerged, runs a second pass even for equal prompts, and encodes
+text and edges in every training step.
 """
 
 import dataclasses
@@ -12,23 +12,23 @@ from benchmarks.setup import RELEASED_LAYERS, RELEASED_RANK, Setup
 from models.settings import AlignmentSettings
 from utils.files import read_json
 
-HED_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # width and convolutions of each
+HED_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # (channels, number of convolutions) per stage
 
 Make = Callable[[str, Callable], object]  # (name in a memory plan, or `detector`; function that builds a network)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """networks: all that lie in memory. steps: {name: (names of the networks at work, function)}."""
+    """networks: all networks in memory. steps: {name: (names of the networks it uses, function)}."""
 
     networks: dict[str, object]
     steps: dict[str, tuple[Sequence[str], Callable[[], object]]]
 
 
 def build(setup: Setup, phase: str, recipe: str, make: Make, device: str) -> Recipe:
-    """A recipe of a phase: `text`, the encoders before it; `ours`; or the `reference`.
+    """Build a recipe of a phase: `text` (the encoders that run before it), `ours` or `reference`.
 
-    device: where networks compute. For alignment call it, and its steps, with gradients enabled, else without.
+    device: where networks compute. Enable gradients for alignment and its steps, disable them for the others.
     """
     if recipe == "text":
         component = "cogvideox_text" if phase == "ggi" else "flux_text"
@@ -71,7 +71,7 @@ def make_flux(setup: Setup, make: Make, device: str):
 
 
 def build_anchors(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
-    """Ours is the default, equal prompts, whose one branch is enough; `both branches` go in one batch."""
+    """`ours` has the default, equal prompts, which need only one branch; `both branches` go in one batch."""
     from benchmarks.memory.steps import anchor_decoding, anchor_step
     from models.runtime.rotary import use_complex_rotary
 
@@ -116,7 +116,7 @@ def build_alignment(setup: Setup, recipe: str, make: Make, device: str) -> Recip
 
 
 def with_released_lora(builder: Callable) -> Callable:
-    """The LoRA of the released transformer beside the weights, as the reference runs it."""
+    """Wrap `builder` so that it adds the released transformer's LoRA unmerged, as the reference runs it."""
 
     def build_with_lora():
         from peft import LoraConfig
@@ -132,7 +132,7 @@ def with_released_lora(builder: Callable) -> Callable:
 
 
 def text_step(setup: Setup, component: str, make: Make, device: str) -> tuple[dict[str, object], Callable[[], object]]:
-    """Text encoders, and their work on one prompt. component: flux_text or cogvideox_text."""
+    """Text encoders, and a step that encodes one prompt. component: flux_text or cogvideox_text."""
     import torch
 
     from benchmarks.memory.plans import FLUX_ENCODERS, VIDEO_ENCODERS, encoder_builder
@@ -156,7 +156,7 @@ def text_step(setup: Setup, component: str, make: Make, device: str) -> tuple[di
 
 
 def edge_step(side: int, make: Make, device: str) -> tuple[object, Callable[[], object]]:
-    """The HED edge detector on one square crop: VGG-16's convolutions, and an output beside each of its stages."""
+    """The HED edge detector on one square crop: VGG-16's convolutions, and a side output for each stage."""
     import torch
 
     def detector() -> torch.nn.Module:

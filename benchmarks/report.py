@@ -1,4 +1,4 @@
-"""What the full-size benchmark measured, and how it is printed."""
+"""Results of the full-size benchmark, and their printing."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ ARCS, ARC_PASSES = 10, 30  # arcs of a scene; denoising steps of each, both bran
 class Row:
     """One step of one phase. flops: of a step. seconds: per step. None: not measured.
 
-    planned, peak: bytes. loading: seconds. merged_distance: of a pass with the LoRA merged into the weights, relative.
+    planned, peak: bytes. loading: seconds. merged_distance: relative change of the output when the LoRA is merged.
     """
 
     phase: str
@@ -26,7 +26,7 @@ class Row:
 
 
 def heading(record: dict) -> list[str]:
-    """The lines before the table, and its head, in Markdown."""
+    """The lines before the table, and the table's header, in Markdown."""
     ceiling = record["matrix_ceiling_flops"]
     lines = [f"GPU: {record['GPU']}; torch {record['torch']}, cuDNN {record['cudnn'] or 'none'}"]
     lines += [f"matrix product: {ceiling / 1e12:.3g} TFLOP/s" if ceiling else "matrix product: not measured", ""]
@@ -54,7 +54,7 @@ def show_peak(row: Row) -> str:
 
 
 def ratios(rows: Sequence[Row], ours_is: str) -> list[str]:
-    """The reference's time over ours, per step and, for GGI, for a scene of ten arcs with all that goes with them."""
+    """The reference's time over ours: per step and, for GGI, for a whole scene of ten arcs."""
     lines = []
     for phase in dict.fromkeys(row.phase for row in rows):
         found = {row.step: row for row in rows if row.phase == phase}

@@ -1,4 +1,4 @@
-"""Configurations and sizes of a weight set: what the benchmarks build."""
+"""Configurations and sizes of a weight set, for the benchmarks."""
 
 import argparse
 import dataclasses
@@ -6,13 +6,13 @@ from pathlib import Path
 
 from models.weights import FLUX_STAGE, GGI_STAGE, ROOT, load_preset, locate
 
-RELEASED_RANK = 2048  # of the LoRA in the released in-between transformer
-RELEASED_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, which it changes
+RELEASED_RANK = 2048  # rank of the LoRA in the released in-between transformer
+RELEASED_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # layers of every attention that the LoRA changes
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is built. paths: folders with config.json. sizes: width, height in pixels."""
+    """The networks to build. paths: folders with config.json. sizes: width, height in pixels."""
 
     paths: dict[str, Path]
     inbetween: Path

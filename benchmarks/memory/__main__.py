@@ -3,7 +3,7 @@
     python -m benchmarks.memory
     python -m benchmarks.memory --weights tiny
 
-Counted from configurations alone, on any machine: for a minute or two, without weights and without a GPU.
+It counts from configurations alone and takes a minute or two on any machine, without weights and without a GPU.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Counting the bytes of networks and of what they compute, on models and tensors without data.
+"""Count the bytes of weights and activations, on models and tensors without data.
 
-Weights are counted on empty models of the real configurations, activations by running the real code on tensors that
-have shapes and dtypes, but no memory.
+Weights are counted on empty models of the real configurations; activations by running the real code on tensors that
+have shapes and dtypes but no memory.
 """
 
 import weakref
@@ -22,7 +22,7 @@ NF4_BLOCK = 64  # weights that share a scale
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New floating-point tensors are of this dtype in the block."""
+    """Make this the dtype of new floating-point tensors in the block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -42,7 +42,7 @@ def empty_model(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> tor
     """A model of this dtype on the meta device, frozen."""
     with torch.device("meta"), default_dtype(dtype):
         model = build().eval().requires_grad_(False)
-    for module in model.modules():  # loading casts buffers, too
+    for module in model.modules():  # loading casts buffers as well
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(dtype)
@@ -52,10 +52,10 @@ def empty_model(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> tor
 def materialize(
     model: torch.nn.Module, new: Callable[[str, torch.Tensor], torch.Tensor] | None = None
 ) -> torch.nn.Module:
-    """Replace the parameters and buffers of an empty model; what two modules share stays shared.
+    """Replace the meta tensors of an empty model; tensors that two modules share stay shared.
 
-    new(name in its module, empty tensor) gives a tensor of the same shape and dtype. By default that is torch.empty:
-    inside `without_data` the model then computes with tensors that count as lying in memory, not on meta.
+    new(name in its module, meta tensor) returns a tensor of the same shape and dtype; torch.empty by default. Inside
+    `without_data` those count as tensors in memory, unlike meta tensors.
     """
     new = new or (lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
     made: dict[int, torch.Tensor] = {}
@@ -70,9 +70,9 @@ def materialize(
 
 
 def autocast_as_on_gpu(model: torch.nn.Module) -> None:
-    """Let norms and upsampling give float32 under autocast, as on a GPU; a CPU's autocast leaves their dtype.
+    """Make norms and upsampling return float32 under autocast, as on a GPU; a CPU's autocast keeps their dtype.
 
-    Changes the dtype of norms' weights: count those before.
+    This changes the dtype of the norms' weights, so count weights first.
     """
     norms = (torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm)
     for module in model.modules():
@@ -83,13 +83,13 @@ def autocast_as_on_gpu(model: torch.nn.Module) -> None:
 
 
 def held_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers; what two modules share counts once."""
+    """Bytes of all parameters and buffers; shared tensors count once."""
     tensors = [*model.parameters(), *model.buffers(), *(t for module in model.modules() for t in _scales(module))]
     return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 def _scales(module: torch.nn.Module) -> list[torch.Tensor]:
-    """What a quantised layer (`models/runtime/quantised.py`) holds beside its codes."""
+    """The tensors that a quantised layer (`models/runtime/quantised.py`) holds besides its codes."""
     weight = getattr(module, "weight", None)
     if (four_bits := getattr(weight, "quant_state", None)) is not None:
         return [four_bits.absmax, four_bits.code]
@@ -98,10 +98,9 @@ def _scales(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors that were made while this is active and are still alive, and their peak.
+    """Counts the bytes of all live tensors made while this is active, and their peak.
 
-    on_gpu: with what cuDNN takes for a convolution of 16-bit numbers: copies of its input, weights and output, with
-    channels last.
+    on_gpu: include cuDNN's workspace for 16-bit convolutions: copies of input, weights and output with channels last.
     """
 
     def __init__(self, *, on_gpu: bool = False):
@@ -135,9 +134,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 def count_activations(step: Callable[[], object], *models: torch.nn.Module, on_gpu: bool = False) -> int:
-    """Peak bytes of what `step` makes, besides the weights of `models`. Call it inside `without_data`.
+    """Peak bytes of the tensors that `step` makes, without the weights of `models`. Call it inside `without_data`.
 
-    on_gpu: the scratch space of convolutions counts, too.
+    on_gpu: include the workspace of convolutions.
     """
     with LiveBytes(on_gpu=on_gpu) as live:
         for model in models:
@@ -147,10 +146,10 @@ def count_activations(step: Callable[[], object], *models: torch.nn.Module, on_g
 
 
 def count_offloaded(step: Callable[[], object], *models: torch.nn.Module) -> int:
-    """Peak bytes of what `step` makes and of the layers that are on the GPU meanwhile, streamed from CPU memory.
+    """Peak bytes of the tensors that `step` makes and of the offloaded layers that are on the GPU at the same time.
 
-    Those are the layer at work and the next one, which is on its way. Which is next is what a first run shows, as in
-    diffusers' group offloading by leaves: of a layer that works twice in a row, the next one comes twice.
+    Those are the layer that computes and the next one, which is being prefetched. A first run records the order, as in
+    diffusers' leaf-level group offloading: if a layer runs twice in a row, the next one is prefetched twice.
     """
     sizes = {layer: size for model in models for layer in model.modules() if (size := _own_bytes(layer))}
     order: list[torch.nn.Module] = []
@@ -184,7 +183,7 @@ def _watched(
     begin: Callable[[torch.nn.Module], None],
     end: Callable[[torch.nn.Module], None] | None = None,
 ) -> Iterator[None]:
-    """Call begin(layer) before, and end(layer) after each call of a layer in the block."""
+    """In the block, call begin(layer) before and end(layer) after each call of a layer."""
     hooks = [layer.register_forward_pre_hook(lambda layer, _: begin(layer)) for layer in layers]
     if end:
         hooks += [layer.register_forward_hook(lambda layer, *_: end(layer)) for layer in layers]
@@ -196,9 +195,9 @@ def _watched(
 
 
 def kept_bytes(model: torch.nn.Module, how: str) -> int:
-    """Bytes on the GPU while an empty model (`empty_model`) is in use. For FP8 it is changed.
+    """Bytes of the weights on the GPU while an empty model (`empty_model`) is in use. FP8 changes the model.
 
-    how: not OFFLOADED, of which some layers are there at a time (`count_offloaded`).
+    how: any placement but OFFLOADED, which keeps only a few layers on the GPU (`count_offloaded`).
     """
     if how in (INT8, NF4):
         matrices = [layer.weight for layer in block_linears(model).values()]
@@ -210,7 +209,7 @@ def kept_bytes(model: torch.nn.Module, how: str) -> int:
 
 
 def restored_bytes(model: torch.nn.Module, how: str) -> int:
-    """Bytes of the matrix that a layer kept in fewer bits restores while it is at work, the largest. model: empty."""
+    """Bytes of the largest matrix that a quantised layer restores while it computes. model: empty."""
     if how not in (FP8, INT8, NF4):
         return 0
     return max(layer.weight.nbytes for layer in block_linears(model).values())
@@ -219,4 +218,4 @@ def restored_bytes(model: torch.nn.Module, how: str) -> int:
 def _quantised_bytes(out: int, features: int, how: str) -> int:
     if how == INT8:
         return out * features + 4 * out  # a float32 scale per row
-    return (out * features + 1) // 2 + 4 * -(-out * features // NF4_BLOCK) + 4 * 16  # scales, and the 16 values
+    return (out * features + 1) // 2 + 4 * -(-out * features // NF4_BLOCK) + 4 * 16  # scales, table of 16 values

@@ -1,7 +1,7 @@
 """Memory plans: the phases of each stage and what they hold on the GPU, for every `--memory` mode.
 
 Counted from the configurations of the weights that will be loaded (`benchmarks/memory/counting.py`). A plan is a dict
-{mode: [Phase, …]}; phases follow each other, so the largest decides.
+{mode: [Phase, …]}; phases run one after the other, so the largest decides.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -53,14 +53,14 @@ from utils.files import read_json
 Build = Callable[[], torch.nn.Module]
 FLUX_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 VIDEO_ENCODERS = {"text_encoder": T5EncoderModel}
-LORA_STATE = 3 * 4  # bytes for each LoRA parameter in training: gradient and two moments, float32
+LORA_STATE = 3 * 4  # bytes per trained LoRA parameter: gradient and two moments, float32
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a phase needs besides the weights of what is resident; bytes at its peak.
+    """Peak bytes that a phase needs besides resident weights.
 
-    networks: at work. layers: what the peak grows by when they are streamed; None if no mode streams them.
+    networks: those that compute. layers: growth of the peak if they are offloaded; None if no mode offloads them.
     """
 
     networks: Sequence[str]
@@ -72,7 +72,7 @@ class Work:
 def count_work(
     networks: Mapping[str, torch.nn.Module], step: Callable[[], object], device: str, *, streamed: bool = True
 ) -> Work:
-    """Count a step of these networks. Call it inside `without_data`. streamed: whether some mode streams them."""
+    """Count a step of these networks. Call it inside `without_data`. streamed: whether some mode offloads them."""
     on_gpu = is_gpu(device)
     activations = count_activations(step, *networks.values(), on_gpu=on_gpu)
     layers = count_offloaded(step, *networks.values()) - activations if on_gpu and streamed else None
@@ -80,7 +80,7 @@ def count_work(
 
 
 def flux_builders(paths: dict[str, Path]) -> dict[str, Build]:
-    """{network: how to make an empty one} of FLUX from local paths."""
+    """{network: function that builds it} for FLUX, from the configs in local paths."""
     classes = {
         "transformer": ("flux_transformer", FluxTransformer2DModel),
         "controlnet": ("controlnet", FluxControlNetModel),
@@ -93,7 +93,7 @@ def flux_builders(paths: dict[str, Path]) -> dict[str, Build]:
 
 
 def video_builders(vae: Path, transformer: Path) -> dict[str, Build]:
-    """The same of the in-between model. vae: from `locate`. transformer: folder in either layout."""
+    """`flux_builders` for the in-between model. vae: from `locate`. transformer: folder in either layout."""
     config = transformer / "config.json"
     return {
         "transformer": from_files(
@@ -106,7 +106,7 @@ def video_builders(vae: Path, transformer: Path) -> dict[str, Build]:
 
 
 def from_files(name: str, path: Path, build: Build) -> Build:
-    """The same function; what it cannot build is an InputError that names component and path."""
+    """Wrap `build` so that a failure becomes an InputError naming the component and its path."""
 
     def build_or_say() -> torch.nn.Module:
         try:
@@ -118,14 +118,14 @@ def from_files(name: str, path: Path, build: Build) -> Build:
 
 
 def encoder_builder(folder: Path, name: str, cls: type) -> Build:
-    """How to make an empty text encoder of a pipeline folder."""
+    """A function that builds a text encoder from the config in a pipeline folder."""
     return from_files(name, folder, lambda: cls(AutoConfig.from_pretrained(folder / name, local_files_only=True)))
 
 
 def text_phases(
     folder: Path, encoders: dict[str, type], dtype: torch.dtype, length: int, device: str
 ) -> dict[str, Phase]:
-    """{how they are kept: the text encoders of a pipeline folder, all at once, on one prompt of `length` tokens}."""
+    """{placement: phase of a pipeline folder's text encoders, loaded together, on one prompt of `length` tokens}."""
     models = {cls: empty_model(encoder_builder(folder, name, cls), dtype) for name, cls in encoders.items()}
     held = sum(held_bytes(model) for model in models.values())
     model = models[T5EncoderModel]  # the largest of them
@@ -145,7 +145,7 @@ def _plan(
     text: dict[str, Phase],
     device: str,
 ) -> Plan:
-    """phases: by name, in order. text: from `text_phases`."""
+    """Combine phases into a stage's plan. phases: by name, in order. text: from `text_phases`."""
     plan = {}
     for mode in MEMORY_MODES:
         kept = placement_on(device, stage, mode)
@@ -172,9 +172,9 @@ def plan_anchors(
     *,
     guided: bool,
 ) -> Plan:
-    """Stage 2. size: width, height of an anchor in pixels. rank: of the LoRAs. length: tokens of a prompt.
+    """Plan stage 2. size: width, height of an anchor in pixels. rank: the LoRAs' rank. length: tokens per prompt.
 
-    guided: both branches of true CFG go in one batch.
+    guided: run both branches of true CFG in one batch.
     """
     builders = flux_builders(paths)
     builders |= {name: with_lora(builders[name], rank) for name in ("transformer", "controlnet")}
@@ -194,7 +194,7 @@ def plan_anchors(
 
 
 def with_lora(build: Build, rank: int) -> Build:
-    """The same network with LoRA layers, its fused projections included."""
+    """Wrap `build` so that it adds LoRA layers, with fused projections."""
 
     def build_with_lora() -> ModelMixin:
         model = build()
@@ -215,7 +215,7 @@ def plan_alignment(
     *,
     autocast: torch.dtype | None,
 ) -> Plan:
-    """Stage 1. side: of a training crop in pixels; the largest crop is square. batch: crops per process and step."""
+    """Plan stage 1. side: of a square training crop (the largest), in pixels. batch: crops per process and step."""
     plain = flux_builders(paths)
     builders = plain | {name: with_lora(plain[name], rank) for name in ("transformer", "controlnet")}
     networks = [empty_model(build, dtype) for build in builders.values()]
@@ -232,7 +232,7 @@ def plan_alignment(
         training = count_activations(step, *trained, on_gpu=is_gpu(device))
     count = sum(parameter.numel() for parameter in loras)
     training -= 4 * count  # gradients: counted below
-    master = 4 - torch.empty((), dtype=dtype).element_size()  # beyond the bytes in `dtype`, which `_plan` counts
+    master = 4 - torch.empty((), dtype=dtype).element_size()  # bytes beyond those in `dtype`, which `_plan` counts
     optimizer = count * (LORA_STATE + master)
     phases = {"training": Work(tuple(builders), training, optimizer=optimizer)}
     text = text_phases(paths["flux_text"], FLUX_ENCODERS, dtype, length, device)
@@ -250,7 +250,7 @@ def plan_ggi(
     guided: bool,
     tiling: bool,
 ) -> Plan:
-    """Stage 3. size: width, height of the video in pixels. guided: both branches of guidance go in one batch."""
+    """Plan stage 3. size: width, height of the video in pixels. guided: run both branches of guidance in one batch."""
     builders = video_builders(paths["cogvideox_vae"], transformer)
     networks = [empty_model(build, dtype) for build in builders.values()]
     with without_data(dtype), torch.no_grad():

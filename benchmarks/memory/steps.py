@@ -1,7 +1,7 @@
 """One step of each stage on random inputs of full shape: what memory plans count and benchmarks measure.
 
 A step is a function without arguments that runs the code of the stage itself. Inputs lie on the networks' device, in
-torch's default dtype; made inside `without_data` they have no values.
+torch's default dtype; inside `without_data` they have no values.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def _text(models: FluxModels, batch: int, length: int) -> Text:
 
 
 def anchor_step(models: FluxModels, size: tuple[int, int], length: int, branches: int = 1) -> Pass:
-    """The velocity. size: width, height in pixels. length: tokens of the prompt. branches: 2 with true CFG."""
+    """Predict the velocity. size: width, height in pixels. length: tokens of the prompt. branches: 2 with true CFG."""
     width, height = size
     text = _text(models, branches, length)
     tokens = torch.randn(branches, width * height // 256, 64, device=models.device)
@@ -60,7 +60,7 @@ def alignment_step(
 
 
 def ggi_step(network: CogVideoXTransformer3DModel, size: tuple[int, int], num_frames: int, batch: int) -> Pass:
-    """One pass of the transformer. batch: 2 with guidance, whose branches go together."""
+    """One pass of the transformer. batch: 2 with guidance, for its two branches."""
     config, device = network.config, network.device
     frames, h, w = latent_shape(network, size, num_frames)
     arguments = {
@@ -113,6 +113,6 @@ def video_encoding(vae: AutoencoderKLCogVideoX, size: tuple[int, int], num_frame
 
 
 def video_decoding(vae: AutoencoderKLCogVideoX, shape: tuple[int, int, int]) -> Pass:
-    """shape: of the latents, as `latent_shape` gives it."""
+    """Decode a video. shape: the latents' frames, height and width, from `latent_shape`."""
     latents = torch.randn(1, LATENT_CHANNELS, *shape, device=vae.device)
     return lambda: vae.decode(latents)

@@ -1,6 +1,6 @@
 """The table of memory plans of a weight set: each stage with the script's default settings, on a GPU.
 
-Where an argument decides, the larger plan is in the table (docs/performance.md).
+Where the memory depends on an argument, the table has the larger plan (docs/performance.md).
 """
 
 from dataclasses import asdict
@@ -17,8 +17,8 @@ from models.settings import AlignmentSettings
 from models.weights import load_preset
 from utils.files import read_json
 
-DEVICE = "cuda"  # need not be there: nothing is computed
-BRANCHES = 2  # of guidance, which go in one batch
+DEVICE = "cuda"  # need not exist: nothing is computed
+BRANCHES = 2  # branches of guidance in one batch
 BF16 = torch.bfloat16  # --mixed_precision of both trainings
 
 
@@ -49,7 +49,7 @@ def entry_of(plan: Plan, *, pixels: int, frames: int, batch: int) -> dict:
 
 
 def count_training(weights: str, paths: dict[str, Path], transformer: Path) -> Plan:
-    """transformer: folder with its config.json. The full one has the LoRA of the released transformer inside."""
+    """Plan the training. transformer: folder with its config.json. The full one has the released LoRA inside."""
     preset, config = load_preset(weights), read_json(transformer / "config.json")
     full = weights == "full"
     layers = [f"transformer_blocks.{i}.attn1.{name}" for i in range(config["num_layers"]) for name in RELEASED_LAYERS]

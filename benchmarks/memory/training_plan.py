@@ -26,10 +26,10 @@ from models.inbetween.training import CHANNELS, InbetweenObjective
 from models.runtime.memory import PAGED, RESIDENT, Phase, Plan, is_gpu, placement_on
 from models.runtime.optimizers import Parameters
 
-SMALLEST = 4096  # elements of a tensor whose moments are kept in 8 bits
-SMALLEST_PAGED = 100_000  # elements of a tensor whose moments are paged
+SMALLEST = 4096  # elements from which a tensor's moments are kept in 8 bits
+SMALLEST_PAGED = 100_000  # elements from which a tensor's moments are paged
 SCALED = 256  # elements that share a scale
-TABLES = 2 * 256 * 4  # bytes: what the codes of both moments mean, once for all tensors
+TABLES = 2 * 256 * 4  # bytes: code tables of both moments, shared by all tensors
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class TrainingSetup:
     size: tuple[int, int]
     num_frames: int
     batch: int  # clips per process and step
-    accumulation: int  # batches per update; with more than one, a batch finds the gradients of the one before it
-    checkpointing: bool  # of the blocks' activations
+    accumulation: int  # batches per update; with more than one, the previous batch's gradients are in memory
+    checkpointing: bool  # recompute the blocks' activations in the backward pass
     autocast: torch.dtype | None
     ema_decay: float
-    dtype: torch.dtype  # of the VAE and the text encoder
-    tiling: bool  # of the VAE
+    dtype: torch.dtype  # dtype of the VAE and the text encoder
+    tiling: bool  # run the VAE in tiles
     encoding: bool  # clips are missing from the cache
     processes: int = 1
     sharded: bool = False  # weights, gradients and moments are divided among the processes
@@ -53,7 +53,7 @@ class TrainingSetup:
 def trained_builder(
     config: Mapping, lora_ranks: Mapping[str, int], lora_dtype: torch.dtype
 ) -> Callable[[], torch.nn.Module]:
-    """How to make an empty transformer as it is trained. lora_ranks: {layer: rank} of the frozen LoRA."""
+    """A function that builds the transformer as trained. lora_ranks: {layer: rank} of the frozen LoRA."""
 
     def build() -> torch.nn.Module:
         model = CogVideoXTransformer3DModel.from_config({**config, "in_channels": CHANNELS})
@@ -80,7 +80,7 @@ def empty_trained(build: Callable[[], torch.nn.Module], checkpointing: bool) -> 
 def plan_training(
     paths: Mapping[str, Path], build: Callable[[], torch.nn.Module], setup: TrainingSetup, device: str
 ) -> Plan:
-    """paths: of cogvideox_vae and cogvideox_text. build: from `trained_builder`."""
+    """Plan a training. paths: of cogvideox_vae and cogvideox_text. build: from `trained_builder`."""
     transformer = empty_trained(build, setup.checkpointing)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     weights, gradients = held_bytes(transformer), gradient_bytes(trained)
@@ -117,7 +117,7 @@ def plan_training(
 def sharded_bytes(transformer: torch.nn.Module, trained_only: bool, processes: int) -> int:
     """Bytes of weights, or of the gradients of those that are trained, in one process with FSDP.
 
-    Its part; whole: what lies outside the blocks, and two blocks, one at work and one on its way.
+    Its shard, all parameters outside the blocks, and two full blocks: the one computing and the one being prefetched.
     """
 
     def size(module: torch.nn.Module) -> int:
@@ -131,7 +131,7 @@ def sharded_bytes(transformer: torch.nn.Module, trained_only: bool, processes: i
 def count_vae(vae: Path, transformer: torch.nn.Module, setup: TrainingSetup, on_gpu: bool) -> tuple[int, int, int]:
     """Bytes of the VAE's weights, and of the activations of encoding and decoding a clip.
 
-    on_gpu: autocast and convolutions count as they are there.
+    on_gpu: count autocast and convolutions as on a GPU.
     """
     build = video_builders(vae, Path())["vae"]
     model = empty_model(build, setup.dtype)
@@ -150,13 +150,13 @@ def count_vae(vae: Path, transformer: torch.nn.Module, setup: TrainingSetup, on_
 def count_transformer(
     transformer: torch.nn.Module, trained: list[torch.nn.Parameter], setup: TrainingSetup
 ) -> tuple[int, int]:
-    """Bytes of the activations of a training step, and of a step of a sample sheet. The transformer gets tensors."""
+    """Bytes of the activations of a training step, and of a step of a sample sheet. Materializes the model."""
     with without_data(torch.float32):
         objective = InbetweenObjective(materialize(transformer), CogVideoXDDIMScheduler())
         step = inbetween_training_step(objective, setup.size, setup.num_frames, setup.batch, lambda: autocast(setup))
         training = count_activations(step, transformer) - gradient_bytes(trained)
         if setup.accumulation > 1 or setup.processes > 1:
-            gradients = holder([p.grad for p in transformer.parameters() if p.grad is not None])  # of the batch before
+            gradients = holder([p.grad for p in transformer.parameters() if p.grad is not None])  # accumulated
             training = count_activations(step, transformer, gradients)
         with torch.no_grad(), autocast(setup):
             denoising = count_activations(ggi_step(transformer, setup.size, setup.num_frames, 1), transformer)
@@ -172,7 +172,7 @@ def gradient_bytes(parameters: Parameters) -> int:
 
 
 def moment_bytes(parameters: Parameters, moments: str) -> int:
-    """Bytes on the GPU of both moments. Of paged ones: the scales, and the largest tensor's, which is at work."""
+    """Bytes of both moments on the GPU. If paged: the scales, and the codes of the largest tensor, being updated."""
     if moments == RESIDENT:
         return 2 * gradient_bytes(parameters)
     sizes = [parameter.numel() for parameter in parameters]
@@ -186,20 +186,20 @@ def moment_bytes(parameters: Parameters, moments: str) -> int:
 
 
 def update_bytes(parameters: Parameters, moments: str, device: str) -> int:
-    """Peak bytes of what one update makes besides gradients and moments, counted by running one without data.
+    """Peak bytes of the temporary tensors of one update, counted by running one without data.
 
-    On a GPU, PyTorch's AdamW works on all tensors at once; bitsandbytes' kernels work in place.
+    On a GPU, PyTorch's AdamW updates all tensors at once; bitsandbytes' kernels work in place.
     """
     on_gpu = is_gpu(device)
     if moments != RESIDENT:
         largest = max((parameter.numel() for parameter in parameters if parameter.numel() >= SMALLEST), default=0)
-        return 0 if on_gpu else 5 * 4 * largest  # both moments, gradient and weight in float32, a denominator
+        return 0 if on_gpu else 5 * 4 * largest  # float32: both moments, gradient, weight, denominator
     with without_data(torch.float32):
         copies = [torch.nn.Parameter(torch.empty(parameter.shape)) for parameter in parameters]
         for copy in copies:
             copy.grad = torch.empty_like(copy)
         optimizer = torch.optim.AdamW(copies, foreach=on_gpu)
-        optimizer.step()  # makes the moments
+        optimizer.step()  # creates the moments
         states = [value for state in optimizer.state.values() for value in state.values()]
         return count_activations(optimizer.step, holder([*copies, *(copy.grad for copy in copies), *states]))
 
