@@ -3,7 +3,7 @@
     python evaluate.py --video assets/sampleA/multiviews/RUN/d0.5_e1350_n30 --reference assets/references/boxtown.png
 
 The video is a run folder of ggi.py, a folder of numbered frames, or a video file, of 46 N or 45 N + 1 frames for a
-path of N arcs. Metrics that lack something say what: `n/a: needs scene.glb`. docs/metrics.md explains them all.
+path of N arcs. A metric that lacks an input names it: `n/a: needs scene.glb`. docs/metrics.md explains all metrics.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from utils.images import read_image
 from utils.layout import find_scene, load_scene
 from utils.videos import read_frames
 
-DIGITS = 6  # after the point, in JSON
+DIGITS = 6  # decimal places in JSON
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_truth(path: Path, frames: np.ndarray, num_arcs: int) -> np.ndarray:
-    """The true frames. Raises InputError unless they have the size of the video."""
+    """Read the true frames. Raises InputError unless they have the size of the video."""
     truth = read_frames(path, num_arcs)
     if truth.shape != frames.shape:
         (height, width), (wanted_height, wanted_width) = truth.shape[1:3], frames.shape[1:3]

@@ -7,7 +7,7 @@ frames per arc; the video shows the frame that two arcs share once. The same com
 
     accelerate launch --num_processes 4 ggi.py --target RUN_A RUN_B … [--no-chain]
 
-shares runs among processes, and with --no-chain single arcs; the files do not depend on how many there are.
+divides runs among processes, or single arcs with --no-chain; the files do not depend on the number of processes.
 """
 
 import hashlib
@@ -103,7 +103,7 @@ def parse_args() -> Arguments:
 
 
 def check_anchors(anchors: Sequence[Path]) -> None:
-    """Raise InputError unless all anchors are readable and of one size."""
+    """Raise InputError unless all anchors are readable and have one size."""
     shapes = [read_image(path).shape for path in anchors]
     for path, shape in zip(anchors, shapes, strict=True):
         if shape != shapes[0]:
@@ -113,7 +113,7 @@ def check_anchors(anchors: Sequence[Path]) -> None:
 
 
 def check_size(args: Arguments, config: dict) -> None:
-    """Refuse sizes that the transformer cannot do. config: its config.json."""
+    """Raise InputError for a size that the transformer does not support. config: its config.json."""
     if config.get("in_channels") != 48:
         raise InputError(f"the transformer has {config.get('in_channels')} input channels; in-betweening needs 48")
     frames = (LATENT_FRAMES - 1) * config["temporal_compression_ratio"] + 1
@@ -131,7 +131,7 @@ def check_size(args: Arguments, config: dict) -> None:
 
 
 def result_arguments(args: Arguments, scene: Scene, anchors: Sequence[Path], noises: Sequence[np.ndarray]) -> dict:
-    """What decides the video: arguments, and inputs by their content."""
+    """The arguments, and hashes of the inputs, that decide the video."""
     edges = [path for arc in scene.arcs for path in arc.edge_paths]
     return args.identity() | {
         "anchors_sha256": files_sha256(anchors),
@@ -141,7 +141,7 @@ def result_arguments(args: Arguments, scene: Scene, anchors: Sequence[Path], noi
 
 
 def open_job(args: Arguments, preset: Preset, target: Path) -> VideoJob:
-    """Read what `target` holds and open its video's run. Raises InputError for what cannot be used."""
+    """Read the anchors' folder `target` and open its video's run. Raises InputError for unusable input."""
     if not target.is_dir():
         raise InputError(f"run folder {target} does not exist: give one that sag_generate_anchor_view.py wrote")
     scene = load_scene(args.scene or find_scene(target))
@@ -183,7 +183,7 @@ def main() -> None:
 
 
 def fill_arcs(args: Arguments, preset: Preset, jobs: list[VideoJob], transformer: Path) -> None:
-    """Generate every arc that is not there yet, shared among all processes."""
+    """Generate all missing arcs, divided among the processes."""
     with heavy_imports():
         from models.inbetween.pipeline import InbetweenStage, caption_image
         from models.runtime.memory import look_up_plan
@@ -198,7 +198,7 @@ def fill_arcs(args: Arguments, preset: Preset, jobs: list[VideoJob], transformer
     plan = look_up_plan(preset.name, "ggi", pixels=pixels, frames=args.num_frames, batch=1 + guided)
     runtime = open_runtime(args, preset, "ggi", plan)
     with runtime.advise_on_oom():
-        for job in uncaptioned:  # alike in every process: its draws are seeded
+        for job in uncaptioned:  # the same in every process, because sampling is seeded
             anchor = read_image(job.anchors[0])
             job.prompt = caption_image(anchor, caption_model, runtime.device, runtime.dtype, args.seed)
         prompts = [job.prompt for job in jobs]
@@ -213,7 +213,7 @@ def fill_arcs(args: Arguments, preset: Preset, jobs: list[VideoJob], transformer
 
 
 def fill_shares(stage: "InbetweenStage", shares: Sequence[tuple[VideoJob, list[Arc]]]) -> None:
-    """Generate what is this process's to do. Files are written while the next arc is denoised."""
+    """Generate this process's share of the arcs. Files are written while the next arc is denoised."""
     from models.latents import find_or_make
 
     todo = [(job, arc) for job, arcs in shares for arc in arcs if not is_done(job.run, arc)]
@@ -226,7 +226,7 @@ def fill_shares(stage: "InbetweenStage", shares: Sequence[tuple[VideoJob, list[A
             frames = stage.decode(latents)
             write_image(chain_path(job.run.folder, arc.index + 1), frames[-1])
             if writing:
-                writing.result()  # the frames of one arc at most wait for the disk
+                writing.result()  # at most one arc's frames wait for the disk
             writing = disk.submit(save, job, arc, frames, main)
         if writing:
             writing.result()
@@ -239,7 +239,7 @@ def save(job: VideoJob, arc: Arc, frames: np.ndarray, main: bool) -> None:
 
 
 def share_arcs(jobs: Sequence[VideoJob], chain: bool) -> list[tuple[VideoJob, list[Arc]]]:
-    """What one process does in one go. Chained arcs follow each other; others are free."""
+    """Units of work for one process each: all arcs of a run if they are chained, otherwise single arcs."""
     if chain:
         return [(job, list(job.scene.arcs)) for job in jobs]
     return [(job, [arc]) for job in jobs for arc in job.scene.arcs]

@@ -51,7 +51,7 @@ from utils.scene.views import View, correspondence, make_views
 from utils.scene.write import write_glb
 
 MANIFEST = "preprocess.json"
-FPS = 24  # of animated cameras
+FPS = 24  # default for animated cameras
 SMALLEST_EDGES = 16  # pixels
 FILES = ARC_FRAMES + LATENT_FRAMES  # edges, maps and corres_end.png of an arc
 OWNED = ("arc[0-9]", "arc[0-9][0-9]", "arc[0-9][0-9][0-9]", SCENE_FILE, CAMERAS_FILE, MANIFEST, PREVIEW_FOLDER)
@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def load_path(args: argparse.Namespace, geometry: Geometry) -> CameraPath:
-    """The camera path, cut to --frames, brought to 45 N + 1 poses, with intrinsics for the edge frames."""
+    """Read the camera path, cut to --frames, resampled to 45 N + 1 poses, with intrinsics for the edge frames."""
     if args.path:
         bounds = np.stack([geometry.vertices.min(0), geometry.vertices.max(0)])
         path = builtin_path(args.path, bounds, geometry.up, args.num_arcs or 1, args.fps or FPS)
@@ -100,7 +100,7 @@ def load_path(args: argparse.Namespace, geometry: Geometry) -> CameraPath:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Whatever can be refused without reading a file."""
+    """Raise InputError for arguments that are wrong whatever the files hold."""
     elements_per_cell(args.map_size, args.latent_size)
     check_edge_detector(args.edges)
     (width, height), (map_width, map_height) = args.edge_size, args.map_size
@@ -122,7 +122,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def result_arguments(args: argparse.Namespace, geometry: Geometry, path: CameraPath) -> dict:
-    """What decides the arcs: flags, and mesh and path by content, whatever file they came from."""
+    """The flags, and hashes of mesh and path (not of their files), that decide the arcs."""
     chosen = {key: getattr(args, key) for key in ("edges", "edge_size", "map_size", "latent_size", "no_sky", "seed")}
     return chosen | {
         "scene_sha256": _sha256(geometry.vertices, geometry.faces, geometry.components, geometry.smooth),
@@ -159,7 +159,7 @@ def main() -> None:
 
 
 def make_scene(args: argparse.Namespace, geometry: Geometry, path: CameraPath, arcs: list[Arc], run: Run) -> None:
-    """Write every arc that is not there yet, and the scene and cameras as they were used."""
+    """Write all missing arcs, and the scene and cameras as they were used."""
     caster = RayCaster(geometry)
     views = make_views(path, args.edge_size), make_views(path, args.map_size)
     found = survey(caster, views[1])
@@ -202,7 +202,7 @@ def make_arc(
     pool: ThreadPoolExecutor,
     bar: tqdm,
 ) -> dict[str, float]:
-    """Write one arc, whole or not at all; returns its statistics."""
+    """Write one arc, completely or not at all; returns its statistics."""
     edge_views, map_views = views
     numbers = latent_frame_numbers(arc.first, arc.last)
     pairs = [*itertools.pairwise(numbers), (arc.first, arc.last)]
@@ -224,12 +224,12 @@ def make_arc(
         )
         write_noise(partial.noise_path(args.latent_size), noise)
     return {
-        # Of the last frame's pixels, those whose point the first frame shows, too: sky included, and surfaces alone.
+        # Share of the last frame's pixels whose point the first frame shows as well: with sky, and surfaces only.
         "covisible_share": round(float(found[-1].visible.mean()), 4),
         "covisible_surface_share": round(float((found[-1].visible & found[-1].hit).mean()), 4),
-        # Between latent frames: surfaces that were in the picture before, but hidden.
+        # Between latent frames: share of pixels whose surface was inside the previous picture but hidden.
         "occluded_share": round(float(np.mean([one.occluded.mean() for one in found[:-1]])), 4),
-        "edge_density": round(float(np.mean(density)), 4),  # pixels above 127
+        "edge_density": round(float(np.mean(density)), 4),  # share of pixels above 127
     }
 
 

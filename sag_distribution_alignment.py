@@ -57,7 +57,7 @@ def parse_args() -> Arguments:
 
 
 def resume_step(args: Arguments, run: Run) -> int:
-    """The checkpoint to go on from; 0 to start."""
+    """Step of the checkpoint to resume from; 0 to start."""
     wanted, found = args.resume_from_checkpoint.removeprefix("checkpoint-"), list(find_checkpoints(run.folder))
     if run.replaces or (not found and wanted in ("latest", "none")):
         return 0

@@ -1,4 +1,4 @@
-"""Sparse anchor views: the first and last frame of every arc in the reference's style (stage 2).
+"""Sparse anchor views: the first and last frame of every arc, in the reference's style (stage 2).
 
     python sag_generate_anchor_view.py --epoch 400 --target assets/sampleA --pfix NAME --num_replacement 12
 
@@ -7,7 +7,7 @@ depend on the one before, so they are drawn in order; the same command continues
 
     accelerate launch --num_processes 4 sag_generate_anchor_view.py --target SCENE_A SCENE_B --pfix X Y --seed 1 2 …
 
-draws every scene in every style from every seed. Processes share them; the files do not depend on how many there are.
+draws every scene in every style from every seed. The files do not depend on the number of processes that share them.
 """
 
 import os
@@ -107,7 +107,7 @@ def parse_args() -> Arguments:
 
 
 def anchor_size(args: Arguments, preset: Preset, scene: Scene) -> tuple[int, int]:
-    """(width, height) in pixels. The edge frames' own size is floored, as in the reference; a given one must fit."""
+    """(width, height) in pixels. The edge frames' size is rounded down, as in the reference; a given size must fit."""
     multiple = preset.image_multiple
     for name in ("width", "height"):
         given = getattr(args, name)
@@ -125,14 +125,14 @@ def anchor_size(args: Arguments, preset: Preset, scene: Scene) -> tuple[int, int
 def result_arguments(
     args: Arguments, scene: Scene, pfix: str, prompts: list[str], size: tuple[int, int], loras: Sequence[Path]
 ) -> dict:
-    """What decides the pictures, but the seed: arguments, and files by their content."""
+    """The arguments, and hashes of the files, that decide the pictures, except the seed."""
     inputs = [*scene.anchor_edge_paths, *(arc.corres_end_path for arc in scene.arcs)]
     hashes = {"scene_sha256": files_sha256(inputs), "loras_sha256": files_sha256(loras)}
     return args.identity() | {"pfix": pfix, "prompt": prompts, "width": size[0], "height": size[1]} | hashes
 
 
 def open_job(args: Arguments, preset: Preset, scene: Scene, pfix: str, loras: Sequence[Path], seed: int) -> AnchorJob:
-    """The run to continue or begin, for one scene, LoRA and seed. Raises InputError for what cannot be used."""
+    """Continue or begin the run of one scene, LoRA and seed. Raises InputError for unusable input."""
     prompts, size = pad_prompts(args.prompt, len(scene.arcs) + 1), anchor_size(args, preset, scene)
     arguments = result_arguments(args, scene, pfix, prompts, size, loras)
     automatic = automatic_precision(args, preset.dtype, resolve_device(args.device))
@@ -142,7 +142,7 @@ def open_job(args: Arguments, preset: Preset, scene: Scene, pfix: str, loras: Se
         seed = draw_seed() if unfinished is None else unfinished
         print(f"seed {seed}" + ("" if unfinished is None else ", continuing an unfinished run"))
     name = anchor_run_name(pfix, prompts, args.epoch, seed, args.num_replacement)
-    # Videos of these anchors are folders of their own, which stay when the anchors are drawn anew.
+    # Videos of these anchors have their own folders, which stay when the anchors are drawn again.
     run = open_run(
         parent / name,
         arguments | {"seed": seed},
@@ -185,7 +185,7 @@ def main() -> None:
 def draw_anchors(
     args: Arguments, preset: Preset, jobs: list[AnchorJob], loras: Mapping[str, tuple[Path, Path]]
 ) -> None:
-    """Draw all anchors that are not there yet, shared among all processes. loras: files of each --pfix."""
+    """Draw all missing anchors, divided among the processes. loras: {pfix: its two LoRA files}."""
     with heavy_imports():
         from models.flux.anchors import AnchorStage
         from models.flux.lora import read_loras
@@ -217,7 +217,7 @@ def draw_anchors(
 
 
 def draw_job(stage: "AnchorStage", job: AnchorJob, progress: tqdm) -> None:
-    """All anchors of one scene, in order, and their contact sheet."""
+    """Draw all anchors of one scene, in order, and their contact sheet."""
     from models.latents import find_or_make
 
     for k in range(len(job.prompts)):
@@ -234,7 +234,7 @@ def draw_job(stage: "AnchorStage", job: AnchorJob, progress: tqdm) -> None:
 
 
 def denoise_anchor(stage: "AnchorStage", job: AnchorJob, k: int, progress: tqdm) -> "torch.Tensor":
-    """Latents [1, 16, h, w] of anchor k. Writes the warped anchor before it and its mask."""
+    """Denoise anchor k; returns latents [1, 16, h, w]. Writes the warped previous anchor and its mask."""
     from models.flux.anchors import Anchor
 
     folder = job.run.folder

@@ -1,4 +1,4 @@
-"""Training of the in-between transformer: CogVideoX between two images, along edges and warped noise.
+"""Training of the in-between transformer: CogVideoX between two images, guided by edges and warped noise.
 
     python train_ggi.py --weights full --dataset DL3DV-10K --captions captions.json --lora go_with_the_flow.safetensors
     accelerate launch --config_file configs/fsdp.yaml --num_processes 8 train_ggi.py …    # or configs/ddp.yaml
@@ -50,13 +50,13 @@ if TYPE_CHECKING:
 
 SYNTHETIC = "synthetic"
 START = "cogvideox_transformer"
-FOLDER_FLAGS = ("captions", "edges", "flow", "stride", "windows")  # of --dataset FOLDER alone
+FOLDER_FLAGS = ("captions", "edges", "flow", "stride", "windows")  # flags that apply only to --dataset FOLDER
 
 
 def parse_args() -> Arguments:
     parser = Parser(__doc__)
     add, where = parser.add_argument, partial(parser.add_argument, decides=False)
-    # What a dataset is counts by its clips' names and identity.
+    # Clip names and the dataset's identity decide the result, not these flags.
     where("--dataset", required=True, metavar="FOLDER|synthetic", help="folder of clips, or towns drawn on the fly")
     where("--clips", type=positive_int, help="clips of the synthetic dataset (default: 1000)")
     where(
@@ -80,7 +80,7 @@ def parse_args() -> Arguments:
 
 
 def open_dataset(args: Arguments, preset: Preset) -> ClipSource:
-    """The clips. Raises InputError when they are not usable, or a flag belongs to the other kind of dataset."""
+    """Open the clips. Raises InputError when they are unusable, or a flag belongs to the other kind of dataset."""
     wrong = FOLDER_FLAGS if args.dataset == SYNTHETIC else ("clips",)
     if given := [name for name in wrong if getattr(args, name) is not None]:
         raise InputError(f"--{given[0]} does not go with --dataset {args.dataset}")
@@ -104,7 +104,7 @@ def open_dataset(args: Arguments, preset: Preset) -> ClipSource:
 
 
 def find_start(args: Arguments, preset: Preset) -> Path:
-    """Folder of the start weights."""
+    """Find the folder of the start weights."""
     folder = args.init_from or component_folder(START, locate(args, preset, [START])[START])
     if not (folder / "config.json").is_file() or not (args.from_scratch or any(folder.glob("*.safetensors"))):
         raise InputError(f"{folder} holds no transformer: expected config.json and *.safetensors")
@@ -112,7 +112,7 @@ def find_start(args: Arguments, preset: Preset) -> Path:
 
 
 def result_arguments(args: Arguments, source: ClipSource) -> dict:
-    """What decides the weights. Those to start from count by their flags here and by hashes in the manifest."""
+    """What decides the trained weights. Start weights are named by flags here and by hashes in the manifest."""
     names = "\n".join(source.name(i) for i in range(len(source)))
     return args.identity() | {
         "clips": source.identity() | {"count": len(source), "sha256": hashlib.sha256(names.encode()).hexdigest()}
@@ -122,7 +122,7 @@ def result_arguments(args: Arguments, source: ClipSource) -> dict:
 def main() -> None:
     args = parse_args()
     preset = load_preset(args.weights)
-    args.dtype = preset.dtype if args.dtype == "auto" else args.dtype  # of what is saved: alike on every machine
+    args.dtype = preset.dtype if args.dtype == "auto" else args.dtype  # of saved weights: the same on every machine
     source = open_dataset(args, preset)
     if args.lora and not args.lora.is_file():
         raise InputError(f"--lora {args.lora} does not exist")
@@ -139,7 +139,7 @@ def main() -> None:
     settle_precision(args, [run])
     if run.trained_steps >= args.max_train_steps:
         require_same_weights(run, args, preset, GGI_STAGE)
-        if not run.finished:  # it was stopped after its last checkpoint
+        if not run.finished:  # interrupted after its last checkpoint
             run.finish(steps=args.max_train_steps)
         print(f"{run.folder} is finished; raise --max_train_steps to train on")
         return
@@ -174,7 +174,7 @@ def train(args: Arguments, preset: Preset, source: ClipSource, run: Run, paths: 
 
 
 def open_cache(args, preset: Preset, source: ClipSource, paths: dict[str, Path], weights: dict, length: int):
-    """The ClipCache of these clips and networks. weights: hashes of the networks. length: tokens of a caption."""
+    """Open the ClipCache of these clips and networks. weights: the networks' hashes. length: tokens per caption."""
     from models.inbetween.clip_cache import ClipCache
 
     precision = {"dtype": args.dtype, "mixed_precision": args.mixed_precision}
@@ -185,9 +185,9 @@ def open_cache(args, preset: Preset, source: ClipSource, paths: dict[str, Path],
 
 
 def fill_cache(runtime: "Runtime", source: ClipSource, paths: dict[str, Path], cache, length: int) -> None:
-    """Encode what is not encoded yet: clips by all processes, captions by the first. Networks are freed again.
+    """Encode what the cache lacks: clips in all processes, captions in the first. Frees the networks afterwards.
 
-    length: tokens of a caption.
+    length: tokens per caption.
     """
     from models.inbetween.clip_cache import ClipEncoder
     from models.inbetween.pipeline import encode_video_prompts, load_video_vae
