@@ -94,6 +94,7 @@ def test_sharded_training():
 # --- the start of a script ---
 
 
+@pytest.mark.slow
 def test_scripts_count_nothing():
     """No file that a script runs imports the counting, and looking up imports no diffusers."""
     files = [*ROOT.glob("*.py"), *(ROOT / "models").rglob("*.py"), *(ROOT / "utils").rglob("*.py")]

@@ -39,12 +39,14 @@ def answer(**environment: str) -> bool:
     return done.stdout.strip() == "True"
 
 
+@pytest.mark.slow
 @X86
 def test_a_cpu_computes_in_bfloat16_where_it_has_instructions():
     flags = set(Path("/proc/cpuinfo").read_text().split())
     assert answer(ONEDNN_MAX_CPU_ISA="ALL") == bool({"avx512_bf16", "amx_bf16"} & flags)
 
 
+@pytest.mark.slow
 @X86
 def test_a_cpu_that_is_held_back_does_not():
     assert not answer(ONEDNN_MAX_CPU_ISA="AVX2")
@@ -218,6 +220,7 @@ def test_runs_begun_otherwise_are_refused_together(tmp_path: Path, machine, work
     assert len(work) == 2
 
 
+@pytest.mark.slow
 def test_anchors_go_on_in_the_precision_of_the_first(tmp_path: Path, machine, capfd):
     """From end to end: another machine draws the second anchor as the first one would have."""
     command = (*commands(tmp_path)[ANCHORS], "--seed", 1, "--num_steps", 2, "--num_replacement", 1)

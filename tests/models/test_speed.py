@@ -108,12 +108,14 @@ def test_positions_turn_pairs_of_neighbours():
     torch.testing.assert_close(x, torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2))
 
 
+@pytest.mark.slow
 def test_a_cache_that_never_holds_changes_nothing(fill: Fill):
     (exact, all_runs), (cached, runs) = fill(None), fill(1e-9)
     assert all_runs == runs == STEPS
     assert torch.equal(exact, cached)
 
 
+@pytest.mark.slow
 def test_steps_are_skipped_and_the_latents_stay_near(fill: Fill):
     (exact, _), (near, some), (far, few) = fill(None), fill(0.2), fill(0.6)
     assert 1 <= few < some < STEPS
@@ -121,6 +123,7 @@ def test_steps_are_skipped_and_the_latents_stay_near(fill: Fill):
     assert 0 < distances[0] < distances[1] < 0.5
 
 
+@pytest.mark.slow
 def test_every_arc_begins_with_an_empty_cache(fill: Fill):
     first, _ = fill(0.2)
     fill(0.2, 7)
@@ -234,6 +237,7 @@ def test_what_is_there_already_is_not_kept_for_ever():
     assert gc.get_freeze_count() == frozen
 
 
+@pytest.mark.slow
 def test_libraries_have_nothing_to_say():
     """With their warnings on, which the scripts switch off."""
     code = """

@@ -164,6 +164,7 @@ def test_anchors_are_the_ends_of_two_arcs() -> None:
     assert ANCHORS == [0, 45, 90]
 
 
+@pytest.mark.slow
 def test_reference_shows_every_major_class() -> None:
     assert set(ENOUGH) == set(MAJOR_CLASSES)
     assert completeness(ENOUGH) > completeness(ENOUGH | {"sky": 0.0}) + 0.9

@@ -120,6 +120,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, arrays: dict[str, np
 # Towns and clips
 
 
+@pytest.mark.slow
 def test_a_town_is_drawn_once_and_again_when_damaged(tmp_path: Path):
     town = cached_town("test", 0, tmp_path, SMALL)
     assert town.images.shape == (VIEWS, STYLES, 24, 36, 3) and town.edges.shape == (VIEWS, 24, 36)
