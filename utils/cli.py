@@ -1,4 +1,4 @@
-"""What every script shares on its command line: bad input becomes one line and exit code 2, never a traceback."""
+"""Command line of all scripts: flags, argument types, and errors as one line with exit code 2, never a traceback."""
 
 import argparse
 import dataclasses
@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
-LARGEST_SIDE = 16384  # of pictures on the command line
+LARGEST_SIDE = 16384  # pixels; limit of the sizes that flags accept
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message says what, where, and what to do, in one line."""
+    """Invalid user input. The message says what is wrong, where, and what to do, in one line."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The module docstring as it stands, and the default of every flag that has one."""
+    """Help with the module docstring as written, and the default of every flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or isinstance(action.default, bool):
@@ -30,28 +30,28 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Arguments(argparse.Namespace):
-    """Parsed flags, which know what they decide."""
+    """Parsed flags, which know whether they decide the result."""
 
     __slots__ = ("actions",)  # not among the flags of vars()
 
     def identity(self) -> dict[str, object]:
-        """{flag: value} of those that decide the result, for a manifest. Others say where, how fast, how far."""
+        """{flag: value} of flags that decide the result, for a manifest; not those for folders, speed or length."""
         free = {action.dest for action in self.actions if not getattr(action, "decides", True)}
         return {name: value for name, value in vars(self).items() if name not in free}
 
     def defaults(self) -> dict[str, object]:
-        """What a manifest means that is older than a flag."""
+        """Values to assume for flags that an older manifest lacks."""
         return {action.dest: action.default for action in self.actions}
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, like all others. `doc` is the module docstring."""
+    """A parser that reports errors in one line, as the scripts do. doc: the module docstring."""
 
     def __init__(self, doc: str, prog: str | None = None):
         super().__init__(prog=prog, description=doc, formatter_class=Help)
 
     def add_argument(self, *names: str, decides: bool = True, **options) -> argparse.Action:
-        """argparse's own. decides: whether the value decides the result, see `Arguments.identity`."""
+        """Like argparse's own. decides: whether the value decides the result, see `Arguments.identity`."""
         action = super().add_argument(*names, **options)
         action.decides = decides
         return action
@@ -87,7 +87,7 @@ def settings_of(settings: type, args: argparse.Namespace):
 
 def run_script(main: Callable[[], None]) -> None:
     """Call `main` and exit: 0, 2 for bad input, 3 when the machine fails (disk full, I/O error), 130 on Ctrl-C."""
-    for library in ("TRANSFORMERS", "DIFFUSERS"):  # read when they are imported; their errors still raise
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # read when the libraries are imported; errors are still raised
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     # OpenMP threads that spin while they wait are many times slower when anything else runs on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -109,9 +109,9 @@ def run_script(main: Callable[[], None]) -> None:
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Import the libraries of the networks in the block, and let no search for garbage touch what they bring.
+    """Import the heavy libraries inside the block, and exclude their objects from garbage collection.
 
-    It is half a million objects that stay: searches cost two seconds of the imports, and two more at the exit.
+    They are half a million permanent objects: collections would cost two seconds of the imports and two at the exit.
     """
     if "diffusers" in sys.modules:
         yield
@@ -206,7 +206,7 @@ def non_negative_float(text: str) -> float:
 
 
 def decay(text: str) -> float:
-    """argparse type: a number in [0, 1), the share that a running mean keeps."""
+    """argparse type: a number in [0, 1), the decay of a running mean."""
     value = unit_float(text)
     if value == 1:
         raise argparse.ArgumentTypeError(f"{text} would keep everything: use a number below 1")
@@ -238,6 +238,6 @@ def require_writable(folder: Path) -> None:
         existing = existing.parent
     if not existing.is_dir():
         raise InputError(f"cannot write to {folder}: {existing} is not a folder")
-    # Permission bits count for root too: a folder that was made read-only is meant to stay as it is.
+    # Permission bits count for root too: a read-only folder is meant to stay unchanged.
     if not os.access(existing, os.W_OK | os.X_OK) or not existing.stat().st_mode & 0o222:
         raise InputError(f"cannot write to {folder}: {existing} is read-only; write elsewhere")

@@ -3,8 +3,8 @@
     python -m utils.edges reference.png edges.png                # classical detector, needs nothing
     python -m utils.edges reference.png edges.png --edges hed    # HED network, needs `pip install controlnet_aux`
 
-`soft_edges` imitates HED with OpenCV alone: contrast in Lab that holds at several scales and is no texture, thinned to
-its crest and drawn with a soft pen. Lengths are in pixels of a picture REFERENCE_WIDTH wide and shrink with it.
+`soft_edges` imitates HED with OpenCV alone: Lab contrast that is present at several scales and is not texture,
+thinned to its crest and drawn with a soft pen. Lengths are in pixels at REFERENCE_WIDTH and scale with the picture.
 """
 
 import functools
@@ -23,10 +23,10 @@ from utils.images import read_image, resize_image, write_image
 DETECTORS = ("lines", "hed")
 HED_WEIGHTS = "lllyasviel/Annotators"
 REFERENCE_WIDTH = 1080  # wider pictures are analysed at this width and their lines enlarged
-SMALL_WIDTH = 320  # narrower ones are enlarged, at most twice: their details are smaller than the least kernels
+SMALL_WIDTH = 320  # narrower ones are enlarged, at most twofold: their details are finer than the smallest kernels
 STEP_PEAK = math.sqrt(2 * math.pi)  # a step of height 1, blurred by sigma, has the gradient 1 / (STEP_PEAK sigma)
 
-# Standard deviations of Gaussians: (at REFERENCE_WIDTH, least).
+# Standard deviations of Gaussians: (at REFERENCE_WIDTH, minimum), in pixels.
 FINE = (1.2, 0.8)
 COARSER = (((2.2, 1.2), 0.6), ((5.0, 2.0), 0.25))  # added to FINE; share of unsigned gradients, which thin lines need
 CREST = (2.0, 0.7)  # joins the two sides of a thin line into one crest
@@ -34,10 +34,10 @@ SURROUND = (20.0, 4.0)
 PEN = (2.0, 0.8)
 
 TEXTURE_PENALTY = 2.0
-CONTRAST = (4.0, 7.5)  # Lab units that a lone edge needs: at REFERENCE_WIDTH, in a tiny picture with its coarser grain
-SURROUND_WEIGHT = 2.2  # what the edges near by ask for on top
+CONTRAST = (4.0, 7.5)  # Lab units that an isolated edge needs: at REFERENCE_WIDTH, and in a tiny, coarser picture
+SURROUND_WEIGHT = 2.2  # how much nearby edges raise that threshold
 FAINTEST, FULL = 0.08, 0.5  # visibility drawn as black, as white
-SHORTEST = (50.0, 6.0)  # extent of a line drawn at half its brightness; half as long: gone
+SHORTEST = (50.0, 6.0)  # extent of a line drawn at half brightness; half as long: gone
 PEN_PRESSURE = 1.7  # above 1 the middle of a line saturates, which makes it wider than the pen
 
 
@@ -92,25 +92,25 @@ def check_edge_detector(name: str) -> None:
 
 
 def edge_detector(name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The function behind `--edges NAME`: RGB uint8 [H, W, 3] -> edges uint8 [H, W, 3]. Loads what it needs."""
+    """The function for `--edges NAME`: RGB uint8 [H, W, 3] -> edges uint8 [H, W, 3]. Loads its network, if any."""
     check_edge_detector(name)
     if name == "lines":
         return soft_edges
-    _hed_network()  # now, so that missing weights are reported before work begins, and threads find it loaded
+    _hed_network()  # load now, so that missing weights are reported before work begins, and before threads start
     return hed_edges
 
 
 def _edge_strength(image: np.ndarray, scale: float) -> np.ndarray:
     """Contrast across each pixel in Lab units, float32 [H, W]: the geometric mean over three scales.
 
-    Gradients of a texture point everywhere and cancel when averaged: the share that survives discounts a scale. The
+    Gradients of a texture point everywhere and cancel when averaged: each scale is weighted by the share left. The
     two sides of a thin line cancel too, unless opposite gradients count as equal: each scale mixes both averages.
     """
     lab = _blur(cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB), FINE, scale)
     gx, gy = cv2.Scharr(lab, -1, 1, 0, scale=1 / 32), cv2.Scharr(lab, -1, 0, 1, scale=1 / 32)
     xx, yy, xy = _over_channels(gx * gx), _over_channels(gy * gy), _over_channels(gx * gy)
     slope = np.sqrt(xx + yy)
-    doubled = cv2.merge([xx - yy, 2 * xy]) / np.maximum(slope, 1e-6)[..., None]  # at twice the angle opposites agree
+    doubled = cv2.merge([xx - yy, 2 * xy]) / np.maximum(slope, 1e-6)[..., None]  # doubled angles: opposites agree
     product = STEP_PEAK * _length(FINE, scale) * slope
     for added, unsigned_share in COARSER:
         signed = np.sqrt(sum(_over_channels(_blur(g, added, scale) ** 2) for g in (gx, gy)))
@@ -139,7 +139,7 @@ def _crest(strength: np.ndarray) -> np.ndarray:
 
 
 def _visibility(strength: np.ndarray, scale: float) -> np.ndarray:
-    """How bright an edge is drawn, float32 [H, W] in [0, 1]: its strength against what its surroundings demand."""
+    """Brightness of each edge, float32 [H, W] in [0, 1]: its strength relative to what its surroundings demand."""
     contrast = scale * CONTRAST[0] + (1 - scale) * CONTRAST[1]
     demanded = contrast**2 + (SURROUND_WEIGHT * _blur(strength, SURROUND, scale)) ** 2
     visibility = strength**2 / (strength**2 + demanded)

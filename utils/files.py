@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, JSON, hashes and sizes for the user."""
+"""Atomic writes, JSON, hashes, and file sizes as text."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ from utils.cli import InputError
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`, of the same suffix; rename it to `path` when the block ends well.
+    """Yield a temporary path beside `path`, with the same suffix; rename it to `path` when the block succeeds.
 
-    Works for files and folders. When the block fails, the temporary thing is removed and `path` is left as it was.
+    Works for files and folders. When the block fails, the temporary path is removed and `path` is left as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(3)}.tmp{path.suffix}")
@@ -54,13 +54,13 @@ def read_json(path: Path) -> dict:
 
 
 def known_sha256(path: Path) -> str | None:
-    """SHA-256 that a file must have: the hub's cache names large files by it. None for all other files."""
+    """SHA-256 of a file from its name: the hub's cache names large files by their hash. None for other files."""
     name = path.resolve().name
     return name if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name) else None
 
 
 def file_sha256(path: Path, *, trust: bool = True) -> str:
-    """SHA-256 of a file. trust: do not read a file whose name says it."""
+    """SHA-256 of a file. trust: take the hash from the file's name if it is there, without reading the file."""
     if trust and (known := known_sha256(path)):
         return known
     with path.open("rb") as file:

@@ -42,14 +42,14 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> None:
 
     frames: uint8 [H, W, 3] of one size with even sides. fps: frames per second.
     """
-    # One thread: with several, x264 writes other bytes once in a while, such as 1 time in 120 on a busy machine.
+    # One thread: with several, x264's output sometimes differs, for example 1 time in 120 on a busy machine.
     flags = ["-crf", "16", "-threads", "1", "-movflags", "+faststart", "-fflags", "+bitexact", "-flags:v", "+bitexact"]
     with atomic_path(path) as temporary:
         try:
             count = _encode(temporary, frames, fps, flags)
-        except OSError:  # a broken pipe to ffmpeg
+        except OSError:  # the pipe to ffmpeg broke
             count = -1
-        # ffmpeg's exit code is lost on the way, so what it wrote is read again before it gets its name.
+        # imageio drops ffmpeg's exit code, so the file is read back before it is renamed.
         if not temporary.exists() or _count_frames(temporary) != count:
             raise OSError(errno.EIO, "cannot write the whole video (disk full?)", str(path))
 
@@ -71,7 +71,7 @@ def _encode(path: Path, frames: Iterable[np.ndarray], fps: float, flags: list[st
 
 
 def _count_frames(path: Path) -> int:
-    """Frames that decode, 0 for a damaged file."""
+    """Number of frames that decode; 0 for a damaged file."""
     try:
         return imageio_ffmpeg.count_frames_and_secs(str(path))[0]
     except RuntimeError:

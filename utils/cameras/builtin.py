@@ -9,17 +9,17 @@ from utils.cli import InputError
 
 KINDS = ("orbit", "dolly", "flythrough")
 FIELD_OF_VIEW = math.radians(45)  # vertical
-ORBIT_PER_ARC = math.radians(40)  # neighbouring anchors must still see the same surfaces
+ORBIT_PER_ARC = math.radians(40)  # small enough that neighbouring anchors see the same surfaces
 ORBIT_ELEVATION, DOLLY_ELEVATION = math.radians(25), math.radians(15)
 FIT = 1.05 / math.sin(FIELD_OF_VIEW / 2)  # the distance at which the unit sphere fills the image's height
 
 
 def builtin_path(kind: str, bounds: np.ndarray, up: str, num_arcs: int = 1, fps: float = 24.0) -> CameraPath:
-    """A path around or over whatever lies inside `bounds`, 45 N + 1 poses at 1080x720.
+    """Make a path around or over the box `bounds`: 45 N + 1 poses at 1080x720.
 
     orbit: circles the centre, 40 degrees an arc up to a full turn; dolly: moves straight towards the centre, to half
     the distance; flythrough: crosses above the scene along its longer side. No pose is inside the bounds. bounds:
-    [2, 3], smallest and largest coordinates in metres, in the world whose up axis is `up`. The paths are the same in
+    [2, 3], minimum and maximum coordinates in metres; up: the up axis of their world. The paths are the same in
     both worlds: 'in front' is +z of a Y-up and -y of a Z-up world.
     """
     bounds = np.asarray(bounds, dtype=np.float64)

@@ -1,6 +1,6 @@
 """Reader of COLMAP models, text and binary.
 
-The one library that reads them, pycolmap, brings all of COLMAP along (38 MB); the format is two short tables.
+Written here because pycolmap, the only library for them, installs all of COLMAP (38 MB) to read two short tables.
 """
 
 import struct
@@ -128,7 +128,7 @@ def _images_txt(path: Path) -> list[tuple[str, list[float], int]]:
 
 
 class _Bytes:
-    """A binary file that is read from its start; running out of bytes is an InputError."""
+    """A binary file, read sequentially. Raises InputError when it ends too early."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.data, self.at = path, path.read_bytes(), 0

@@ -1,7 +1,7 @@
 """Reader of animated cameras in GLB and glTF files.
 
-Frame n is sampled at t = n / fps, from the first key to the last, which is how Blender numbers what it exports. The
-file stores no image size: the path gets 720 rows and as many columns as the camera's aspect ratio asks for.
+Frame n is sampled at t = n / fps, from the first key to the last, as Blender's exporter numbers frames. The file
+stores no image size: images are 720 pixels high, and as wide as the camera's aspect ratio asks for.
 """
 
 import math
@@ -37,14 +37,14 @@ def _read(file: GltfFile, up: str | None, fps: float) -> CameraPath:
     path = file.path
     chain, channels = _animated_camera(file)
     up = world_up({"world_up": file.world_up(file.scene())}, up, path, "+y")
-    keys = cache(partial(_keys, file))  # samplers share accessors: however many there are, each is stored once
+    keys = cache(partial(_keys, file))  # samplers share accessors: decode each only once
     samplers = {target: _sampler(keys, sampler, target[1]) for target, sampler in channels.items()}
     numbers = _frame_numbers(path, [sampler[0] for sampler in samplers.values()], fps)
     times = np.array(numbers, dtype=np.float64) / fps
     c2w = np.tile(np.eye(4), (len(times), 1, 1))
     for index in reversed(chain):  # from the root down to the camera
         c2w = c2w @ _local(file, index, samplers, times, fps)
-    # A camera ignores the scale of its node, even an uneven one; shear and mirroring are left for make_path to find.
+    # A camera ignores the scale of its node, even an uneven one; make_path refuses shear and mirroring.
     lengths = np.linalg.norm(c2w[:, :3, :3], axis=1, keepdims=True)
     c2w[:, :3, :3] = np.divide(c2w[:, :3, :3], lengths, out=np.zeros_like(c2w[:, :3, :3]), where=lengths > 1e-12)
     size, focal = _lens(file, file.tree["nodes"][chain[0]]["camera"])
@@ -61,7 +61,7 @@ def _frame_numbers(path: Path, keys: list[np.ndarray], fps: float) -> range:
 
 
 def _slack(frames: np.ndarray) -> np.ndarray:
-    """By how many frames a key that was set on a frame may miss it, since times are stored as float32 seconds."""
+    """Tolerance in frames for a key to count as lying on a frame: times are stored as float32 seconds."""
     return 1e-3 + 1e-7 * frames
 
 
@@ -137,7 +137,7 @@ def _channels(file: GltfFile, chain: list[int]) -> Channels:
 
 
 def _lens(file: GltfFile, index: object) -> tuple[tuple[int, int], float]:
-    """(width, height) and focal length in pixels, which are square."""
+    """(width, height) and focal length in pixels; pixels are square."""
     lens = entry(file.tree, "cameras", index).get("perspective")
     if lens is None:
         raise InputError(f"{file.path}: the camera is orthographic; only perspective cameras are supported")
@@ -153,7 +153,7 @@ def _lens(file: GltfFile, index: object) -> tuple[tuple[int, int], float]:
 
 
 def _sampler(keys: Callable, sampler: dict, target: str) -> tuple[np.ndarray, np.ndarray, str]:
-    """(times [K], values [K, C] or, of a cubic spline, [K, 3, C]: in-tangent, value, out-tangent; interpolation)."""
+    """(times [K], values [K, C] or, for cubic splines, [K, 3, C]: in-tangent, value, out-tangent; interpolation)."""
     times = keys(sampler["input"], "SCALAR")[:, 0]
     if times[0] < 0 or (np.diff(times) <= 0).any():
         raise Refused("the times of an animation must grow from key to key")
@@ -191,7 +191,7 @@ def _local(file: GltfFile, index: int, samplers: dict, times: np.ndarray, fps: f
 def _sample(
     keys: np.ndarray, values: np.ndarray, mode: str, times: np.ndarray, fps: float, rotation: bool, where: str
 ) -> np.ndarray:
-    """Values [P, C] at `times` [P]; before the first and after the last key they stay. keys, values: as `_sampler`."""
+    """Values [P, C] at `times` [P], constant before the first and after the last key. keys, values: see `_sampler`."""
     if len(keys) == 1:
         return np.tile(values[0, 1] if mode == "CUBICSPLINE" else values[0], (len(times), 1))
     times = np.clip(times, keys[0], keys[-1])

@@ -53,7 +53,7 @@ def read_keyframes(path: Path, data: dict, up: str | None, fps: float) -> Camera
             raise InputError(f"{name}: give 'look_at' or 'quaternion', one of the two")
     eyes = _vectors(entries, names, "position", 3)
     if all("look_at" in entry for entry in entries):
-        # Moving the target keeps the horizon level and what is looked at in the middle, between keyframes too.
+        # Interpolating the target keeps the horizon level and the target centred between keyframes too.
         targets = smooth_curve(frames, _vectors(entries, names, "look_at", 3), numbers)
         c2w = look_at(smooth_curve(frames, eyes, numbers), targets, UP_AXES[up], path)
     else:
@@ -85,7 +85,7 @@ def _keyframe_numbers(entries: list[dict], path: Path) -> np.ndarray:
 
 
 def _vectors(entries: list[dict], names: list[str], key: str, length: int) -> np.ndarray:
-    """float64 [K, length], of a size that later arithmetic survives."""
+    """float64 [K, length], small enough for later arithmetic."""
     vectors = np.array(
         [to_numbers(required(e, key, n), (length,), f"{n}: {key!r}") for n, e in zip(names, entries, strict=True)]
     )
@@ -105,7 +105,7 @@ def smooth_curve(times: np.ndarray, points: np.ndarray, at: np.ndarray) -> np.nd
     """Points [A, 3] of a curve through `points` [K, 3] at increasing `times` [K], continuous in position and velocity.
 
     The shape is a centripetal Catmull-Rom spline, which makes no loops between uneven keyframes; a monotone cubic
-    decides how far along it each moment is, so that speed does not jump at a keyframe. Repeated points rest.
+    maps time to the position along it, so that speed does not jump at a keyframe. Repeated points are a pause.
     """
     steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
     moving = steps > 1e-9 * steps.sum()

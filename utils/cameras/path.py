@@ -22,10 +22,10 @@ from utils.layout import ARC_STEPS
 
 UP_AXES = {"+y": np.array([0.0, 1.0, 0.0]), "+z": np.array([0.0, 0.0, 1.0])}
 Z_UP_TO_Y_UP = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])  # as Blender exports glTF
-DEFAULT_SIZE = (1080, 720)  # width, height where a format has none
+DEFAULT_SIZE = (1080, 720)  # width, height for formats that store none
 MAX_POSES = 100_000  # more than an hour at 24 fps: a number beyond it is a broken file
 MAX_NUMBER = 1e9  # metres, pixels or frames; keeps squares and products finite
-SHEAR_TOLERANCE = 1e-3  # of R^T R against the identity; files are rounded to as few as four digits
+SHEAR_TOLERANCE = 1e-3  # largest deviation of R^T R from the identity; some files are rounded to four digits
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def make_path(
     numbers: Sequence[int],
     fps: float,
 ) -> CameraPath:
-    """Check what was read and build the path; arguments as in CameraPath, but c2w may hold a uniform scale.
+    """Check the values read and build the path. Arguments as in CameraPath, but c2w may hold a uniform scale.
 
     where: the file, for messages. Raises InputError naming the first pose that cannot be used.
     """
@@ -106,7 +106,7 @@ def make_path(
 
 
 def _tame(values: np.ndarray) -> np.ndarray:
-    """bool [P]: all numbers of a pose are finite and of a size that later arithmetic survives. values: [P, ...]."""
+    """bool [P]: whether all numbers of a pose are finite and small enough for later arithmetic. values: [P, ...]."""
     return (np.abs(values) <= MAX_NUMBER).reshape(len(values), -1).all(1)
 
 
@@ -129,7 +129,7 @@ def _rigid(c2w: np.ndarray, poses: list[str]) -> np.ndarray:
     _require(error < SHEAR_TOLERANCE, poses, "the camera matrix is sheared or scaled unevenly; only rotate and move")
     left, _, right = np.linalg.svd(axes)
     rigid = np.zeros_like(c2w)
-    # What is orthonormal already stays as it is, so that a written path reads back bit for bit.
+    # Rotations that are already orthonormal stay unchanged, so that a written path reads back bit for bit.
     exact = (np.abs(c2w[:, :3, :3].transpose(0, 2, 1) @ c2w[:, :3, :3] - np.eye(3)).max((1, 2)) < 1e-12)[:, None, None]
     rigid[:, :3, :3] = np.where(exact, c2w[:, :3, :3], left @ right)
     rigid[:, :3, 3], rigid[:, 3, 3] = c2w[:, :3, 3], 1
@@ -150,10 +150,10 @@ def catmull_rom(knots: np.ndarray, points: np.ndarray) -> CubicHermiteSpline:
 
 
 def resample(path: CameraPath, poses: int) -> CameraPath:
-    """`poses` cameras, evenly in time from the first to the last, numbered from 1. Frame numbers count as time.
+    """Resample to `poses` cameras, evenly spaced in time and numbered from 1. Frame numbers serve as time.
 
-    Positions follow a Catmull-Rom spline in time (constant velocities stay exact), rotations slerp, intrinsics are
-    linear. fps is kept: a path with more poses plays longer.
+    Positions follow a Catmull-Rom spline in time (constant velocities stay exact), rotations are slerped and
+    intrinsics interpolated linearly. fps is kept: a path with more poses plays longer.
     """
     times = np.array(path.numbers, dtype=np.float64)
     at = np.linspace(times[0], times[-1], poses)
@@ -167,7 +167,7 @@ def resample(path: CameraPath, poses: int) -> CameraPath:
 
 
 def _arc_poses(num_arcs: int) -> int:
-    """How many poses so many arcs have: 45 N + 1."""
+    """Number of poses of `num_arcs` arcs: 45 N + 1."""
     poses = ARC_STEPS * num_arcs + 1
     if num_arcs < 1:
         raise InputError(f"{num_arcs} arcs cannot be made: give 1 or more")
@@ -177,7 +177,7 @@ def _arc_poses(num_arcs: int) -> int:
 
 
 def to_arcs(path: CameraPath, num_arcs: int | None = None) -> CameraPath:
-    """The path with exactly 45 N + 1 poses, numbered from 1: as they are if there are that many, else resampled.
+    """The path with exactly 45 N + 1 poses, numbered from 1; resampled unless it already has that many.
 
     N = num_arcs, or the whole number of arcs nearest to the path's length.
     """
@@ -186,7 +186,7 @@ def to_arcs(path: CameraPath, num_arcs: int | None = None) -> CameraPath:
 
 
 def look_at(eye: np.ndarray, target: np.ndarray, up: np.ndarray, where: object) -> np.ndarray:
-    """Camera-to-world [P, 4, 4] of cameras at eye [P, 3] that look at target [P, 3], horizon level to up [3]."""
+    """Camera-to-world [P, 4, 4] of cameras at eye [P, 3] looking at target [P, 3]; up [3] keeps the horizon level."""
     forward = target - eye
     distance = np.linalg.norm(forward, axis=1, keepdims=True)
     if not (distance > 1e-9).all():

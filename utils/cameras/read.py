@@ -1,4 +1,4 @@
-"""Camera paths from files of every format, and the file that we write."""
+"""Read camera paths of every supported format; write nerfstudio's transforms.json."""
 
 import json
 from pathlib import Path
@@ -35,9 +35,9 @@ def read_camera_json(path: Path, up: str | None, fps: float) -> CameraPath:
 def read_cameras(path: Path, up: str | None = None, fps: float = 24.0) -> CameraPath:
     """Read a camera path of any supported format.
 
-    up: the world's up axis, '+y' or '+z', where the file's `world_up` does not say (COLMAP never does; transforms.json
-    defaults to '+z', glTF to '+y'); contradicting it is an error. fps: frames per second where the file does not say;
-    an animated glTF camera is sampled at it.
+    up: the world's up axis, '+y' or '+z', for files without `world_up` (COLMAP has none; transforms.json defaults to
+    '+z', glTF to '+y'); it must not contradict the file. fps: frames per second for files that state none; an animated
+    glTF camera is sampled at this rate.
     Raises InputError for anything that is not a usable path.
     """
     from utils.cameras import colmap as camera_colmap
@@ -61,7 +61,7 @@ def read_cameras(path: Path, up: str | None = None, fps: float = 24.0) -> Camera
 
 
 def write_transforms(path_file: Path, path: CameraPath) -> None:
-    """Write nerfstudio's transforms.json, atomically. What is constant along the path is stored once."""
+    """Write nerfstudio's transforms.json, atomically. Values that are constant along the path are stored once."""
     values = dict(zip(("fl_x", "fl_y", "cx", "cy"), np.hstack([path.focal, path.center]).T.tolist(), strict=True))
     shared = {key: column[0] for key, column in values.items() if min(column) == max(column)}
     frames = [

@@ -66,7 +66,7 @@ def read_transforms(path: Path, data: dict, up: str | None, fps: float) -> Camer
 
 
 def _check_applied(path: Path, data: dict) -> None:
-    """Say so when nerfstudio has moved or scaled the poses: they are taken as they stand; the mesh must fit them."""
+    """Warn when nerfstudio has moved or scaled the poses: they are used unchanged, and the mesh must match them."""
     matrix = data.get("applied_transform", np.eye(4).tolist())
     shape = (4, 4) if isinstance(matrix, list) and len(matrix) == 4 else (3, 4)
     off = np.abs(to_numbers(matrix, shape, f"{path}: 'applied_transform'") - np.eye(*shape)).max()
@@ -100,7 +100,7 @@ def _transforms_camera(entry: dict, where: str) -> tuple[tuple[int, int], np.nda
 
 
 def _focal(entry: dict, axis: str, side: int, where: str) -> float | None:
-    """Focal length in pixels along one axis, from fl_x or camera_angle_x (radians); None if neither is there."""
+    """Focal length in pixels along one axis, from fl_x or camera_angle_x (radians); None if the entry has neither."""
     if (key := f"fl_{axis}") in entry:
         return to_number(entry[key], f"{where}: {key!r}")
     if (key := f"camera_angle_{axis}") in entry:

@@ -1,14 +1,14 @@
-"""Training clips for the in-between model: 46 frames, their edges, noise that follows the picture, and a caption.
+"""Training clips for the in-between model: 46 frames, their edges, warped noise, and a caption.
 
-`FolderClips` cuts them from pictures or videos on disk, for example DL3DV-10K:
+`FolderClips` takes them from pictures or videos on disk, for example DL3DV-10K:
 
     FOLDER/<id>/images_2/*.png       frames of one clip; also images_4, images_8, images
-    FOLDER/<id>/*.png                the same without the folder in between
+    FOLDER/<id>/*.png                the same without the subfolder
     FOLDER/<id>.mp4                  a video
 
 Folders may be nested; the path below FOLDER is the clip's id. Frames are cropped in the middle to the model's aspect;
-edges are detected before the frames are made small, because edges of a scene are drawn large and made small, too.
-Noise is warped by the very function that serves inference; only its correspondences come from optical flow.
+edges are detected before the frames are downscaled, because a scene's edges are also drawn large and then downscaled.
+Noise is warped by the same function as at inference; only its correspondences come from optical flow.
 """
 
 import csv
@@ -36,14 +36,14 @@ from utils.particles import warp_noise
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
-FRAME_FOLDERS = ("images_2", "images_4", "images_8", "images")  # the first that a clip has is taken
+FRAME_FOLDERS = ("images_2", "images_4", "images_8", "images")  # the first one found is used
 ENDS = (0, ARC_STEPS)
 LATENT_SCALE = 8  # pixels per latent cell
 
 
 @dataclass(frozen=True)
 class Clip:
-    """What the in-between model is trained on, before any network has seen it. H = 8 h, W = 8 w."""
+    """One training clip of the in-between model, not yet encoded. H = 8 h, W = 8 w."""
 
     frames: np.ndarray  # uint8 [46, H, W, 3]
     edges: np.ndarray  # uint8 [46, H, W, 3], soft edges, white on black
@@ -52,20 +52,20 @@ class Clip:
 
 
 class ClipSource(Protocol):
-    """A data set of clips. `load` gives the same clip whenever it is called with the same number."""
+    """A data set of clips. `load` is deterministic: the same number gives the same clip."""
 
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
-        """A file name, without suffix, that stands for the content of clip i."""
+        """A file name, without suffix, that identifies the content of clip i."""
         ...
 
     def identity(self) -> dict:
-        """What decides the content of a clip besides its name; JSON values."""
+        """Everything besides its name that decides the content of a clip; JSON values."""
         ...
 
     def prepare(self) -> None:
-        """Called once before clips are loaded: make, or find missing, what loading needs."""
+        """Called once before clips are loaded: set up what `load` needs, or raise InputError."""
         ...
 
     def load(self, i: int) -> Clip: ...
@@ -86,7 +86,7 @@ class FrameFolder:
         return (read_image(self.paths[n]) for n in numbers)
 
     def size(self, numbers: Sequence[int]) -> tuple[int, int]:
-        """(width, height) of the frames; of those numbered the headers are read. InputError if they differ."""
+        """(width, height) of the frames; reads their headers only. Raises InputError if they differ."""
         sizes = {n: _picture_size(self.paths[n]) for n in numbers}
         first = sizes[numbers[0]]
         for n, size in sizes.items():
@@ -95,7 +95,7 @@ class FrameFolder:
         return first
 
     def fingerprint(self, numbers: Sequence[int]) -> list:
-        """Names and sizes in bytes of these frames: the content itself may be terabytes."""
+        """Names and sizes in bytes of these frames; hashing the content could mean reading terabytes."""
         return [(self.paths[n].name, self.paths[n].stat().st_size) for n in numbers]
 
 
@@ -117,7 +117,7 @@ class VideoFile:
             raise InputError(f"{self.path} cannot be read as a video") from error
 
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        """The frames of these ascending numbers, uint8 [H, W, 3] each. Raises InputError when one cannot be had."""
+        """The frames of these ascending numbers, uint8 [H, W, 3] each. Raises InputError if one cannot be decoded."""
         missing = sorted(set(numbers), reverse=True)
         try:
             with imageio.get_reader(self.path, "ffmpeg") as reader:
@@ -127,7 +127,7 @@ class VideoFile:
                         missing.pop()
                     if not missing:
                         return
-        except (OSError, RuntimeError, ValueError, SyntaxError) as error:  # what imageio makes of ffmpeg's complaints
+        except (OSError, RuntimeError, ValueError, SyntaxError) as error:  # imageio turns ffmpeg's errors into these
             raise InputError(f"{self.path} cannot be read as a video") from error
         raise InputError(f"{self.path} breaks off before frame {missing[-1]}")
 
@@ -164,9 +164,9 @@ class FolderClips:
         windows: int = 1,
     ):
         """size: (width, height) of the model. edges: see `edge_detector`. flow: dis or raft. stride: source frames
-        per frame. windows: of one clip, evenly spread over it; fewer where there are not so many different ones.
+        per frame. windows: number taken from each clip, evenly spaced; fewer if the clip is too short for so many.
 
-        Raises InputError when the folder holds no clips, or one that is too short, too small or without a caption.
+        Raises InputError when the folder holds no clips, or a clip that is too short, too small or has no caption.
         """
         self._size = size
         self._edges, self._flow = edges, flow
@@ -205,7 +205,7 @@ class FolderClips:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def prepare(self) -> None:
-        """Load the networks for edges and flow, if there are any. Raises InputError when one is missing."""
+        """Load the networks for edges and flow, if any are used. Raises InputError when one is missing."""
         edge_detector(self._edges)
         flow_estimator(self._flow)
 
@@ -292,7 +292,7 @@ def _require_size(clip: FrameFolder | VideoFile, found: tuple[int, int], wanted:
 
 
 def crop_to_aspect(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The largest middle part of uint8 [H, W, 3] that has the aspect of `size`, (width, height)."""
+    """The largest centre crop of uint8 [H, W, 3] with the aspect of `size` (width, height)."""
     height, width = frame.shape[:2]
     scale = min(width / size[0], height / size[1])
     w, h = round(size[0] * scale), round(size[1] * scale)

@@ -10,15 +10,15 @@ import numpy as np
 from utils.cli import InputError
 
 FLOWS = ("dis", "raft")
-RAFT_SIDE = 128  # pixels that RAFT needs at least
+RAFT_SIDE = 128  # pixels; least side that RAFT accepts
 Flow = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (from, to), uint8 [H, W, 3] each -> float32 [H, W, 2]
 
 
 def flow_correspondence(target: np.ndarray, source: np.ndarray, flow: Flow) -> tuple[np.ndarray, np.ndarray]:
-    """Where each pixel of `target` lies in `source`, as `warp_noise` takes it.
+    """Position in `source` of each pixel of `target`, in the form that `warp_noise` expects.
 
     target, source: uint8 [H, W, 3]. Returns (position float64 [H, W, 2], x then y, origin at the outer corner; visible
-    bool [H, W]). A pixel is visible where the flow back from its position leads to it again, within the tolerance of
+    bool [H, W]). A pixel is visible where the backward flow leads back to it, within the tolerance of
     Sundaram, Brox and Keutzer (ECCV 2010): |f + b|² < 0.01 (|f|² + |b|²) + 0.5.
     """
     height, width = target.shape[:2]
@@ -33,7 +33,7 @@ def flow_correspondence(target: np.ndarray, source: np.ndarray, flow: Flow) -> t
 
 
 def check_flow(name: str, size: tuple[int, int]) -> None:
-    """Raise InputError when flow `name` is unknown, not installed or not for frames of this size. Loads nothing."""
+    """Raise InputError when flow `name` is unknown, not installed or unfit for frames of this size. Loads nothing."""
     if name not in FLOWS:
         raise InputError(f"--flow {name} is unknown: choose {' or '.join(FLOWS)}")
     if name == "raft" and min(size) < RAFT_SIDE:
@@ -43,15 +43,15 @@ def check_flow(name: str, size: tuple[int, int]) -> None:
 
 
 def flow_estimator(name: str) -> Flow:
-    """The function behind `--flow NAME`, after `check_flow`. Raises InputError when RAFT's weights are not at hand."""
+    """The function for `--flow NAME`; call `check_flow` first. Raises InputError when RAFT's weights are missing."""
     if name == "dis":
         return dis_flow
-    _raft()  # now, so that missing weights are reported before work begins
+    _raft()  # load now, so that missing weights are reported before work begins
     return raft_flow
 
 
 def dis_flow(start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Dense inverse search, down to single pixels. uint8 [H, W, 3] -> float32 [H, W, 2]."""
+    """Dense inverse search at full resolution. uint8 [H, W, 3] -> float32 [H, W, 2]."""
     estimator = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     estimator.setFinestScale(0)
     return estimator.calc(*(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in (start, end)), None)

@@ -62,7 +62,7 @@ def _size(image: np.ndarray) -> str:
 
 
 def crop_size(aspect: float, resolution: int, multiple: int) -> tuple[int, int]:
-    """(width, height) of a training crop: the long side is `resolution`, both sides are floored to `multiple`."""
+    """(width, height) of a training crop: the long side is `resolution`; both sides are rounded down to `multiple`."""
     width, height = (resolution, resolution / aspect) if aspect >= 1 else (resolution * aspect, resolution)
     floor = lambda side: max(multiple, int(side + 1e-6) // multiple * multiple)  # noqa: E731
     return floor(width), floor(height)
@@ -75,7 +75,7 @@ def draw_aspect(reference: Reference, rng: np.random.Generator) -> float:
 
 
 def draw_crop(reference: Reference, size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The largest window of the shape of `size` at a random place, resized to it: (image, edges), uint8 [H, W, 3]."""
+    """Crop the largest window of this aspect at random and resize it to `size`: (image, edges), uint8 [H, W, 3]."""
     full_height, full_width = reference.image.shape[:2]
     scale = min(full_width / size[0], full_height / size[1])
     width, height = round(size[0] * scale), round(size[1] * scale)

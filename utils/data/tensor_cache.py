@@ -1,7 +1,7 @@
-"""Cache files of named arrays that know whether they are whole and what they were made from.
+"""Cache files of named arrays, with a record of what they were made from and a check that they are undamaged.
 
 A file is a safetensors file whose header holds the identity of its content and a hash over its bytes. A file that is
-missing, damaged or of another identity reads as None, and is made again.
+missing, damaged or of another identity is read as None, and is made again.
 """
 
 import errno
@@ -18,7 +18,7 @@ from utils.files import atomic_path
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], identity: Mapping) -> None:
-    """Write arrays whole or not at all. identity: JSON values that decide what the file must hold."""
+    """Write arrays atomically. identity: JSON values that determine the content."""
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     header = {"identity": _text(identity), "sha256": _hash(arrays)}
     with atomic_path(path) as temporary:
@@ -42,7 +42,7 @@ def read_arrays(path: Path, identity: Mapping) -> dict[str, np.ndarray] | None:
 
 
 def holds(path: Path, identity: Mapping) -> bool:
-    """Whether a file claims this identity. Reads its header alone: damage is found by `read_arrays`."""
+    """Whether a file states this identity. Reads only its header: damage is found by `read_arrays`."""
     if not path.is_file():
         return False
     try:

@@ -3,9 +3,9 @@
     covisibility = make_covisibility(RayCaster(geometry), views)
     covisibility.save(Path("covisibility.npz"))                          # and load_covisibility
 
-Pixels are looked at on a lattice: all of them up to LATTICE_WIDTH, else every k-th of each row and column. The places
-they come from are exact at any size. A pixel counts where its surroundings move with it, so that edges of objects,
-where two surfaces share a pixel, do not pass for errors.
+Pixels are sampled on a lattice: all of them up to LATTICE_WIDTH, otherwise every k-th row and column. Their source
+positions are exact at any size. A pixel counts only if its neighbours move with it, so that object borders, where two
+surfaces share a pixel, do not count as errors.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,14 +21,14 @@ from utils.scene.raycast import RayCaster
 from utils.scene.views import View, correspondence
 
 DISTANCES = (1, 8, 24)  # frames
-LATTICE_WIDTH = 360  # pixels; wider videos are looked at on every k-th pixel
-BEND = 0.5  # pixels; how far a pixel's source may be from the middle of its neighbours' sources
+LATTICE_WIDTH = 360  # pixels; wider videos are sampled at every k-th pixel
+BEND = 0.5  # pixels; largest distance of a pixel's source from the midpoint of its neighbours' sources
 
 Progress = Callable[[Iterable, str], Iterable]  # (items, what is done) -> the same items
 
 
 def silent(items: Iterable, what: str) -> Iterable:
-    """The `Progress` that shows nothing."""
+    """A `Progress` that shows nothing."""
     return items
 
 
@@ -37,9 +37,9 @@ class Covisibility:
     """Correspondences of pairs of frames of one camera path, at one video size.
 
     size: width, height of the video, pixels. step: pixels between neighbours of the lattice [h, w]. num_frames: F.
-    pairs: int32 [P, 2], source and target frame, from 0. position: float32 [P, h, w, 2], where each lattice pixel of
-    the target is in the source: x then y, in pixels from the outer corner of the top-left one; NaN where that is
-    unknown. visible: bool [P, h, w], the pixels that count.
+    pairs: int32 [P, 2], source and target frame, from 0. position: float32 [P, h, w, 2], the source position of each
+    lattice pixel of the target: x then y, in pixels from the outer corner of the top-left pixel; NaN where unknown.
+    visible: bool [P, h, w], the pixels that count.
     """
 
     size: tuple[int, int]
@@ -78,7 +78,7 @@ def load_covisibility(path: Path) -> Covisibility:
 
 
 def frame_pairs(num_frames: int) -> list[tuple[int, int]]:
-    """(source, target) of all pairs that metrics ask for, in order of the target.
+    """(source, target) of all pairs that the metrics need, in order of the target.
 
     Frames 1, 8 and 24 apart, the earlier one as the source; neighbours in both directions; neighbouring anchors.
     """
@@ -114,7 +114,7 @@ def _lattice_view(view: View, step: int) -> View:
 
 
 def _moves_together(position: np.ndarray) -> np.ndarray:
-    """Pixels whose source is the middle of the sources of opposite neighbours, in four directions: bool [h, w].
+    """Pixels whose source lies midway between those of opposite neighbours, in four directions: bool [h, w].
 
     On one surface the second difference is nearly 0. position: [h, w, 2]; NaN, and the border, never count.
     """

@@ -35,7 +35,7 @@ from utils.scene.views import View, make_views, resize_view
 
 @dataclass(frozen=True)
 class Metric:
-    """unit and range: for reading. better: 'higher', 'lower', or 'near 1'."""
+    """unit, range: text for reports. better: 'higher', 'lower', or 'near 1'."""
 
     name: str
     unit: str
@@ -63,7 +63,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Missing:
-    """Why a metric has no value: 'needs …', or what the video lacks."""
+    """The reason why a metric has no value: 'needs …', or what the video lacks."""
 
     reason: str
 
@@ -75,8 +75,8 @@ Value = float | Missing
 class Targets:
     """What a video of one size is measured against, for one scene.
 
-    lines: bool [F, h, 720], the scene's one-pixel lines. views: F views at the video's size; caster: its rays. The
-    geometric parts are None where the scene has no mesh or no cameras; `without` then says which.
+    lines: bool [F, h, 720], the scene's one-pixel lines. views: F views at the video's size; caster: casts rays at the
+    mesh. The geometric fields are None if the scene has no mesh or no cameras; `without` then says which.
     """
 
     lines: np.ndarray
@@ -116,10 +116,10 @@ def measure(
     networks: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Value]:
-    """Every metric of METRICS, in order.
+    """Compute every metric of METRICS, in order.
 
-    frames, truth: uint8 [F, H, W, 3]. reference: uint8 [h, w, 3], of any size. networks: also those metrics that need
-    downloaded weights, where these are there.
+    frames, truth: uint8 [F, H, W, 3]. reference: uint8 [h, w, 3], of any size. networks: include metrics that need
+    downloaded weights, if these are in the cache.
     """
     score = line_score(video_lines(frames, progress), targets.lines)
     values: dict[str, Value] = {f"structure_{name}": getattr(score, name) for name in ("precision", "recall", "f1")}

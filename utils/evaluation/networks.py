@@ -3,8 +3,8 @@
     distance = load_lpips()          # raises Unavailable: what to install or download
     distance(frames[::15], truth[::15])
 
-A network counts as there when its files are in the cache that its own library uses: the hub's for CLIP and for the
-depth network, torch's for LPIPS. Frames are uint8 [F, H, W, 3].
+A network is available when its files are in the cache of its own library: the hub's for CLIP and the depth network,
+torch's for LPIPS. Frames are uint8 [F, H, W, 3].
 """
 
 import importlib.util
@@ -17,21 +17,21 @@ from utils.images import resize_image
 
 CLIP = "openai/clip-vit-large-patch14"
 DEPTH = "depth-anything/Depth-Anything-V2-Small-hf"
-LPIPS_BACKBONE = "alexnet-owt-*.pth"  # in torch's hub cache; lpips itself brings the small rest
-EVERY = 15  # frames; networks look at each 15th, which includes the anchors
+LPIPS_BACKBONE = "alexnet-owt-*.pth"  # in torch's hub cache; the package lpips contains the small remaining weights
+EVERY = 15  # frames; networks see every 15th, which includes the anchors
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEPTH_SIDE, DEPTH_MULTIPLE = 518, 14  # pixels
-NEAREST = 98  # per cent of the inverse depths of a frame; what is nearer counts as equally near
+NEAREST = 98  # percentile of a frame's inverse depths; larger ones are clipped to it
 
 
 class Unavailable(Exception):
-    """A network is not there. The message goes on from "needs"."""
+    """A network is not available. The message continues the word "needs"."""
 
 
 def _cached(repo: str, what: str) -> Path:
-    """Folder of a repository in the hub's cache, with its weights. what: to name in the message."""
+    """Folder of a repository in the hub's cache, with its weights. what: its name in the message."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -74,7 +74,7 @@ def load_clip(folder: Path | None = None) -> Callable[[np.ndarray, np.ndarray], 
 
 
 def load_lpips() -> Callable[[np.ndarray, np.ndarray], float]:
-    """A function of (frames, truth): the mean LPIPS distance (AlexNet, version 0.1), from 0, the best.
+    """A function of (frames, truth): the mean LPIPS distance (AlexNet, version 0.1); 0 is best.
 
     Raises Unavailable.
     """
@@ -130,7 +130,7 @@ def load_depth(folder: Path | None = None) -> Callable[[np.ndarray], np.ndarray]
 def depth_psnr(found: np.ndarray, true: np.ndarray) -> float:
     """PSNR-D in dB: how well inverse depths [F, H, W] fit the true ones, after the best scale and shift per frame.
 
-    true: 1 / metres, 0 for the sky. Each true frame is brought to [0, 1], 1 being its NEAREST percentile; then
+    true: 1 / metres, 0 for the sky. Each true frame is scaled to [0, 1], 1 being its NEAREST percentile; then
     10 log10(1 / MSE) of the least-squares fit a·found + b, averaged over frames.
     """
     values = []
