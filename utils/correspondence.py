@@ -1,7 +1,7 @@
-"""Correspondence maps: reading the 16-bit PNG, and carrying an image along them.
+"""Correspondence maps: read and write the 16-bit PNG, and warp an image along them.
 
-A map lives on the *target* frame. At pixel (x2, y2), R = x1/W * 65536 and G = 65535 - y1/H * 65536 give the place
-(x1, y1) of the same surface point in the *source* frame, and B = 65535 says that this place is visible there.
+A map lives on the *target* frame. At pixel (x2, y2), R = x1/W * 65536 and G = 65535 - y1/H * 65536 encode the position
+(x1, y1) of the same surface point in the *source* frame, and B = 65535 means that the point is visible there.
 
 Two readers exist because the project needs both: `gather_indices` floors, as the reference implementation does, and
 addresses pixels of an image of any size; `source_positions` returns sub-pixel positions for transporting noise.
@@ -29,7 +29,7 @@ def read_map(path: Path) -> np.ndarray:
         raise InputError(f"{path} is missing")
     try:
         with Image.open(path) as image:
-            image.verify()  # checksums: OpenCV would print its own lines about a damaged file, or return half of it
+            image.verify()  # checks checksums; OpenCV would print messages about a damaged file, or return half of it
         stored = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         stored = None
@@ -42,10 +42,10 @@ def read_map(path: Path) -> np.ndarray:
 
 
 def encode_map(position: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """Write source positions as a map, uint16 [H, W, 3]; pixels without a visible source become all zero.
+    """Encode source positions as a map, uint16 [H, W, 3]; pixels without a visible source become all zero.
 
     position: float [H, W, 2], x then y, in pixels of the map with the origin at the outer corner of the top-left
-    pixel. visible: bool [H, W]. Floored, so that both readers below give the pixel it came from.
+    pixel. visible: bool [H, W]. Positions are floored, so that both readers below return the pixel they lie in.
     """
     height, width = visible.shape
     share = np.where(visible[..., None], position, 0) / (width, height)
@@ -79,7 +79,7 @@ def source_positions(code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def resize_map(code: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Bilinear resize of a map to uint16 [height, width, 3]; pixels that mix visible with hidden ones become zero."""
+    """Bilinear resize of a map to uint16 [height, width, 3]; pixels that mix visible and hidden ones become zero."""
     resized = cv2.resize(code, (width, height), interpolation=cv2.INTER_LINEAR)
     resized[resized[..., 2] != VISIBLE] = 0
     return resized
@@ -88,7 +88,7 @@ def resize_map(code: np.ndarray, width: int, height: int) -> np.ndarray:
 def gather_indices(code: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Whole-pixel correspondences of a map of the image's own size, row-major over its valid pixels.
 
-    code: uint16 [H, W, 3]. Returns x1, y1 (int32, place in the source) and x2, y2 (int64, place in the target). A
+    code: uint16 [H, W, 3]. Returns x1, y1 (int32, pixel in the source) and x2, y2 (int64, pixel in the target). A
     pixel is valid when B >= 100, the reference's threshold.
     """
     height, width = code.shape[:2]
@@ -100,7 +100,7 @@ def gather_indices(code: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def warp_image(image: np.ndarray, code: np.ndarray) -> np.ndarray:
-    """Carry `image` to the target frame by nearest gather; pixels without a source stay black.
+    """Warp `image` to the target frame by nearest-neighbour gather; pixels without a source stay black.
 
     image: uint8 [H, W, C], the source frame. code: uint16 [H, W, 3], already resized to the image (`resize_map`).
     """
@@ -113,9 +113,9 @@ def warp_image(image: np.ndarray, code: np.ndarray) -> np.ndarray:
 
 
 def unreliable_mask(code: np.ndarray, dilations: int) -> np.ndarray:
-    """Where a warped image is missing or not to be trusted: uint8 [H, W], 1 = generate freely, 0 = keep the warp.
+    """Mask of pixels whose warp is missing or unreliable: uint8 [H, W], 1 = generate freely, 0 = keep the warp.
 
-    The holes grow by a 5x5 dilation, `dilations` times, which also hides the jagged silhouettes of nearest gather. The
+    The holes grow by a 5x5 dilation, `dilations` times, which also hides the jagged silhouettes of the gather. The
     blur acts on a 0/1 integer image, so it only rounds corners (the reference does the same).
     """
     hole = (code[..., 2] == 0).astype(np.uint16)
@@ -124,7 +124,7 @@ def unreliable_mask(code: np.ndarray, dilations: int) -> np.ndarray:
 
 
 def latent_mask(mask: np.ndarray) -> np.ndarray:
-    """Nearest down-sampling of an image mask [H, W] to the FLUX latent grid, float32 [2 ceil(H/16), 2 ceil(W/16)]."""
+    """Nearest-neighbour resize of a mask [H, W] to the FLUX latent grid, float32 [2 ceil(H/16), 2 ceil(W/16)]."""
     height, width = mask.shape
     grid = (2 * -(-width // 16), 2 * -(-height // 16))
     return cv2.resize(mask.astype(np.float32), grid, interpolation=cv2.INTER_NEAREST)

@@ -1,10 +1,10 @@
-"""glTF and GLB files without trust: every size is checked against the file before anything is allocated.
+"""Read untrusted glTF and GLB files: every size is checked against the file before anything is allocated.
 
     with refusals(path, "the scene"):
         file = open_gltf(path)
         positions = file.array(3, "VEC3", FLOATS)
 
-`scene.gltf_scene` and `cameras.gltf` both read with it. Buffers are memory views of the file: nothing is copied.
+Used by `scene.gltf_scene` and `cameras.gltf`. Buffers are memory views of the file: nothing is copied.
 """
 
 import base64
@@ -23,21 +23,21 @@ from utils.cli import InputError
 
 GLB_MAGIC, JSON_CHUNK, BIN_CHUNK = 0x46546C67, 0x4E4F534A, 0x004E4942
 FLOAT = 5126
-COMPONENTS = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", FLOAT: "<f4"}  # as numpy names them
+COMPONENTS = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", FLOAT: "<f4"}  # numpy's names
 FLOATS, FLOATS_OR_NORMALIZED, INDICES = (FLOAT,), (FLOAT, 5120, 5121, 5122, 5123), (5121, 5123, 5125)
 WIDTHS = {"SCALAR": 1, "VEC3": 3, "VEC4": 4}
 MAX_TRIANGLES = 16_000_000  # in a whole scene, instances included; 4 million take about 3 GiB to load
-MAX_BYTES = 36 * 3 * MAX_TRIANGLES  # that the accessors in use may ask for, all together
+MAX_BYTES = 36 * 3 * MAX_TRIANGLES  # limit for all accessors in use together
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, struct.error)
 
 
 class Refused(ValueError):
-    """Something in the file that we can name."""
+    """A known problem of the file, named in the message."""
 
 
 @contextmanager
 def refusals(path: Path, what: str) -> Iterator[None]:
-    """Turn everything that reading a broken file raises into InputError. what: 'the scene', to be exported again."""
+    """Turn every error of reading a broken file into InputError. what: its name in messages, such as 'the scene'."""
     try:
         yield
     except InputError:
@@ -59,18 +59,18 @@ class BufferView:
 
 @dataclass
 class GltfFile:
-    """The JSON of a file, of which nothing is known but that it is an object, and its binary chunk."""
+    """The JSON of a file, known only to be an object, and its binary chunk."""
 
     path: Path
     tree: dict
     chunk: memoryview | None
-    claimed: int = 0  # bytes that the accessors in use ask for, all together
+    claimed: int = 0  # total bytes of the accessors in use
     _arrays: dict[int, np.ndarray] = field(default_factory=dict)
     _views: dict[int, BufferView] = field(default_factory=dict)
     _buffers: dict[int, memoryview] = field(default_factory=dict)
 
     def scene(self) -> dict:
-        """The default scene; without scenes, all nodes that are nobody's child."""
+        """The default scene; without scenes, all nodes without a parent."""
         if self.tree.get("scenes"):
             scene = entry(self.tree, "scenes", self.tree.get("scene", 0))
             return {"nodes": [], **scene}
@@ -79,7 +79,7 @@ class GltfFile:
         return {"nodes": [k for k in range(len(nodes)) if k not in children]}
 
     def world_up(self, scene: dict) -> str | None:
-        """The extra of that name on the asset or the scene, unchecked; None where the file has none."""
+        """The extra `world_up` of the asset or the scene, unchecked; None if the file has none."""
         for owner in (self.tree["asset"], scene):
             extras = owner.get("extras")
             if isinstance(extras, dict) and "world_up" in extras:
@@ -89,8 +89,8 @@ class GltfFile:
     def array(self, index: int, kind: str, types: tuple[int, ...]) -> np.ndarray:
         """The elements of an accessor, [count, width]: a read-only view of the file, of the stored type.
 
-        Normalized integers become float64 in [-1, 1] where `types` has FLOAT. kind: 'VEC3'; types: component types
-        that will do.
+        Normalized integers become float64 in [-1, 1] where `types` has FLOAT. kind: such as 'VEC3'. types: allowed
+        component types.
         """
         accessor = entry(self.tree, "accessors", index)
         component = accessor["componentType"]
@@ -107,7 +107,7 @@ class GltfFile:
         return values
 
     def _stored(self, index: int, accessor: dict) -> np.ndarray:
-        """The elements of an accessor of known type and component type where they lie in its buffer view."""
+        """The elements of an accessor of known type and component type, as a view of its buffer view."""
         if "sparse" in accessor or "bufferView" not in accessor:
             raise Refused(f"accessor {index} is sparse or has no buffer view, which is not read")
         count, offset = whole(accessor["count"], "count"), whole(accessor.get("byteOffset", 0), "byteOffset")
@@ -116,7 +116,7 @@ class GltfFile:
         stride = size if view.stride is None else view.stride
         if stride < size or offset + (count - 1) * stride + size > len(view.data):
             raise Refused(f"accessor {index} asks for {count} elements, more than its buffer view holds")
-        # Accessors may overlap, but not so often that a small file asks for a large memory.
+        # Accessors may overlap, but a small file must not claim much memory that way.
         self.claimed += count * size
         if self.claimed > MAX_BYTES:
             raise Refused("its accessors ask for more memory than a scene may have")
@@ -160,7 +160,7 @@ class GltfFile:
             raise Refused(f"its buffer {str(path)[:200]} cannot be read ({error.strerror})") from error
 
     def inside(self, uri: str) -> Path:
-        """The file a relative URI names. Refuses everything that leaves the folder of the glTF file."""
+        """The file a relative URI names. Refuses paths that leave the folder of the glTF file."""
         text, folder = unquote(uri), self.path.parent.resolve()
         plain = not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:|[/\\]", text) and ".." not in re.split(r"[/\\]", text)
         if not plain or not (folder / text).resolve().is_relative_to(folder):
@@ -169,7 +169,7 @@ class GltfFile:
 
 
 def open_gltf(path: Path) -> GltfFile:
-    """Split a .glb or .gltf file, parse its JSON and check its version. Raises as `refusals` expects."""
+    """Split a .glb or .gltf file, parse its JSON and check its version. Call it inside `refusals`."""
     data = memoryview(path.read_bytes())
     text, chunk = _split_glb(data) if path.suffix.lower() == ".glb" else (data, None)
     tree = json.loads(bytes(text).decode("utf-8-sig"))

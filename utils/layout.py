@@ -1,4 +1,4 @@
-"""The scene folder: its arcs, their numbering, and the names of everything in it. No other file knows a file name.
+"""The scene folder: its arcs, their numbering, and the names of everything in it. File names are defined here only.
 
 arc0/hed/0001.png ... 0046.png      soft edges, white on black
 arc0/corres/0004.png ... 0046.png   12 correspondence maps between latent frames
@@ -28,7 +28,7 @@ LATENT_FRAMES = 13  # CogVideoX: 49 frames in 4x temporal compression
 NOISE_CHANNELS = 16
 SCENE_FILE, CAMERAS_FILE = "scene.glb", "cameras.json"  # the mesh and the path, as preprocess.py used them
 PREVIEW_FOLDER = "preview"
-REFERENCE_LATENT_SIZE = (90, 60)  # width, height; the size whose noise file carries no size in its name
+REFERENCE_LATENT_SIZE = (90, 60)  # width, height; the size whose noise file has no size in its name
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ class Scene:
 
     @property
     def num_frames(self) -> int:
-        """Different frames along the whole path: 45 N + 1."""
+        """Number of frames along the whole path, shared ones counted once: 45 N + 1."""
         return ARC_STEPS * len(self.arcs) + 1
 
 
 def count_arcs(poses: int) -> int:
-    """Arcs of a path of 45 N + 1 poses."""
+    """Number of arcs of a path of 45 N + 1 poses."""
     if poses < ARC_FRAMES or (poses - 1) % ARC_STEPS:
         raise ValueError(f"{poses} poses are not {ARC_STEPS} N + 1")
     return (poses - 1) // ARC_STEPS
@@ -97,7 +97,7 @@ def latent_frame_numbers(first: int, last: int) -> list[int]:
 
 
 def resample_indices(n: int, m: int) -> list[int]:
-    """Nearest resampling of n items to m: index_k = round_half_even(k (n - 1) / (m - 1))."""
+    """Nearest-neighbour resampling of n items to m: index_k = round_half_even(k (n - 1) / (m - 1))."""
     return [round(k * (n - 1) / (m - 1)) for k in range(m)]
 
 
@@ -143,7 +143,7 @@ def _find_arcs(folder: Path) -> tuple[Arc, ...]:
 
 
 def _check_numbering(arc: Arc) -> None:
-    """The frames and maps present must be exactly those that the arc's place in the path asks for."""
+    """The frames and maps present must be exactly those that the arc's position in the path requires."""
     for wanted in (arc.edge_paths, arc.corres_paths):
         parent = wanted[0].parent
         present = {path.name for path in parent.glob("*.png")} if parent.is_dir() else set()
@@ -179,13 +179,13 @@ def _one_size(sizes: dict[Path, tuple[int, int]]) -> tuple[int, int]:
 
 # --- runs: anchors of a scene, videos of anchors, LoRAs ---
 
-MANIFEST = "run.json"  # of every folder that a script owns
+MANIFEST = "run.json"  # in every folder that a script owns
 MULTIVIEWS = "multiviews"
 CONTACT_SHEET, VIDEO_FILE = "contact_sheet.png", "video.mp4"
 LOSS_FILE, LOSS_CURVE = "loss.csv", "loss.png"
-SAMPLES_FOLDER = "samples"  # of a training run: sample sheets
-STATE_FOLDER = "state"  # in a checkpoint: what an interrupted training goes on from
-# Of a run; its videos are folders.
+SAMPLES_FOLDER = "samples"  # in a training run: sample sheets
+STATE_FOLDER = "state"  # in a checkpoint: the state from which an interrupted training resumes
+# Files of an anchor run; its videos are subfolders.
 ANCHOR_FILES = ("image_*.png", "warped_x_*.png", "mask_*.png", "latents_*.safetensors", CONTACT_SHEET)
 
 
@@ -208,7 +208,7 @@ def anchor_path(run: Path, k: int) -> Path:
 
 
 def warped_path(run: Path, k: int) -> Path:
-    """The previous anchor as it was carried to anchor k."""
+    """The previous anchor, warped to anchor k."""
     return run / f"warped_x_{k:02d}.png"
 
 
@@ -234,7 +234,7 @@ def find_anchors(run: Path, count: int) -> list[Path]:
 def find_scene(run: Path) -> Path:
     """The scene folder that a run of anchors, a video's folder in it, or a file in either was made for.
 
-    It is the one that the run lies in, else the one that a manifest notes. Raises InputError when there is neither.
+    It is the folder that contains the run, else the one named in a manifest. Raises InputError if neither exists.
     """
     folders = [run.absolute(), *run.absolute().parents[:2]]
     for folder in folders:
@@ -261,12 +261,12 @@ def chain_path(run: Path, arc: int) -> Path:
 
 
 def anchor_latents_path(run: Path, k: int) -> Path:
-    """Latents of anchor k, from the end of its denoising until its picture is written."""
+    """Latents of anchor k, kept from the end of denoising until its picture is written."""
     return run / f"latents_{k:02d}.safetensors"
 
 
 def latents_path(run: Path, arc: int) -> Path:
-    """Latents of an arc, from the end of its denoising until its frames are written."""
+    """Latents of an arc, kept from the end of denoising until its frames are written."""
     return run / "chain" / f"latents_{arc:02d}.safetensors"
 
 

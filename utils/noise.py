@@ -1,4 +1,4 @@
-"""Noise that follows the camera: carry Gaussian noise along the correspondence maps of an arc, and keep it white.
+"""Noise that follows the camera: warp Gaussian noise along the correspondence maps of an arc, and keep it white.
 
     python -m utils.noise SCENE                                  arc*/noises.npy, for 90x60 latents
     python -m utils.noise SCENE --latent_size 18x12 --seed 1     arc*/noises_18x12.npy
@@ -8,11 +8,11 @@ kept, whatever seed made them, unless --overwrite is given.
 
 The noise lives on a grid of elements, one per map pixel, S x S of them in every latent cell. Element i has a mass m_i,
 values v_i ~ N(0, m_i I) independent of all others, and the offset of its mass from its own centre. A cell reads
-sum(v) / sqrt(sum(m)) over its elements. In one step every element of the new frame takes over the element it sees (an
-element that several see is split into independent pieces), elements that nobody sees join the nearest one that was
-carried along, and disoccluded elements draw fresh noise.
+sum(v) / sqrt(sum(m)) over its elements. In one step every element of the new frame takes over the element that it sees
+(an element seen by several is split into independent pieces), elements that none sees join the nearest one that was
+taken over, and disoccluded elements draw fresh noise.
 
-Where mass goes never depends on the values. So every frame is exactly N(0, 1), white in space and over channels, for
+How mass moves never depends on the values. So every frame is exactly N(0, 1), white in space and over channels, for
 any map. A step is therefore planned once, in float64 (`plan_step`), and then serves all channels (`apply_step`).
 Limits: where a surface shrinks more than about threefold in one step, elements are dropped (the frame stays white),
 and surfaces that reappear get fresh noise.
@@ -49,7 +49,7 @@ def blend_noise(warped: Any, fresh: Any, alpha: float) -> Any:
 
 
 def arc_noise(arc: Arc, latent_size: tuple[int, int], seed: int = 0) -> np.ndarray:
-    """Noise of one arc from its correspondence maps, float32 [13, h, w, 16]. Arcs have streams of their own."""
+    """Noise of one arc from its correspondence maps, float32 [13, h, w, 16]. Each arc has its own random stream."""
     correspondences = [source_positions(read_map(path)) for path in arc.corres_paths]
     return warp_noise(correspondences, latent_size, [seed, arc.index])
 
@@ -57,8 +57,8 @@ def arc_noise(arc: Arc, latent_size: tuple[int, int], seed: int = 0) -> np.ndarr
 def load_or_make_noise(arc: Arc, latent_size: tuple[int, int], seed: int = 0) -> np.ndarray:
     """The arc's noise, float32 [13, h, w, 16], latent_size = (w, h).
 
-    Read from the arc's noise file when there is one (`seed` then plays no part), else made and written there. In a
-    folder that cannot be written it stays in memory.
+    Read from the arc's noise file if there is one (`seed` is then ignored), otherwise made and written there. If the
+    folder is read-only, the noise is not stored.
     """
     path = arc.noise_path(latent_size)
     if path.exists():
@@ -75,10 +75,10 @@ def read_noise(path: Path, latent_size: tuple[int, int]) -> np.ndarray:
     again = "python -m utils.noise {} --latent_size {}x{} --overwrite".format(path.parent.parent, *latent_size)
     remedy = f"delete it, or make it again with {again}"
     try:
-        # Mapped, so that a file of another size is refused by its header, before any of it is read.
+        # Memory-mapped, so that a file of another size is refused by its header, before its data is read.
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
         stored_as = f"{stored.dtype} {list(stored.shape)}"
-    except Exception as error:  # a damaged header makes NumPy raise half a dozen kinds
+    except Exception as error:  # for a damaged header NumPy raises half a dozen kinds of exceptions
         reason = getattr(error, "strerror", None) or "damaged, or not a .npy file of numbers"
         raise InputError(f"{path} cannot be read: {reason}; {remedy}") from error
     wanted = (LATENT_FRAMES, latent_size[1], latent_size[0], NOISE_CHANNELS)
@@ -91,7 +91,7 @@ def read_noise(path: Path, latent_size: tuple[int, int]) -> np.ndarray:
 
 
 def write_noise(path: Path, noise: np.ndarray) -> None:
-    """Write a noise file whole or not at all."""
+    """Write a noise file, atomically."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.save(file, noise, allow_pickle=False)
 

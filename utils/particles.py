@@ -8,17 +8,17 @@ import numpy as np
 from utils.cli import InputError
 from utils.layout import NOISE_CHANNELS
 
-REACH = 1.6  # elements; an element that nobody sees joins a carried one at most this far away
-MAX_OFFSET = 0.75  # elements; how far a mass may sit from the centre of its element
-MAX_PIECE_OFFSET = 1.0  # elements; the same before it is averaged with the masses that join
-RELAX = 0.95  # exponent on the masses after each step: draws them towards equal, so that no element dominates its cell
+REACH = 1.6  # elements; largest distance at which an unseen element joins one that was taken over
+MAX_OFFSET = 0.75  # elements; largest distance of a mass from the centre of its element
+MAX_PIECE_OFFSET = 1.0  # elements; the same before averaging with the masses that join
+RELAX = 0.95  # exponent on the masses after each step: evens them out, so that no element dominates its cell
 BLOCK = [(dx, dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
 CROSS = [(0, 0), (0, -1), (-1, 0), (1, 0), (0, 1)]
 
 
 @dataclass(frozen=True)
 class Particles:
-    """Where the mass is, on a grid of N = height * width elements in row-major order."""
+    """Masses and their offsets on a grid of N = height * width elements in row-major order."""
 
     mass: np.ndarray  # float64 [N], mean 1
     offset: np.ndarray  # float64 [2, N], x and y of the mass from the element's centre, in elements
@@ -42,11 +42,11 @@ class WarpStep:
     """How values move from one frame to the next. Gains are float32 columns: [N, 1], [M, 1], [G, 1], [K, 1]."""
 
     source: np.ndarray  # int64 [N], the earlier frame's element that each element takes over (0 where fresh)
-    gain: np.ndarray  # how much of it (0 where fresh)
+    gain: np.ndarray  # factor on its values (0 where fresh)
     split: Groups  # elements that share their source, grouped by source
-    split_gain: np.ndarray  # of the noise that makes M pieces independent
-    merged: Groups  # elements of the earlier frame that nobody takes over, grouped by the one they join
-    merged_gain: np.ndarray  # of their G sums
+    split_gain: np.ndarray  # factor on the noise that makes the M pieces independent
+    merged: Groups  # elements of the earlier frame that none takes over, grouped by the one they join
+    merged_gain: np.ndarray  # factor on their G sums
     fresh: np.ndarray  # int64 [K], disoccluded elements
     fresh_gain: np.ndarray
 
@@ -60,9 +60,9 @@ def warp_noise(
     """Noise for a first frame and for each frame that follows it, float32 [1 + len(correspondences), h, w, channels].
 
     correspondences: per following frame (source positions float [H, W, 2], x then y, in map pixels, origin at the
-    outer corner, centres at +0.5; valid bool [H, W]), on that frame and pointing into the one before it. Outside the
-    frame, NaN and infinity count as invalid. latent_size: (w, h), with W = S w and H = S h. seed: whatever
-    numpy.random.SeedSequence accepts; the same seed gives the same bytes.
+    outer corner, centres at +0.5; valid bool [H, W]), given on that frame and pointing into the one before it.
+    Positions outside the frame, NaN and infinity count as invalid. latent_size: (w, h), with W = S w and H = S h.
+    seed: whatever numpy.random.SeedSequence accepts; the same seed gives the same bytes.
     """
     if not correspondences:
         raise ValueError("no correspondences given: at least one map is needed")
@@ -83,7 +83,7 @@ def warp_noise(
 
 
 def elements_per_cell(map_size: tuple[int, int], latent_size: tuple[int, int]) -> int:
-    """S = map width / latent width. Sizes are (width, height); InputError unless S is whole and the same for both."""
+    """S = map width / latent width. Sizes are (width, height); InputError unless S is an integer, equal for both."""
     (width, height), (latent_width, latent_height) = map_size, latent_size
     scale = width // latent_width
     if scale < 1 or (scale * latent_width, scale * latent_height) != (width, height):
@@ -103,7 +103,7 @@ def read_cells(values: np.ndarray, mass: np.ndarray, latent_size: tuple[int, int
 
 
 def plan_step(particles: Particles, positions: np.ndarray, valid: np.ndarray) -> tuple[WarpStep, Particles]:
-    """Where the mass of one frame goes in the next. Never looks at values.
+    """Plan how the mass of one frame moves to the next. Independent of the values.
 
     positions: float [H, W, 2] in elements; valid: bool [H, W]; both on the next frame, as in `warp_noise`.
     """
@@ -111,7 +111,7 @@ def plan_step(particles: Particles, positions: np.ndarray, valid: np.ndarray) ->
     points = np.array(positions.reshape(count, 2).T, dtype=np.float64, order="C")
     ok = valid.ravel() & _inside(points, shape)
     target, fresh = np.flatnonzero(ok), np.flatnonzero(~ok)
-    points[:, fresh] = np.inf  # farther than anything
+    points[:, fresh] = np.inf  # farther than any element
     place = np.indices(shape)[::-1].reshape(2, count) + 0.5 + particles.offset
 
     # Every element takes over the one whose mass it sees; those that see the same one share it equally.
@@ -125,7 +125,7 @@ def plan_step(particles: Particles, positions: np.ndarray, valid: np.ndarray) ->
     mass[target] = piece_mass
     moment[:, target] = piece_mass * np.clip(place - mean_seen, -MAX_PIECE_OFFSET, MAX_PIECE_OFFSET)[:, source]
 
-    # Elements that nobody took over join a carried one close by; far from all of them they are hidden, and dropped.
+    # Elements that none took over join a close one that was; those far from all are hidden, and dropped.
     lone, joined = _join(points, target, source, place, shape)
     lone_mass = particles.mass[lone]
     mass += np.bincount(joined, lone_mass, count)
@@ -133,7 +133,7 @@ def plan_step(particles: Particles, positions: np.ndarray, valid: np.ndarray) ->
     mass[fresh] = mass[target].mean() if len(target) else 1.0
     offset = np.clip(moment / mass, -MAX_OFFSET, MAX_OFFSET)
 
-    # Only ratios of masses matter to a cell. Values are scaled along with them, which keeps v ~ N(0, m).
+    # Only ratios of masses matter to a cell. Values are rescaled with them, which keeps v ~ N(0, m).
     relaxed = mass**RELAX
     relaxed /= relaxed.mean()
     scale = np.sqrt(relaxed / mass)
@@ -149,7 +149,7 @@ def plan_step(particles: Particles, positions: np.ndarray, valid: np.ndarray) ->
 
 
 def apply_step(step: WarpStep, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Values of the next frame, float32 [N, C] like `values`. Draws only for split and for fresh elements."""
+    """Values of the next frame, float32 [N, C] like `values`. Draws noise only for split and fresh elements."""
     channels = values.shape[1]
     moved = values[step.source]
     moved *= step.gain
@@ -175,7 +175,7 @@ def _claim(seen: np.ndarray, offset: np.ndarray, shape: tuple[int, int]) -> np.n
 def _join(
     points: np.ndarray, target: np.ndarray, source: np.ndarray, place: np.ndarray, shape: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pair elements that nobody took over with the closest element of the next frame that carries something.
+    """Pair elements that none took over with the closest element of the next frame that took one over.
 
     points: [2, N], what each element of the next frame sees, inf where nothing; target, source: [M], who took over
     whom; place: [2, N], where the masses are. Returns (elements of the earlier frame, whom each of them joins).
@@ -186,13 +186,13 @@ def _join(
     who = rank[near]
     joined = _closest(who[who >= 0], target[claim[who >= 0]], points, place)
     lone = np.flatnonzero(joined < len(joined))
-    # Offsets displace claims, so what is seen next to the one found may be closer still.
+    # Masses lie off their centres, so a neighbour of the element found may be closer still.
     near, which = _neighbours(joined[lone], CROSS, shape)
     return lone, _closest(lone[which], near, points, place)[lone]
 
 
 def _closest(who: np.ndarray, candidate: np.ndarray, points: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """For each element at `place` [2, N] its closest candidate in `points` [2, N], of equals the first; N if none.
+    """For each element at `place` [2, N] its closest candidate in `points` [2, N], the first of ties; N if none.
 
     who, candidate: [P], pairs of elements to consider.
     """
@@ -214,7 +214,7 @@ def _neighbours(element: np.ndarray, steps: list, shape: tuple[int, int]) -> tup
 
 
 def _inside(points: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """points: x and y. NaN and infinity are not inside."""
+    """Whether points (x and y) are inside the grid; NaN and infinity are not."""
     (x, y), (height, width) = points, shape
     return (x >= 0) & (x < width) & (y >= 0) & (y < height)
 

@@ -1,8 +1,8 @@
-"""Run folders: manifests, atomic writes, seeds, and the question "is this run already done?".
+"""Run folders: manifests, seeds, and whether a run is finished, can be continued or must be refused.
 
-Every script owns one output folder. `run.json` in it holds the arguments that decide the result, what made it, and
-what it cost. A folder is continued only by the same arguments, so that nothing finished is mixed or overwritten
-silently.
+Every script owns one output folder. `run.json` in it holds the arguments that decide the result, the versions and
+weights used, and the cost. A folder is continued only with the same arguments, so that finished results are never
+mixed or silently overwritten.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from utils.cli import InputError, require_writable
 from utils.files import read_json, write_json
 from utils.layout import MANIFEST, find_checkpoints
 
-PACKAGES = (  # whose versions decide numbers
+PACKAGES = (  # their versions affect the results
     "torch",
     "diffusers",
     "transformers",
@@ -42,9 +42,9 @@ PACKAGES = (  # whose versions decide numbers
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove temporary names that a killed process left in `folder` and its parts.
+    """Remove temporary files that a killed process left in `folder` and its subfolders.
 
-    A sub-folder with a manifest is another run, which may be in progress, and is left alone.
+    A subfolder with a manifest is another run, which may be in progress, and is left alone.
     """
     parts = [path for path in folder.iterdir() if path.is_dir() and not (path / MANIFEST).exists()]
     for path in [leftover for part in (folder, *parts) for leftover in part.glob(".*.tmp*")]:
@@ -52,7 +52,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def derive_seed(*keys: int) -> int:
-    """A 63-bit seed that depends on every key, for example (seed, arc, purpose); neighbours are independent."""
+    """A 63-bit seed that depends on every key, for example (seed, arc, purpose); nearby keys give independent ones."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -72,8 +72,8 @@ class Run:
 
     folder: Path
     manifest: dict
-    replaces: bool = False  # an older run in the folder goes when this one begins
-    owned: tuple[str, ...] = ("*",)  # patterns of what belongs to the run; a folder may hold other things
+    replaces: bool = False  # remove an older run in the folder when this one begins
+    owned: tuple[str, ...] = ("*",)  # patterns of the run's files; the folder may hold others
     manifest_name: str = MANIFEST
     started: float = dataclasses.field(default_factory=time.monotonic)
     earlier: float = dataclasses.field(init=False)  # seconds of attempts before this one
@@ -91,7 +91,7 @@ class Run:
         return 0 if self.replaces else max(find_checkpoints(self.folder), default=0)
 
     def require_begun_with(self, weights: dict) -> None:
-        """Raise InputError when this is an interrupted run that was begun with other weights."""
+        """Raise InputError if this is an interrupted run that was begun with other weights."""
         before = None if self.replaces else self.manifest.get("weights")
         if not before or before == weights:
             return
@@ -104,7 +104,7 @@ class Run:
         raise InputError(f"{self.folder} was begun with other weights; pass --overwrite to start again")
 
     def begin(self, **entries: object) -> None:
-        """Make the folder and its manifest. Call it when everything is loaded: a failed load then changes nothing.
+        """Make the folder and its manifest. Call it after loading everything, so that a failed load changes nothing.
 
         Raises InputError when an interrupted run was begun with other `weights`.
         """
@@ -113,7 +113,7 @@ class Run:
         if self.replaces:
             for path in owned_paths(self.folder, self.owned):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self.replaces = False  # beginning again must not remove what was made since
+            self.replaces = False  # a second call must not remove the new results
         self.folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(self.folder)
         self.save(**entries, finished=False)
@@ -129,7 +129,7 @@ class Run:
 
 
 def owned_paths(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """What is in `folder` and matches one of `patterns`; leftovers of killed processes do not count."""
+    """Paths in `folder` that match one of `patterns`, without leftovers of killed processes."""
     return sorted({p for pattern in patterns for p in folder.glob(pattern) if ".tmp" not in p.name})
 
 
@@ -145,9 +145,9 @@ def open_run(
 ) -> Run:
     """Open or continue the run in `folder`. Nothing is written or removed before `Run.begin`.
 
-    arguments: everything that decides the result (JSON values). automatic: those that this machine chooses for a new
-    run; one that is continued keeps its own. defaults: what flags mean that are newer than a manifest. owned: patterns
-    of the run's files, when the folder may hold others, which are then left alone. Raises InputError when the folder
+    arguments: everything that decides the result (JSON values). automatic: arguments that depend on this
+    machine; a continued run keeps its own. defaults: values of flags that an older manifest lacks. owned: patterns of
+    the run's files, if the folder may hold others, which are left alone. Raises InputError when the folder
     holds a run with other arguments, or files but no manifest, unless `overwrite`.
     """
     require_writable(folder)
@@ -167,12 +167,12 @@ def open_run(
 
 
 def as_json(values: Mapping[str, object]) -> dict:
-    """The values as a manifest gives them back."""
+    """The values as they read back from a manifest."""
     return json.loads(json.dumps(values, default=str))
 
 
 def with_defaults(before: dict, now: dict, defaults: Mapping[str, object] | None) -> dict:
-    """A manifest's arguments; flags that are newer than it count as their default."""
+    """A manifest's arguments, with the defaults of flags that it lacks."""
     newer = {name: value for name, value in as_json(defaults or {}).items() if name in now}
     return newer | {name: value for name, value in before.items() if value is not None}
 
@@ -193,7 +193,7 @@ def _require_same_arguments(folder: Path, before: dict, now: dict) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Python, platform and the packages that decide numbers."""
+    """Versions of Python, the platform and the packages that affect the results."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -219,14 +219,14 @@ def find_unfinished(
 ) -> object | None:
     """Value of argument `free` in the newest unfinished run below `parent` that agrees in all others.
 
-    automatic: names of arguments that do not count either. defaults: see `open_run`.
+    automatic: names of further arguments to ignore. defaults: see `open_run`.
     """
     now, blank = as_json(arguments), dict.fromkeys((free, *automatic))
     candidates = []
     for path in parent.glob(f"*/{MANIFEST}"):
         try:
             manifest = read_json(path)
-        except InputError:  # a damaged neighbour is no reason to stop
+        except InputError:  # skip a damaged run
             continue
         found = with_defaults(manifest.get("arguments", {}), now, defaults)
         agrees = {**now, **found, **blank} == {**found, **now, **blank}

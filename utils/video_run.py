@@ -1,4 +1,4 @@
-"""The run of one video: the frames of its arcs, which of them are done, and the mp4 and contact sheet of all."""
+"""The run of one video: save the frames of its arcs, tell which are done, write the mp4 and the contact sheet."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,9 @@ SHEET_COLUMNS = 8  # frames per arc on the contact sheet
 
 @dataclass
 class VideoJob:
-    """The anchors of one scene, and the run of the video to make of them. noises: float32 [13, h, w, 16] per arc.
+    """The anchors of one scene, and the run of the video made from them. noises: float32 [13, h, w, 16] per arc.
 
-    prompt: the one given, or the caption that an interrupted run has made; None until there is one.
+    prompt: the given one, or the caption stored by an interrupted run; None until one exists.
     """
 
     scene: Scene
@@ -51,7 +51,7 @@ def save_arc(run: Run, arc: Arc, frames: np.ndarray) -> None:
 
 
 def finish_video(job: VideoJob, fps: int) -> None:
-    """Video and contact sheet from the saved frames."""
+    """Write video and contact sheet from the saved frames."""
     run, arcs = job.run, job.scene.arcs
     shown = [path for arc in arcs for path in arc_frame_paths(run, arc)[bool(arc.index) :]]
     write_video(run.folder / VIDEO_FILE, (read_image(path) for path in shown), fps)
@@ -63,6 +63,6 @@ def finish_video(job: VideoJob, fps: int) -> None:
         rows.append((f"arc {arc.index}: frames", [read_image(frames[i]) for i in columns]))
     rows.append(("anchors", [read_image(path) for path in job.anchors]))
     write_image(run.folder / CONTACT_SHEET, contact_sheet(rows))
-    for arc in arcs:  # of an arc that was interrupted at the very end
+    for arc in arcs:  # left by an arc that was interrupted at the very end
         latents_path(run.folder, arc.index).unlink(missing_ok=True)
     run.finish(fps=fps)

@@ -3,8 +3,8 @@
     frames = read_frames(Path("RUN/d0.5_e1350_n30"), num_arcs=2)      # uint8 [91, H, W, 3]
 
 Videos come in two lengths. With 46 N frames every arc has both of its ends, as ggi.py numbers them; with 45 N + 1 the
-frame that two arcs share is there once, as in ggi.py's video.mp4. Both are brought to 45 N + 1, by the rule of
-ggi.py's video: of a shared frame, the last one of the earlier arc is kept.
+frame that two arcs share occurs once, as in ggi.py's video.mp4. Both are reduced to 45 N + 1 as in ggi.py's video: of
+a shared frame, the version of the earlier arc is kept.
 """
 
 import subprocess
@@ -21,17 +21,17 @@ from utils.layout import ARC_FRAMES, ARC_STEPS
 from utils.runs import MANIFEST
 
 PICTURES = (".png", ".jpg", ".jpeg")
-# Damage is an error, not something to conceal; no frame is turned, repeated or dropped.
+# Damage is an error, not concealed; no frame is rotated, repeated or dropped.
 STRICT, AS_STORED = ("-xerror", "-err_detect", "explode", "-noautorotate"), ("-fps_mode", "passthrough")
 
 
 def read_frames(path: Path, num_arcs: int) -> np.ndarray:
     """The frames along the whole path: uint8 [45 N + 1, H, W, 3], RGB, for a path of N = num_arcs arcs.
 
-    path: a folder of numbered pictures (0000.png …, from any number on; files without a plain number as their name do
-    not count), or a video file. A folder with a run.json is a run of ggi.py: it must be finished, and hold 46 N.
-    Raises InputError when frames are missing, unreadable, or of different sizes, when there are neither 45 N + 1 nor
-    46 N, and when the file does not decode to its end.
+    path: a folder of numbered pictures (0000.png …, from any number on; other file names are ignored), or a video
+    file. A folder with a run.json is a run of ggi.py: it must be finished, and hold 46 N frames. Raises InputError
+    when frames are missing, unreadable or of different sizes, when there are neither 45 N + 1 nor 46 N of them, and
+    when the file does not decode to its end.
     """
     if path.is_dir():
         return _read_folder(path, num_arcs)
@@ -76,7 +76,7 @@ def _read_folder(folder: Path, num_arcs: int) -> np.ndarray:
 
 
 def _require_whole_run(run: Path, count: int, num_arcs: int) -> None:
-    """A run of two arcs that lacks its last frame would pass for 45 N + 1."""
+    """Refuse an incomplete run: two arcs without their last frame would pass for 45 N + 1."""
     if not read_json(run / MANIFEST).get("finished"):
         raise InputError(f"{run} is not finished: run ggi.py again")
     if count != ARC_FRAMES * num_arcs:
@@ -109,11 +109,11 @@ def _decode(path: Path) -> np.ndarray:
 
 
 def _video_size(path: Path) -> tuple[int, int]:
-    """(width, height) of a video file. Raises InputError when it is none."""
+    """(width, height) of a video file. Raises InputError if it is not a video."""
     try:
         with Image.open(path) as picture:
             raise InputError(f"{path} is a picture ({picture.format}): give a folder of frames or a video file")
-    except OSError:  # what a video should be to Pillow
+    except OSError:  # expected for a video, which Pillow cannot open
         pass
     reader = imageio_ffmpeg.read_frames(str(path))
     try:

@@ -1,4 +1,4 @@
-"""How well a video holds together, along exact correspondences of its scene. docs/metrics.md explains every number.
+"""Consistency of a video, measured along exact correspondences of its scene. docs/metrics.md explains every metric.
 
     covisibility = make_covisibility(caster, views)                      # once per scene and size
     temporal_error(frames, covisibility, 8), flicker(frames, covisibility), seams(frames, covisibility)
@@ -14,8 +14,8 @@ import numpy as np
 from utils.evaluation.covisibility import Covisibility
 from utils.layout import ARC_STEPS
 
-LEAST_SHARE = 0.005  # of the lattice pixels, for a pair of frames to count
-SEAM_NEIGHBOURS = 4  # steps on either side of a seam that it is compared with
+LEAST_SHARE = 0.005  # of the lattice pixels; the least overlap of a pair of frames that counts
+SEAM_NEIGHBOURS = 4  # steps on either side that a seam is compared with
 
 
 def sample(image: np.ndarray, position: np.ndarray) -> np.ndarray:
@@ -33,10 +33,10 @@ def sample(image: np.ndarray, position: np.ndarray) -> np.ndarray:
 
 
 def warped_error(frames: np.ndarray, covisibility: Covisibility, source: int, target: int) -> float:
-    """Mean absolute difference between a frame and another one carried to it, over the pixels that both see.
+    """Mean absolute difference between a frame and another frame warped to it, over the pixels that both see.
 
-    mean over visible pixels p and channels of |I_t(p) - I_s(w(p))|, w(p) the exact place of p's surface point in frame
-    s. In [0, 255], 0 is best; NaN when the two frames share less than LEAST_SHARE of the pixels.
+    mean over visible pixels p and channels of |I_t(p) - I_s(w(p))|, w(p) the exact position of p's surface point in
+    frame s. In [0, 255], 0 is best; NaN when the two frames share less than LEAST_SHARE of the pixels.
     """
     _require_size(frames, covisibility)
     position, visible = covisibility.warp(source, target)
@@ -65,10 +65,10 @@ def anchor_error(frames: np.ndarray, covisibility: Covisibility) -> float:
 def flicker(frames: np.ndarray, covisibility: Covisibility) -> float:
     """Temporal noise along the surfaces, as a standard deviation: sqrt(pi / 12) times the mean |second difference|.
 
-    d_t(p) = I_{t-1}(w-(p)) - 2 I_t(p) + I_{t+1}(w+(p)) over pixels p of frame t that the frames before and after see
-    too. Gaussian noise of standard deviation s, new in every frame, has sqrt(1 + 4 + 1) s in d and sqrt(12 / pi) s in
-    |d|: the result is s. A colour that drifts evenly gives 0. From 0, the best, to 261; NaN when no three frames share
-    enough.
+    d_t(p) = I_{t-1}(w-(p)) - 2 I_t(p) + I_{t+1}(w+(p)) over pixels p of frame t that both neighbouring frames see.
+    Gaussian noise of standard deviation s, new in every frame, gives d the deviation sqrt(1 + 4 + 1) s and |d| the
+    mean sqrt(12 / pi) s: the result is s. A colour that drifts evenly gives 0. In [0, 261], 0 is best; NaN when no
+    three frames share enough.
     """
     _require_size(frames, covisibility)
     total, count = 0.0, 0
@@ -85,7 +85,7 @@ def flicker(frames: np.ndarray, covisibility: Covisibility) -> float:
 
 
 def seams(frames: np.ndarray, covisibility: Covisibility) -> float:
-    """How much a video jumps where its arcs meet: 1 = as between any two frames.
+    """How much a video jumps where its arcs meet: 1 = no more than between other neighbouring frames.
 
     For the shared frame b of two arcs: the mean of the `step_errors` into b and out of b, over the mean of those of
     the four steps before and the four after. The mean over all b; above 0, 1 is best. NaN with a single arc, and
@@ -105,7 +105,7 @@ def _enough(visible: np.ndarray) -> bool:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of what is not NaN; NaN when nothing is left."""
+    """Mean of the values that are not NaN; NaN when there are none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
 

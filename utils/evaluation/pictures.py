@@ -1,4 +1,4 @@
-"""How frames look: their edges against the scene's, their style against a reference, their pixels against truth.
+"""Metrics of pictures: edges compared with the scene's, style with a reference, pixels with the true frames.
 
     line_score(video_lines(frames), scene_lines(paths, size))            # precision, recall, F1
     colour_distance(frames, reference), texture_distance(frames, reference), psnr(frames, truth), ssim(frames, truth)
@@ -18,16 +18,16 @@ from utils.edges import resize_edges, soft_edges
 from utils.evaluation.covisibility import Progress, silent
 from utils.images import read_image
 
-LINE_WIDTH = 720  # pixels; pictures are brought to this width before lines are compared
+LINE_WIDTH = 720  # pixels; pictures are resized to this width before lines are compared
 TOLERANCE = 1.5  # pixels at LINE_WIDTH
-LINE_LEVEL = 128  # of soft edges, for a line to count
+LINE_LEVEL = 128  # least brightness of soft edges that counts as a line
 
-STYLE_SIDE = 128  # pixels; longer side of pictures whose style is compared. No weight set draws smaller ones
+STYLE_SIDE = 128  # pixels; longer side at which styles are compared. No weight set draws smaller pictures
 PATCH = 7  # pixels; side of the patches whose distributions are compared
 PATCH_STRIDE = 4  # pixels; between the patches of a frame
 PROJECTIONS, QUANTILES, PROJECTION_SEED = 128, 1024, 0
 
-BEST_PSNR = 100.0  # dB, of equal pictures
+BEST_PSNR = 100.0  # dB, for equal pictures
 SSIM_WINDOW = 11  # pixels
 
 
@@ -51,7 +51,7 @@ def line_size(size: tuple[int, int]) -> tuple[int, int]:
 def scene_lines(paths: Sequence[Path], size: tuple[int, int], progress: Progress = silent) -> np.ndarray:
     """One-pixel lines of a scene's edge frames: bool [F, h, 720]. size: width, height of the video, in pixels.
 
-    Edge frames are stretched to the video's aspect, as they are for the models.
+    Edge frames are stretched to the video's aspect, as for the models.
     """
     return np.stack([thin(resize_edges(read_image(path), *line_size(size))) for path in progress(paths, "lines")])
 
@@ -64,7 +64,7 @@ def video_lines(frames: np.ndarray, progress: Progress = silent) -> np.ndarray:
 
 
 def thin(edges: np.ndarray) -> np.ndarray:
-    """Middle lines of what is at least LINE_LEVEL bright: bool [H, W]. edges: uint8 [H, W, 3], white on black."""
+    """Skeleton of all pixels at least LINE_LEVEL bright: bool [H, W]. edges: uint8 [H, W, 3], white on black."""
     from skimage.morphology import skeletonize
 
     return skeletonize(edges[..., 0] >= LINE_LEVEL)
@@ -101,10 +101,10 @@ def _ratio(part: int, whole: int) -> float:
 
 
 def colour_distance(frames: np.ndarray, reference: np.ndarray) -> float:
-    """Distance of the colours of a video from those of a picture: Wasserstein-2 between Gaussians, in Lab.
+    """Distance between the colours of a video and of a picture: Wasserstein-2 between Gaussians, in Lab.
 
     sqrt(|m1 - m2|² + tr(C1 + C2 - 2 (C1^½ C2 C1^½)^½)), m and C the mean and covariance of all pixels' CIE Lab. In
-    units of Delta E (1976), from 0, the best.
+    units of Delta E (1976); 0 is best.
     """
     (mean1, cov1), (mean2, cov2) = _lab_statistics(frames), _lab_statistics(reference[None])
     root = _square_root(cov1)
@@ -113,11 +113,11 @@ def colour_distance(frames: np.ndarray, reference: np.ndarray) -> float:
 
 
 def texture_distance(frames: np.ndarray, reference: np.ndarray) -> float:
-    """Distance of the patterns of a video from those of a picture: sliced Wasserstein-2 between patches, in Lab.
+    """Distance between the patterns of a video and of a picture: sliced Wasserstein-2 between patches, in Lab.
 
-    Patches of PATCH x PATCH pixels, each less its own mean colour; projected on PROJECTIONS seeded unit vectors v:
-    sqrt(3 mean over v of W2²(v·patches of the video, v·patches of the picture)). From 0, the best. Because the mean is
-    taken out, a shift of all colours changes nothing; weaker contrasts, blur and grain do.
+    Patches of PATCH x PATCH pixels, minus their own mean colour, are projected onto PROJECTIONS seeded unit vectors v:
+    sqrt(3 mean over v of W2²(v·patches of the video, v·patches of the picture)). 0 is best. Since the mean is
+    subtracted, a shift of all colours changes nothing; weaker contrast, blur and grain do.
     """
     wanted, found = _projected_quantiles(reference[None], 1), _projected_quantiles(frames, PATCH_STRIDE)
     return float(np.sqrt(3 * np.square(wanted - found).mean(dtype=np.float64)))
@@ -142,17 +142,17 @@ def _lab_statistics(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _square_root(matrix: np.ndarray) -> np.ndarray:
-    """Of a symmetric positive matrix."""
+    """Square root of a symmetric positive matrix."""
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
 
 
 def _projected_quantiles(frames: np.ndarray, stride: int) -> np.ndarray:
-    """Quantiles of the projections of all patches, float32 [QUANTILES, PROJECTIONS]. stride: between patches."""
+    """Quantiles of all patches' projections, float32 [QUANTILES, PROJECTIONS]. stride: pixels between patches."""
     rng = np.random.default_rng(PROJECTION_SEED)
     vectors = rng.standard_normal((PATCH, PATCH, 3, PROJECTIONS))
     vectors /= np.sqrt(np.square(vectors).sum((0, 1, 2)))
-    vectors = (vectors - vectors.mean((0, 1))).astype(np.float32).reshape(-1, PROJECTIONS)  # takes each mean out
+    vectors = (vectors - vectors.mean((0, 1))).astype(np.float32).reshape(-1, PROJECTIONS)  # subtracts the means
     projected = np.concatenate([_patches(_style_lab(frame), stride) @ vectors for frame in frames])
     return np.quantile(projected, (np.arange(QUANTILES) + 0.5) / QUANTILES, axis=0)
 

@@ -5,14 +5,14 @@ import numpy as np
 from utils.scene.mesh import dot
 
 LEAF = 4  # faces in a leaf of the hierarchy
-CHUNK = 8192  # rays that walk the hierarchy together; bounds its memory
+CHUNK = 8192  # rays that descend together; limits the memory
 
 
 class NumpyHits:
     """First hits through a bounding-volume hierarchy over faces in Morton order, in float64.
 
     The hierarchy is a complete binary tree: `_low[d]`, `_high[d]` hold the 2^d boxes of level d. All rays of a chunk
-    go down together, level by level, as (ray, box) pairs.
+    descend together, level by level, as (ray, box) pairs.
     """
 
     def __init__(self, vertices: np.ndarray, faces: np.ndarray) -> None:
@@ -44,7 +44,7 @@ class NumpyHits:
                     ray, box = np.repeat(ray, 2), np.repeat(2 * box, 2)
                     box[1::2] += 1
                 near, far = (low[box] - origins[ray]) * inverse[ray], (high[box] - origins[ray]) * inverse[ray]
-                # fmin and fmax pass over the NaN of 0·inf: a ray that lies in the side of a box.
+                # fmin and fmax ignore the NaN of 0·inf: a ray that lies in a side of the box.
                 enter, leave = np.fmin(near, far).max(1), np.fmax(near, far).min(1)
                 met = ~(enter > leave) & ~(leave < 0)
                 ray, box = ray[met], box[met]

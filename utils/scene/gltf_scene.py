@@ -1,7 +1,7 @@
-"""Reads the scene of a glTF or GLB file without trusting it; `utils.gltf` checks every size against the file.
+"""Read the scene of an untrusted glTF or GLB file; `utils.gltf` checks every size against the file.
 
-Read are the nodes of the default scene, their triangles, positions and normals. Materials, images, cameras, skins and
-animations are passed over: no other file but its buffers is opened and no picture is decoded.
+Reads the nodes of the default scene, their triangles, positions and normals. Ignores materials, images, cameras, skins
+and animations: opens no other file but its buffers, and decodes no picture.
 """
 
 import math
@@ -26,7 +26,7 @@ UNSUPPORTED = {
 def read_gltf(path: Path) -> tuple[list[Part], str | None]:
     """The parts of a .glb or .gltf file in its world, in the order of their nodes, and its `world_up`, unchecked.
 
-    Raises InputError when anything in the file cannot be relied on.
+    Raises InputError when the file is damaged, unsupported or too large.
     """
     with refusals(path, "the scene"):
         file = open_gltf(path)
@@ -35,20 +35,20 @@ def read_gltf(path: Path) -> tuple[list[Part], str | None]:
         found = [(node, parts) for node in _walk(file, scene["nodes"]) if (parts := meshes.parts(node.mesh))]
         found.sort(key=lambda item: item[0].index)
         names = unique_names([node.name for node, _ in found])
-        placed = []  # only now that all triangles have been counted
+        placed = []  # only after all triangles have been counted
         for (node, parts), name in zip(found, names, strict=True):
             placed += [place(part, name, node.world) for part in parts]
         return placed, file.world_up(scene)
 
 
 def _refuse_unsupported(file: GltfFile) -> None:
-    """Refuse files that need extensions which are not read, or that point out of their folder."""
+    """Refuse files that need unsupported extensions, or that refer to files outside their folder."""
     for name in [*file.tree.get("extensionsRequired", []), *file.tree.get("extensionsUsed", [])]:
         if name in UNSUPPORTED:
             raise Refused(f"it uses {name}, which is not read: export it {UNSUPPORTED[name]}")
     for image in file.tree.get("images", []):
         if "uri" in image and not image["uri"].startswith("data:"):
-            file.inside(image["uri"])  # never opened, but a scene that points elsewhere is refused
+            file.inside(image["uri"])  # never opened, but must be inside the folder
 
 
 # --- nodes ---
@@ -56,7 +56,7 @@ def _refuse_unsupported(file: GltfFile) -> None:
 
 @dataclass(frozen=True)
 class _Node:
-    """A node with a mesh. index, mesh: in the file; world: float64 [4, 4] from the node to the world."""
+    """A node with a mesh. index, mesh: indices in the file; world: float64 [4, 4] from the node to the world."""
 
     index: int
     name: str
@@ -114,11 +114,11 @@ def _text(value: object) -> str:
 
 @dataclass
 class _Meshes:
-    """Meshes in their own coordinates, each read once, and a count of what the scene holds."""
+    """Meshes in their own coordinates, each read once, and counts of the scene's vertices and triangles."""
 
     file: GltfFile
     vertices: int = 0  # of all primitives
-    triangles: int = 0  # with instances
+    triangles: int = 0  # instances included
     read: dict[int, list[Part]] = field(default_factory=dict)
 
     def parts(self, index: int) -> list[Part]:
@@ -150,7 +150,7 @@ class _Meshes:
         return make_part(self.file.path, "", positions, faces, normals) if len(faces) else None
 
     def _count(self, vertices: int, triangles: int) -> None:
-        """Refuse a scene that has grown too large, before memory is taken for more of it."""
+        """Refuse a scene that is too large, before allocating more memory for it."""
         self.vertices, self.triangles = self.vertices + vertices, self.triangles + triangles
         if self.vertices > 3 * MAX_TRIANGLES:
             raise Refused(f"its meshes have more than {3 * MAX_TRIANGLES:,} vertices: simplify it")
@@ -159,7 +159,7 @@ class _Meshes:
 
 
 def _triangles(corners: np.ndarray, mode: int) -> np.ndarray:
-    """Faces [F, 3] of vertex indices [N] that follow each other as `mode` says."""
+    """Faces [F, 3] from vertex indices [N], grouped as the primitive `mode` defines."""
     if mode == STRIP:
         faces = np.stack([corners[:-2], corners[1:-1], corners[2:]], axis=1)
         faces[1::2] = faces[1::2, ::-1]  # every other triangle runs backwards

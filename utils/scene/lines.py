@@ -18,7 +18,7 @@ from utils.scene.views import View
 SAMPLES = 2  # per pixel and axis
 CREASE_COS = np.cos(np.radians(40))  # sharper dihedral angles are lines
 OUTLINE, CREASE = 255, 215  # brightness: where depth jumps; where it does not
-DENSE_FACES = 50_000  # above, faces are about as small as samples, and most neighbours differ
+DENSE_FACES = 50_000  # above it, faces are about as small as samples, and most neighbouring samples differ
 BAND = 32  # rows of samples
 SMALLEST = 6  # pixels; smaller groups of line pixels are specks
 REFERENCE_WIDTH = 1080  # pixels; the image width that pen widths are given for
@@ -29,7 +29,7 @@ SOFTNESS = 1.0  # pixels; standard deviation of the blur
 
 @dataclass(frozen=True)
 class LineScene:
-    """A scene made ready for drawing. patches: int32 [F], faces connected without a crease; None for coarse scenes."""
+    """A scene prepared for drawing. patches: int32 [F], faces connected without a crease; None for coarse scenes."""
 
     geometry: Geometry
     caster: RayCaster
@@ -45,7 +45,7 @@ class Lines:
 
 
 def make_line_scene(geometry: Geometry, caster: RayCaster) -> LineScene:
-    """Prepare a scene; what dense meshes need on top is worked out once."""
+    """Prepare a scene: for dense meshes, compute the patches once."""
     dense = len(geometry.faces) > DENSE_FACES
     return LineScene(geometry, caster, crease_patches(geometry, caster.normals) if dense else None)
 
@@ -95,8 +95,8 @@ def _may_be_line(
 ) -> np.ndarray:
     """Pairs of neighbouring samples that need a closer look, bool [h, w]; with patches, few on a dense mesh.
 
-    Inside a patch that is a jump in depth. Over a plane 1/depth is linear in the image, so that a jump shows as a
-    difference well above the smaller one of the two beside it.
+    Inside a patch these are jumps in depth. On a plane 1/depth is linear in the image, so that a jump is a difference
+    well above the smaller of the two adjacent ones.
     """
     a, b = (np.s_[: faces.shape[0] - step[0], : faces.shape[1] - step[1]], np.s_[step[0] :, step[1] :])
     if patches is None:
@@ -115,9 +115,9 @@ def _may_be_line(
 
 
 def _nearness(caster: RayCaster, view: View, faces: np.ndarray, rays: np.ndarray) -> np.ndarray:
-    """1/depth of every sample, float32, 0 where nothing is hit: enough to choose what is looked at in float64."""
+    """1/depth of every sample, float32, 0 where nothing is hit: good enough to choose pairs to check in float64."""
     depth = np.empty(faces.shape, np.float32)
-    for row in range(0, len(faces), BAND):  # in bands, which stay in the cache
+    for row in range(0, len(faces), BAND):  # bands fit in the CPU cache
         band = np.s_[row : row + BAND]
         depth[band].flat = caster.plane_depth(faces[band].ravel(), view.eye, rays[band].reshape(-1, 3))
     return 1 / depth
@@ -129,14 +129,14 @@ def _sample(faces: np.ndarray, view: View, y: np.ndarray, x: np.ndarray) -> tupl
 
 
 def _classify(scene: LineScene, view: View, first: tuple, second: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Brightness of the line between pairs of neighbouring samples (0: none), and the depth of either sample."""
+    """Brightness of the line between pairs of neighbouring samples (0: none), and the depth of both samples."""
     geometry, caster = scene.geometry, scene.caster
     (f, f_ray), (g, g_ray) = first, second
     f_depth, g_depth = (caster.plane_depth(a, view.eye, ray) for a, ray in (first, second))
     value = np.where((f < 0) != (g < 0), OUTLINE, 0).astype(np.uint8)
     both = np.flatnonzero((f >= 0) & (g >= 0))
     f, g, f_ray, g_ray = f[both], g[both], f_ray[both], g_ray[both]
-    # How far the second plane is behind the first, on either ray. Planes that meet in between change sides.
+    # Distance of the second plane behind the first, on both rays. The sign changes if the planes meet in between.
     at_first = caster.plane_depth(g, view.eye, f_ray) - f_depth[both]
     at_second = g_depth[both] - caster.plane_depth(f, view.eye, g_ray)
     gap = np.minimum(np.abs(at_first), np.abs(at_second))
@@ -162,7 +162,7 @@ def _specks(brightness: np.ndarray) -> np.ndarray:
 def soften(lines: Lines, typical_depth: float) -> np.ndarray:
     """Draw lines with a soft pen: uint8 [H, W, 3], white on black.
 
-    typical_depth: planar depth, in the scene's unit, at which a line gets the middle width; one value per scene, so
+    typical_depth: planar depth, in the scene's unit, at which a line gets MIDDLE_WIDTH; one value per scene, so
     that widths do not flicker.
     """
     height, width = lines.brightness.shape
@@ -186,7 +186,7 @@ def _disc(diameter: float) -> np.ndarray:
 
 
 def shade(caster: RayCaster, view: View) -> np.ndarray:
-    """A grey render lit from the camera, uint8 [H, W, 3], white where nothing is hit: what HED is shown."""
+    """A grey render lit from the camera, uint8 [H, W, 3], white where nothing is hit: the input for HED."""
     rays = view.rays().reshape(-1, 3)
     face = caster.cast(view.eye, rays)
     facing = np.abs(dot(caster.normals[face], rays)) / np.linalg.norm(rays, axis=1)

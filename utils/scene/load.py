@@ -4,8 +4,8 @@
     face = RayCaster(geometry).cast(eye, directions)
 
 Formats: GLB and glTF through `gltf_scene`; OBJ, PLY, STL and OFF through trimesh. glTF is +y up unless its asset or
-scene has the extra `world_up`; the other formats are taken as +z up unless `up` says otherwise. Nothing but the file
-itself and a glTF file's buffers in the same folder is opened.
+scene has the extra `world_up`; the other formats are taken as +z up unless `up` says otherwise. Only the
+file itself, and a glTF file's buffers in the same folder, are opened.
 """
 
 import io
@@ -27,8 +27,8 @@ FORMATS = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 def load_geometry(path: Path, up: str | None = None) -> Geometry:
     """Read a scene. Raises InputError when it cannot be read or holds no triangles.
 
-    up: '+y' or '+z', the axis that points up in the file; None takes the file's own word (`world_up`) or its format's
-    custom: +y for glTF, +z for all others. The coordinates stay as they are: see `turn`.
+    up: '+y' or '+z', the axis that points up in the file; None takes the file's `world_up` or the convention of
+    its format: +y for glTF, +z for all others. The coordinates stay as they are: see `turn`.
     """
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
@@ -77,13 +77,13 @@ def _load_trimesh(path: Path, file: io.BytesIO, kind: str, **options: object):
     import trimesh
 
     disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # trimesh prints tracebacks of what it can do without
+    logging.disable(logging.ERROR)  # trimesh logs tracebacks of harmless errors
     try:
         with warnings.catch_warnings():
-            # numpy only warns when it meets something that is no number, and drops the rest of the file.
+            # At text that is not a number numpy only warns, and drops the rest of the file.
             warnings.filterwarnings("error", message="string or file could not be read")
             return trimesh.load_scene(file, file_type=kind, process=False, **options)
-    except Exception as error:  # whatever the parser stumbles over, the file is to blame
+    except Exception as error:  # any error of the parser means a damaged file
         reason = f"{type(error).__name__}: {error}"[:120]
         raise InputError(f"{path} cannot be read as {kind.upper()} ({reason}); export the scene again") from error
     finally:
@@ -91,7 +91,7 @@ def _load_trimesh(path: Path, file: io.BytesIO, kind: str, **options: object):
 
 
 def _absolute_indices(path: Path, data: bytes) -> bytes:
-    """OBJ text with negative indices counted from the start, as trimesh needs. Refuses far material files."""
+    """OBJ text with negative indices counted from the start, as trimesh needs. Refuses material files elsewhere."""
     for library in re.findall(rb"^\s*mtllib\s+(.*?)\s*$", data, re.MULTILINE):
         name = library.decode(errors="replace")
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:|[/\\]", name) or ".." in re.split(r"[/\\]", name):
@@ -116,10 +116,10 @@ def _from_start(index: str, count: int) -> str:
 
 
 def _to_part(path: Path, name: str, mesh) -> Part:
-    """Take what we need from a trimesh.Trimesh, in its own coordinates."""
+    """Convert a trimesh.Trimesh to a Part, in its own coordinates."""
     vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
     if vertices.shape[1:] != (3,) or faces.shape[1:] != (3,):
         raise InputError(f"{path} has vertices that are not x, y, z or faces that are no triangles; export it again")
-    # Asking for `vertex_normals` would compute some; only those of the file lie in the cache already.
+    # Reading `vertex_normals` would compute missing ones; only the file's own are already in the cache.
     normals = np.asarray(mesh.vertex_normals) if "vertex_normals" in mesh._cache.cache else None
     return make_part(path, name, vertices, faces, normals)

@@ -10,7 +10,7 @@ from utils.cli import InputError
 
 UPS = ("+y", "+z")
 FAR = 1e15  # metres; beyond, float32 squares overflow
-SMOOTH = 1e-3  # difference between unit corner normals of a face that counts as smooth shading
+SMOOTH = 1e-3  # least difference between a face's unit corner normals that counts as smooth shading
 FLAT_FACE = 1e-6  # height of a triangle over its longest side; below, its normal is float32 rounding
 
 
@@ -22,7 +22,7 @@ class Geometry:
     faces: np.ndarray  # int64 [F, 3], counter-clockwise seen from outside where the file says so
     objects: np.ndarray  # int32 [F], index into names
     names: tuple[str, ...]  # object names of the file; repeated ones get .001, .002, …
-    components: np.ndarray  # int32 [F], connected through vertices at one position of one object
+    components: np.ndarray  # int32 [F]; faces of an object are connected if they share a vertex position
     smooth: np.ndarray  # bool [F], True where the file shades this face smoothly
     corner_normals: np.ndarray | None  # float32 [F, 3, 3] unit shading normals, where the file has them
     up: str  # '+y' or '+z'
@@ -47,7 +47,7 @@ def build_geometry(meshes: Iterable[tuple[str, np.ndarray, np.ndarray]], up: str
 
 
 def make_part(path: Path, name: str, vertices: np.ndarray, faces: np.ndarray, normals: np.ndarray | None) -> Part:
-    """Check a mesh of the file `path` and take the vertices that its faces use.
+    """Check a mesh of the file `path` and keep only the vertices that its faces use.
 
     vertices: [V, 3]; faces: int [F, 3]; normals: [V, 3], of any length, or None for flat shading.
     """
@@ -64,7 +64,7 @@ def make_part(path: Path, name: str, vertices: np.ndarray, faces: np.ndarray, no
 
 
 def unique_names(names: list[str]) -> list[str]:
-    """The first of equal names keeps it, the others get .001, .002, … as in Blender."""
+    """Make names unique: the first of equal names stays, the others get .001, .002, … as in Blender."""
     taken, seen, unique = set(names), set(), []
     counters: dict[str, int] = {}
     for name in names:
@@ -80,13 +80,13 @@ def unique_names(names: list[str]) -> list[str]:
 def _add_normals(part: Part, normals: np.ndarray) -> Part:
     """Add corner normals, and which faces they shade smoothly. normals: [V, 3]; bad ones become the face's own.
 
-    A face is smooth when its corners disagree. Comparing them with the face's plane instead would call the triangles
-    of every flat-shaded polygon smooth that is not quite planar, since they share the polygon's normal.
+    A face is smooth when its corner normals differ. Comparing them with the face's plane instead would call triangles
+    of a flat-shaded, not quite planar polygon smooth, since they share the polygon's normal.
     """
     normals = np.asarray(normals, np.float64)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         length = np.linalg.norm(normals, axis=1, keepdims=True)
-        unit = np.where(np.abs(length - 1) < 1e-5, normals, normals / length)  # so that rewriting changes no bit
+        unit = np.where(np.abs(length - 1) < 1e-5, normals, normals / length)  # keeps stored normals bit-identical
     corners = unit.astype(np.float32)[part.faces]  # [F, 3, 3]
     bad = ~np.isfinite(corners).all(2)
     if bad.any():
@@ -109,7 +109,7 @@ def _shape(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def place(part: Part, name: str, matrix: np.ndarray) -> Part:
-    """Move a part into the world. matrix: float64 [4, 4]; a mirroring one flips the winding, so that outside stays."""
+    """Move a part into the world. matrix: float64 [4, 4]; a mirroring one flips the winding, to keep outside out."""
     if np.array_equal(matrix, np.eye(4)):
         return replace(part, name=name)
     linear = matrix[:3, :3]
@@ -128,7 +128,7 @@ def place(part: Part, name: str, matrix: np.ndarray) -> Part:
 
 
 def assemble(path: Path, parts: list[Part], up: str) -> Geometry:
-    """Join parts, number what belongs together, and drop faces that cannot be seen."""
+    """Join parts, number their objects and components, and drop degenerate and duplicate faces."""
     names = list(dict.fromkeys(part.name for part in parts))
     number = {name: k for k, name in enumerate(names)}
     vertices = np.concatenate([part.vertices for part in parts])
@@ -142,7 +142,7 @@ def assemble(path: Path, parts: list[Part], up: str) -> Geometry:
         normals = [_flat_normals(p.vertices, p.faces) if p.normals is None else p.normals for p in parts]
         normals = np.concatenate(normals)
     welded = weld(vertices)
-    components = _components(welded[faces], objects)  # before degenerate faces go: they may hold pieces together
+    components = _components(welded[faces], objects)  # before dropping degenerate faces: they may connect pieces
     keep, dropped = _visible_faces(vertices, faces, welded)
     if not len(keep):
         raise InputError(f"{path} holds only triangles without area; export the scene with its meshes")
@@ -156,9 +156,9 @@ def assemble(path: Path, parts: list[Part], up: str) -> Geometry:
 
 
 def _visible_faces(vertices: np.ndarray, faces: np.ndarray, welded: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
-    """Indices of the faces that have an area and are the first at their place, and how many have not or are not.
+    """Indices of the faces that are neither degenerate nor duplicates of earlier ones, and the counts of the others.
 
-    A second face at one place, whatever its winding or object, could only flicker: rays would choose between the two.
+    A second face with the same corners, whatever its winding or object, would only flicker: rays could hit either.
     """
     longest, height = _shape(vertices, faces)
     solid = np.flatnonzero(height > FLAT_FACE * longest)
@@ -174,9 +174,9 @@ def _without_unused(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray
 
 def weld(vertices: np.ndarray) -> np.ndarray:
     """A number for every different position: int64 [V], equal where the float64 [V, 3] rows are exactly equal."""
-    bits = np.ascontiguousarray(vertices + 0.0).view(np.uint64)  # + 0.0 makes one zero of the two
+    bits = np.ascontiguousarray(vertices + 0.0).view(np.uint64)  # + 0.0 turns -0.0 into 0.0
     key = np.zeros(len(bits), np.uint64)
-    for column in bits.T:  # hashing three columns into one, since sorting rows is ten times slower
+    for column in bits.T:  # hash three columns into one: sorting rows is ten times slower
         key = (key ^ column) * np.uint64(0x9E3779B97F4A7C15)
         key ^= key >> np.uint64(29)
         key *= np.uint64(0xBF58476D1CE4E5B9)
@@ -201,7 +201,7 @@ def _components(corners: np.ndarray, objects: np.ndarray) -> np.ndarray:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    if objects.any():  # touching objects stay apart
+    if objects.any():  # keep touching objects apart
         keys = corners * (int(objects.max()) + 1) + objects[:, None]
         corners = np.unique(keys, return_inverse=True)[1].reshape(-1, 3)
     start, end = corners[:, :2].ravel(), corners[:, 1:].ravel()
@@ -219,7 +219,7 @@ def _renumber(labels: np.ndarray) -> np.ndarray:
 
 
 def turn(geometry: Geometry, up: str) -> Geometry:
-    """The same scene in a world whose up axis is `up`: y-up (x, y, z) is z-up (x, −z, y)."""
+    """Rotate the scene into a world whose up axis is `up`: y-up (x, y, z) is z-up (x, −z, y)."""
     if up not in UPS:
         raise ValueError(f"up is {up!r}, expected one of {UPS}")
     if up == geometry.up:

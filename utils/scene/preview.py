@@ -1,6 +1,6 @@
 """Pictures of a preprocessed scene, so that a wrong up axis or path is seen before hours of GPU time.
 
-OUTPUT/preview/contact_sheet.png   edges, correspondence maps, and a grid carried from the arc's start
+OUTPUT/preview/contact_sheet.png   edges, correspondence maps, and a grid warped between latent frames
 OUTPUT/preview/edges.mp4           all edge frames
 OUTPUT/preview/top.png             the scene from above, the path, and what the camera sees at the anchors
 """
@@ -19,7 +19,7 @@ from utils.scene.mesh import Geometry
 
 COLUMNS = 6  # pictures per row of the contact sheet
 TOP_SIZE = 900  # pixels; side of the view from above
-GRID_CELL = 20  # pixels; side of the cells of the carried grid
+GRID_CELL = 20  # pixels; side of the cells of the warped grid
 
 
 def write_preview(folder: Path, geometry: Geometry, path: CameraPath, fps: float) -> None:
@@ -32,7 +32,7 @@ def write_preview(folder: Path, geometry: Geometry, path: CameraPath, fps: float
 
 
 def scene_sheet(scene: Scene) -> np.ndarray:
-    """Per arc: edges, maps (red: x, green: y, black: hidden), and a grid painted on the latent frame before."""
+    """Per arc: edges, maps (red: x, green: y, black: hidden), and a grid warped from the latent frame before."""
     rows = []
     for arc in scene.arcs:
         picks = np.linspace(0, ARC_STEPS, COLUMNS).astype(int)
@@ -54,7 +54,7 @@ def _grid(width: int, height: int) -> np.ndarray:
 
 
 def _even(image: np.ndarray) -> np.ndarray:
-    """Cut an odd last row or column: H.264 needs even sides."""
+    """Crop an odd last row or column: H.264 needs even sides."""
     return image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2]
 
 

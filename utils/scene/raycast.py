@@ -1,4 +1,4 @@
-"""Which face does a ray meet first? Embree decides in float32; depths come from the face planes in float64.
+"""First hits of rays: Embree finds the face in float32; depths come from the face planes in float64.
 
 Where embreex has no wheel (linux-aarch64), `bvh` gives the same answers, slowly.
 """
@@ -30,9 +30,9 @@ class RayCaster:
         self._first_hit = _make_embree(vertices, geometry.faces) or NumpyHits(vertices, geometry.faces)
 
     def cast(self, origin: np.ndarray, directions: np.ndarray) -> np.ndarray:
-        """Face that each ray meets first: int32 [N], -1 where there is none.
+        """First face that each ray hits: int32 [N], -1 where there is none.
 
-        origin: float64 [3], shared, or [N, 3], metres. directions: [N, 3], any length but zero.
+        origin: float64 [3] for all rays, or [N, 3], metres. directions: [N, 3], any length but zero.
         """
         directions = np.asarray(directions)
         origins = np.asarray(origin, np.float64) - self._centre
@@ -53,7 +53,7 @@ class RayCaster:
 
 
 def _make_embree(vertices: np.ndarray, faces: np.ndarray) -> Callable | None:
-    """A function of (origins, directions) that asks Embree, or None where it is not installed."""
+    """A function of (origins, directions) that queries Embree, or None if it is not installed."""
     try:
         from embreex.mesh_construction import TriangleMesh
         from embreex.rtcore_scene import EmbreeScene
@@ -62,7 +62,7 @@ def _make_embree(vertices: np.ndarray, faces: np.ndarray) -> Callable | None:
         return None
     scene = EmbreeScene()
     TriangleMesh(scene, vertices.astype(np.float32), faces.astype(np.int32))
-    # The scene is built on the first query, which must not be left to two threads at once.
+    # The first query builds the scene: run it now, before threads can do so at the same time.
     scene.run(np.zeros((1, 3), np.float32), np.ones((1, 3), np.float32))
     return lambda origins, directions: scene.run(origins.astype(np.float32), directions.astype(np.float32))
 

@@ -1,4 +1,4 @@
-"""A first look along a camera path, before anything is rendered: how deep the scene is, and what looks wrong."""
+"""Check a camera path before rendering: the scene's typical depth, and warnings about likely mistakes."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ INSIDE = 0.5  # share of hits on the back of faces
 
 @dataclass(frozen=True)
 class Survey:
-    """typical_depth: median planar depth of what the path sees, in the scene's unit. warnings: one line each."""
+    """typical_depth: median planar depth of all surfaces seen, in the scene's unit. warnings: one line each."""
 
     typical_depth: float
     warnings: list[str]

@@ -1,7 +1,7 @@
 """Views of a scene: rays through pixels, projection, and exact correspondences between two views.
 
 Directions are left unnormalised, one unit long along the view axis, so that a ray's parameter is planar depth.
-Whatever enters a result is float64 and comes from face planes; the ray caster only decides which face is seen.
+All results are float64, computed from face planes; the ray caster only decides which face is seen.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from utils.cameras.path import CameraPath
 from utils.scene.mesh import dot
 from utils.scene.raycast import RayCaster
 
-REACHED = 1 - 1e-4  # a ray that gets this share of the way to a point has reached it
+REACHED = 1 - 1e-4  # share of the way to a point at which a ray counts as having reached it
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class View:
 
     def project(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Image points [N, 2] (x, y) of points `offsets` [N, 3] away from the eye, and which are in the image [N]."""
-        # Not `@`: BLAS would put all cores on each of many small products, which frames in threads do better.
+        # Not `@`: BLAS would use all cores for each small product; frames already run in parallel threads.
         right, up, backward = np.einsum("nj,jk->kn", offsets, self.c2w[:3, :3])
         with np.errstate(divide="ignore", invalid="ignore"):
             x = self.cx - self.fx * right / backward
@@ -63,11 +63,11 @@ def make_views(path: CameraPath, size: tuple[int, int]) -> list[View]:
 
 @dataclass(frozen=True)
 class Correspondence:
-    """Where each pixel of a target view was in a source view.
+    """Position in a source view of each pixel of a target view.
 
     position: float64 [H, W, 2], x then y, in pixels of the source; NaN where it is unknown. visible: bool [H, W]. hit:
-    bool [H, W], whether the target pixel sees a surface at all. occluded: bool [H, W], surfaces that lie inside the
-    source's image but are hidden there.
+    bool [H, W], whether the target pixel sees a surface at all. occluded: bool [H, W], surfaces that project into
+    the source's image but are hidden there.
     """
 
     position: np.ndarray

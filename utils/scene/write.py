@@ -1,4 +1,4 @@
-"""Writes a scene as GLB: one mesh per object, coordinates as they are, the up axis as an extra."""
+"""Write a scene as GLB: one mesh per object, coordinates unchanged, the up axis as an extra."""
 
 import json
 import struct
@@ -14,10 +14,10 @@ VERTEX_DATA, INDICES, UINT32 = 34962, 34963, 5125
 
 
 def write_glb(path: Path, geometry: Geometry) -> None:
-    """Write a GLB, atomically: one mesh per object, coordinates as they are, `world_up` in the asset's extras.
+    """Write a GLB, atomically: one mesh per object, coordinates unchanged, `world_up` in the asset's extras.
 
-    `load_geometry` gives the same scene back: exactly where float32 holds the coordinates, else to 1e-7 of an object's
-    size (such an object is stored around its own centre). Other programs take the file as y-up, as glTF is by custom.
+    `load_geometry` gives the same scene back: exactly if float32 can represent the coordinates, else to 1e-7 of an
+    object's size (such objects are stored around their own centre). Other programs read the file as y-up, as in glTF.
     """
     tree = {
         **{"asset": {"version": "2.0", "extras": {"world_up": geometry.up}}, "scene": 0},
@@ -40,7 +40,7 @@ def write_glb(path: Path, geometry: Geometry) -> None:
 
 
 def _add_object(tree: dict, blob: bytearray, name: str, geometry: Geometry, chosen: np.ndarray) -> None:
-    """Append a node with a mesh of its own. chosen: indices of the object's faces."""
+    """Append a node with its own mesh. chosen: indices of the object's faces."""
     used, faces = np.unique(geometry.faces[chosen], return_inverse=True)
     faces, vertices = faces.reshape(-1, 3), geometry.vertices[used]
     normals = None
@@ -48,7 +48,7 @@ def _add_object(tree: dict, blob: bytearray, name: str, geometry: Geometry, chos
         corners = geometry.corner_normals[chosen]
         normals = np.zeros((len(vertices), 3), np.float32)
         normals[faces] = corners
-        if not np.array_equal(normals[faces], corners):  # a vertex has several normals: split all of them
+        if not np.array_equal(normals[faces], corners):  # a vertex has several normals: split all vertices
             vertices, normals = vertices[faces.ravel()], corners.reshape(-1, 3)
             faces = np.arange(len(vertices)).reshape(-1, 3)
     node = {"name": name, "mesh": len(tree["meshes"])}
