@@ -23,6 +23,7 @@ from utils.cli import InputError
 # torch's plain kernel is left out: it holds all attention scores at once, 30 GB for a video.
 KERNELS = {name: getattr(SDPBackend, f"{name.upper()}_ATTENTION") for name in ATTENTION_KERNELS}
 HEAD_SIZE = 128  # FLUX's, the largest
+VECTOR_BITS = {"DEFAULT": 1, "AVX2": 256, "AVX512": 512}  # of what torch computes with; 1: no vectors
 PROGRAMS = 64  # per function; FLUX's single blocks need two per size and batch. Beyond the limit, code runs uncompiled
 
 
@@ -82,6 +83,8 @@ def require_compilable(how: str) -> None:
 def compile_blocks(transformer: torch.nn.Module) -> None:
     """Compile a transformer block by block: all blocks share one program for each shape of their inputs."""
     torch._dynamo.config.recompile_limit = PROGRAMS
+    # Only as a setting does the vector width keep cached programs apart: those for AVX-512 give NaN under AVX2.
+    torch._inductor.config.cpp.simdlen = VECTOR_BITS.get(torch.backends.cpu.get_cpu_capability())
     use_complex_rotary(transformer, False)  # it cannot compile complex numbers, and fuses diffusers' formula
     for name in ("transformer_blocks", "single_transformer_blocks"):
         for block in getattr(transformer, name, ()):
