@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.flags import resolve_device, resolve_launched_device
 from models.precision import MIXED, report_precision
@@ -57,7 +58,12 @@ class Runtime:
             self.process.wait_for_everyone()
 
     def attention(self) -> AbstractContextManager:
-        """Use the requested attention kernel in the block."""
+        """Use the requested attention kernel in the block.
+
+        torch's own choice is slow for alignment in bfloat16 on a CPU, where few tokens have room for all scores.
+        """
+        if self.kernel is None and (self.stage, self.device, self.autocast) == ("alignment", "cpu", torch.bfloat16):
+            return sdpa_kernel(SDPBackend.MATH)
         return attention_kernel(self.kernel)
 
     def compile(self, transformer: torch.nn.Module) -> None:
