@@ -122,6 +122,23 @@ def test_builtin_paths(kind: str, scale: float, up: str) -> None:
         assert distance[-1] == pytest.approx(distance[0] / 2)
 
 
+@pytest.mark.parametrize("size", [(320, 180), (1920, 1080), (2560, 1080), (1024, 1024), (720, 1280), (480, 720)])
+@pytest.mark.parametrize("bounds", [[[-1, -1, 0], [1, 1, 20]], [[-9, -1, 0], [9, 1, 1]], [[-4, -4, -4], [4, 4, 4]]])
+def test_an_orbit_has_the_whole_scene_in_the_picture(bounds: list, size: tuple[int, int]) -> None:
+    path = builtin_path("orbit", bounds, "+z", size=size)
+    assert path.size == size
+    np.testing.assert_allclose(2 * np.degrees(np.arctan(size[1] / 2 / path.focal)), 45)
+    corners = np.array(np.meshgrid(*np.transpose(bounds))).reshape(3, -1).T
+    local = (corners - path.c2w[:, None, :3, 3]) @ path.c2w[:, :3, :3]
+    shown = path.focal[0] * np.abs(local[..., :2] / local[..., 2:]) / size * 2  # 1 at the picture's edges
+    assert local[..., 2].max() < 0 and 0.3 < shown.max() < 1
+
+
+def test_sizes_of_the_papers_aspect_share_its_path() -> None:
+    box = [[-1, -1, 0], [1, 1, 2]]
+    assert_same(builtin_path("orbit", box, "+z"), builtin_path("orbit", box, "+z", size=(360, 240)), 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_builtin_paths_are_the_same_in_both_worlds(kind: str) -> None:
     z_up = np.array([[-2.0, -1, -3], [4, 9, 1]])

@@ -11,11 +11,18 @@ KINDS = ("orbit", "dolly", "flythrough")
 FIELD_OF_VIEW = math.radians(45)  # vertical
 ORBIT_PER_ARC = math.radians(40)  # small enough that neighbouring anchors see the same surfaces
 ORBIT_ELEVATION, DOLLY_ELEVATION = math.radians(25), math.radians(15)
-FIT = 1.05 / math.sin(FIELD_OF_VIEW / 2)  # the distance at which the unit sphere fills the image's height
+MARGIN = 1.05  # of the distance at which the unit sphere fills the image
 
 
-def builtin_path(kind: str, bounds: np.ndarray, up: str, num_arcs: int = 1, fps: float = 24.0) -> CameraPath:
-    """Make a path around or over the box `bounds`: 45 N + 1 poses at 1080x720.
+def builtin_path(
+    kind: str,
+    bounds: np.ndarray,
+    up: str,
+    num_arcs: int = 1,
+    fps: float = 24.0,
+    size: tuple[int, int] = DEFAULT_SIZE,
+) -> CameraPath:
+    """Make a path around or over the box `bounds`: 45 N + 1 poses for images of `size`, (width, height) in pixels.
 
     orbit: circles the centre, 40 degrees an arc up to a full turn; dolly: moves straight towards the centre, to half
     the distance; flythrough: crosses above the scene along its longer side. No pose is inside the bounds. bounds:
@@ -35,15 +42,18 @@ def builtin_path(kind: str, bounds: np.ndarray, up: str, num_arcs: int = 1, fps:
     progress = np.linspace(0, 1, poses)
     shape = {"orbit": _orbit, "dolly": _dolly, "flythrough": _fly}[kind]
     center, half = corners.mean(0), np.diff(corners, axis=0)[0] / 2
+    width, height = DEFAULT_SIZE if size[0] * DEFAULT_SIZE[1] == size[1] * DEFAULT_SIZE[0] else size
+    narrow = FIELD_OF_VIEW / 2
+    if width < height:  # the view is narrower than it is high
+        narrow = math.atan(math.tan(narrow) * width / height)
     # Built at unit size: a scene may be a coin or a continent.
-    eye, target = shape(half / np.linalg.norm(half), progress, num_arcs)
+    eye, target = shape(half / np.linalg.norm(half), progress, num_arcs, MARGIN / math.sin(narrow))
     c2w = look_at(eye, target, UP_AXES["+y"], kind)
     c2w[:, :3, 3] = c2w[:, :3, 3] * np.linalg.norm(half) + center
     c2w[:, :3] = turn.T @ c2w[:, :3]
-    width, height = DEFAULT_SIZE
     focal = np.full((len(c2w), 2), height / 2 / math.tan(FIELD_OF_VIEW / 2))
     center = np.tile([width / 2, height / 2], (len(c2w), 1))
-    return make_path(kind, c2w, focal, center, DEFAULT_SIZE, up, range(1, len(c2w) + 1), fps)
+    return make_path(kind, c2w, focal, center, (width, height), up, range(1, len(c2w) + 1), fps)
 
 
 def _from_front(azimuth: np.ndarray, elevation: float, distance: np.ndarray) -> np.ndarray:
@@ -51,18 +61,18 @@ def _from_front(azimuth: np.ndarray, elevation: float, distance: np.ndarray) -> 
     return np.stack([flat * np.sin(azimuth), math.sin(elevation) * distance, flat * np.cos(azimuth)], axis=-1)
 
 
-def _orbit(half: np.ndarray, progress: np.ndarray, num_arcs: int) -> tuple[np.ndarray, np.ndarray]:
+def _orbit(half: np.ndarray, progress: np.ndarray, num_arcs: int, far: float) -> tuple[np.ndarray, np.ndarray]:
     sweep = min(2 * math.pi, ORBIT_PER_ARC * num_arcs)
-    eye = _from_front((progress - 0.5) * sweep, ORBIT_ELEVATION, np.full_like(progress, FIT))
+    eye = _from_front((progress - 0.5) * sweep, ORBIT_ELEVATION, np.full_like(progress, far))
     return eye, np.zeros_like(eye)
 
 
-def _dolly(half: np.ndarray, progress: np.ndarray, num_arcs: int) -> tuple[np.ndarray, np.ndarray]:
-    eye = _from_front(np.zeros_like(progress), DOLLY_ELEVATION, FIT * (1 - progress / 2))
+def _dolly(half: np.ndarray, progress: np.ndarray, num_arcs: int, far: float) -> tuple[np.ndarray, np.ndarray]:
+    eye = _from_front(np.zeros_like(progress), DOLLY_ELEVATION, far * (1 - progress / 2))
     return eye, np.zeros_like(eye)
 
 
-def _fly(half: np.ndarray, progress: np.ndarray, num_arcs: int) -> tuple[np.ndarray, np.ndarray]:
+def _fly(half: np.ndarray, progress: np.ndarray, num_arcs: int, far: float) -> tuple[np.ndarray, np.ndarray]:
     along_x = half[0] > half[2]
     length, breadth = (half[0], half[2]) if along_x else (half[2], half[0])
     ahead = -(length + 0.5) + progress * (1.3 * length + 0.5)  # ends before the far side, so that something is in view
