@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.cameras.cameras_common import assert_same, random_path, write_colmap
@@ -21,12 +22,32 @@ def test_colmap_model(tmp_path: Path, binary: bool, sub: str) -> None:
 
 @pytest.mark.parametrize("binary", [False, True])
 @pytest.mark.parametrize(
-    ("model", "extra"), [("OPENCV", (0.1, 0.0, 0.0, 0.0)), ("OPENCV", (0, 0, 0, 1e-3)), ("FOV", (0.0,))]
+    ("model", "extra", "largest"),
+    [
+        ("OPENCV", (0.1, -0.2, 0, 0), "OPENCV, largest coefficient -0.2"),
+        ("FOV", (0.5,), "FOV, largest coefficient 0.5"),
+    ],
 )
-def test_colmap_distortion_is_refused(tmp_path: Path, binary: bool, model: str, extra: tuple) -> None:
-    write_colmap(tmp_path, random_path(), binary, model, extra)
-    with pytest.raises(InputError, match="distortion"):
-        read_cameras(tmp_path, up="+z")
+def test_colmap_distortion_is_noted_once(
+    tmp_path: Path, capsys, binary: bool, model: str, extra: tuple, largest: str
+) -> None:
+    path = random_path()
+    assert_same(path, read_cameras(write_colmap(tmp_path, path, binary, model, extra), up="+z"), 1e-9)
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 1 and largest in notes[0]
+
+
+def test_colmap_images_of_two_sizes(tmp_path: Path, capsys) -> None:
+    """As COLMAP's image_undistorter leaves them, with one camera for each image."""
+    path = random_path(3)
+    folder = write_colmap(tmp_path, path, False)
+    file = folder / "cameras.txt"
+    file.write_text(file.read_text().replace("2 PINHOLE 640 480", "2 pinhole 320 242"))
+    back = read_cameras(folder, up="+y")
+    assert back.size == (640, 480) and "1 of 3 are brought to 640x480" in capsys.readouterr().err
+    np.testing.assert_allclose(back.focal[1], 2 * path.focal[1])
+    np.testing.assert_allclose(back.center[1], 2 * path.center[1] - (0, 2))  # the middle row stays the middle row
+    np.testing.assert_allclose(back.center[[0, 2]], path.center[[0, 2]])
 
 
 def test_colmap_says_nothing_about_up(tmp_path: Path) -> None:
@@ -52,7 +73,6 @@ def test_colmap_binary_of_another_length(tmp_path: Path, name: str) -> None:
         ("cameras.txt", "640 480", "640 0", "image size"),
         ("cameras.txt", "640 480", "640 x", "expected CAMERA_ID"),
         ("cameras.txt", "\n2 ", "\n9 ", "camera 2"),
-        ("cameras.txt", "2 PINHOLE 640", "2 PINHOLE 320", "one size"),
         ("images.txt", " 2 im age_2.png", "", "expected IMAGE_ID"),
         ("images.txt", "1.5 2.5 7", "1.5 2.5", "2-D points"),
     ],

@@ -147,7 +147,6 @@ def change(*keys: object, value: object) -> Callable[[Gltf], None]:
     ("damage", "message"),
     [
         (change("nodes", 0, "camera", value=None), "no camera"),
-        (change("animations", value=None), "not animated"),
         (change("nodes", 0, "camera", value=3), "cameras\\[3\\]"),
         (change("cameras", 0, value={"type": "orthographic", "orthographic": {}}), "orthographic"),
         (change("cameras", 0, "perspective", "yfov", value=0), "yfov"),
@@ -194,6 +193,24 @@ def test_bad_gltf(tmp_path: Path, damage: Callable[[Gltf], None], message: str) 
     damage(gltf)
     with pytest.raises(InputError, match=message):
         gltf.read(tmp_path / "in")
+
+
+def test_a_camera_that_stands_still(tmp_path: Path, capsys) -> None:
+    gltf = Gltf([{"camera": 0, "translation": [1, 2, 3]}])
+    del gltf.json["animations"]
+    path = gltf.read(tmp_path)
+    assert len(path) == 46 and (path.c2w[:, :3, 3] == (1, 2, 3)).all() and (path.c2w == path.c2w[0]).all()
+    assert "not animated: all frames are alike" in capsys.readouterr().err
+    gltf.json["nodes"].append({"camera": 0})
+    with pytest.raises(InputError, match="2 cameras, none of them animated"):
+        gltf.read(tmp_path)
+
+
+def test_a_lens_without_aspect_takes_that_of_the_edges(tmp_path: Path) -> None:
+    gltf = slide()
+    del gltf.json["cameras"][0]["perspective"]["aspectRatio"]
+    assert gltf.read(tmp_path).size == (1080, 720)
+    assert read_cameras(tmp_path / "camera.glb", size=(1920, 1080)).size == (1280, 720)
 
 
 def test_gltf_keys_that_cannot_be(tmp_path: Path) -> None:

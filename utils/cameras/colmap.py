@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from utils.cameras.path import MAX_NUMBER, CameraPath, make_path
-from utils.cameras.values import PINHOLE_MODELS, UNDISTORT, natural, one_size, unit_rotation
+from utils.cameras.values import (
+    Given,
+    lines_of,
+    natural,
+    note_distortion,
+    one_size,
+    opengl_poses,
+    stated_up,
+    unit_rotation,
+)
 from utils.cli import InputError
 
 COLMAP_NAMES = ("cameras.txt", "images.txt", "cameras.bin", "images.bin")
@@ -25,10 +34,11 @@ COLMAP_MODELS = {  # name: (id, focal lengths, parameters); after the focal leng
     "SIMPLE_RADIAL_FISHEYE": (8, 1, 4),
     "RADIAL_FISHEYE": (9, 1, 5),
     "THIN_PRISM_FISHEYE": (10, 2, 12),
+    "RAD_TAN_THIN_PRISM_FISHEYE": (11, 2, 16),
 }
 
 
-def read_colmap(path: Path, up: str | None, fps: float) -> CameraPath:
+def read_colmap(path: Path, given: Given) -> CameraPath:
     """Read a COLMAP model, text or binary; images in the order of their names, numbered from 1.
 
     path: the model's folder, one that holds it as sparse/0, or one of its files.
@@ -42,34 +52,37 @@ def read_colmap(path: Path, up: str | None, fps: float) -> CameraPath:
     ]
     if not found:
         raise InputError(f"{folder} holds no COLMAP model: expected cameras and images as .txt or .bin")
-    if up is None:
-        raise InputError(f"{folder}: a COLMAP world does not say which way is up; pass --cameras_up y or z")
+    up = stated_up(given, folder)
     model, suffix = found[0]
     read_images, read_cameras = (_images_bin, _cameras_bin) if suffix == "bin" else (_images_txt, _cameras_txt)
     cameras, images = read_cameras(model / f"cameras.{suffix}"), read_images(model / f"images.{suffix}")
     images.sort(key=lambda image: natural(image[0]))
     used = [_colmap_intrinsics(cameras, image, model) for image in images]
-    size = one_size([camera[0] for camera in used], model)
+    bent = [(camera[3], value) for camera in used for value in camera[4]]
+    note_distortion(model, [value for _, value in bent], max(bent, key=lambda one: abs(one[1]), default=("", 0))[0])
+    focal, center = (np.array([camera[i] for camera in used]).reshape(-1, 2) for i in (1, 2))
+    size, focal, center = one_size([camera[0] for camera in used], focal, center, model)
     poses = np.array([image[1] for image in images]).reshape(-1, 7)
     if not (np.abs(poses) <= MAX_NUMBER).all():
         raise InputError(f"{model}: an image's pose holds NaN, infinity or huge numbers")
-    c2w = _colmap_poses(poses, model)
-    focal, center = (np.array([camera[i] for camera in used]).reshape(-1, 2) for i in (1, 2))
-    return make_path(model, c2w, focal, center, size, up, range(1, len(images) + 1), fps)
+    c2w = opengl_poses(_colmap_poses(poses, model), given.axes or "opencv", model)
+    return make_path(model, c2w, focal, center, size, up, range(1, len(images) + 1), given.fps)
 
 
 def _colmap_poses(poses: np.ndarray, where: Path) -> np.ndarray:
-    """c2w [P, 4, 4], OpenGL axes, from world-to-camera poses [P, 7] (qw, qx, qy, qz, t) with OpenCV axes."""
+    """c2w [P, 4, 4] from world-to-camera poses [P, 7] (qw, qx, qy, qz, t), both with the axes of the file."""
     c2w = np.tile(np.eye(4), (len(poses), 1, 1))
     if len(poses):
         rotation = unit_rotation(poses[:, [1, 2, 3, 0]], where).inv()
-        c2w[:, :3, :3] = rotation.as_matrix() * (1, -1, -1)  # OpenCV looks along +z with +y down
+        c2w[:, :3, :3] = rotation.as_matrix()
         c2w[:, :3, 3] = -rotation.apply(poses[:, 4:])
     return c2w
 
 
-def _colmap_intrinsics(cameras: dict, image: tuple, where: Path) -> tuple[tuple[int, int], list, list]:
-    """(size, focal [2], center [2]) of an image's camera."""
+def _colmap_intrinsics(
+    cameras: dict, image: tuple, where: Path
+) -> tuple[tuple[int, int], list[float], list[float], str, list[float]]:
+    """(size, focal [2], center [2], model, its distortion) of an image's camera."""
     name, _, camera_id = image
     if camera_id not in cameras:
         raise InputError(f"{where}: image {name!r} uses camera {camera_id}, which the model does not hold")
@@ -77,27 +90,18 @@ def _colmap_intrinsics(cameras: dict, image: tuple, where: Path) -> tuple[tuple[
     if min(size) < 1 or max(size) > MAX_NUMBER:
         raise InputError(f"{where}: camera {camera_id} has image size {size[0]}x{size[1]}")
     focals = COLMAP_MODELS[model][1]
-    if model not in PINHOLE_MODELS or any(value != 0 for value in values[focals + 2 :]):
-        raise InputError(f"{where}: camera {camera_id} is {model} with distortion; {UNDISTORT}")
-    return size, [values[0], values[focals - 1]], values[focals : focals + 2]
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except ValueError as error:
-        raise InputError(f"{path} is not a text file ({error})") from error
+    return size, [values[0], values[focals - 1]], values[focals : focals + 2], model, values[focals + 2 :]
 
 
 def _cameras_txt(path: Path) -> dict[int, tuple[str, tuple[int, int], list[float]]]:
     """{camera id: (model, size, parameters)}."""
     cameras = {}
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines_of(path), start=1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
         try:
-            camera_id, model, size = int(words[0]), words[1], (int(words[2]), int(words[3]))
+            camera_id, model, size = int(words[0]), words[1].upper(), (int(words[2]), int(words[3]))
             values = [float(word) for word in words[4:]]
         except (ValueError, IndexError) as error:
             raise InputError(f"{path}, line {number}: expected CAMERA_ID MODEL WIDTH HEIGHT PARAMS[]") from error
@@ -109,7 +113,7 @@ def _cameras_txt(path: Path) -> dict[int, tuple[str, tuple[int, int], list[float
 
 def _images_txt(path: Path) -> list[tuple[str, list[float], int]]:
     """[(name, qw qx qy qz tx ty tz, camera id)]. Each image has a second line of 2-D points, which may be empty."""
-    images, lines = [], iter(enumerate(_lines(path), start=1))
+    images, lines = [], iter(enumerate(lines_of(path), start=1))
     for number, line in lines:
         words = line.split(maxsplit=9)
         if not words or words[0].startswith("#"):

@@ -5,6 +5,7 @@ stores no image size: images are 720 pixels high, and as wide as the camera's as
 """
 
 import math
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -13,9 +14,10 @@ import numpy as np
 from scipy.spatial.transform import Slerp
 
 from utils.cameras.path import DEFAULT_SIZE, MAX_NUMBER, MAX_POSES, CameraPath, make_path
-from utils.cameras.values import to_number, to_numbers, unit_rotation, world_up
+from utils.cameras.values import Given, to_number, to_numbers, unit_rotation, world_up
 from utils.cli import InputError
 from utils.gltf import FLOATS, FLOATS_OR_NORMALIZED, GltfFile, Refused, entry, open_gltf, refusals
+from utils.layout import ARC_FRAMES
 
 PATHS = {
     "translation": ("VEC3", (0.0, 0.0, 0.0)),
@@ -24,22 +26,28 @@ PATHS = {
 }
 
 
-def read_gltf_camera(path: Path, up: str | None, fps: float) -> CameraPath:
-    """Read the animated camera of a .glb or .gltf file.
+def read_gltf_camera(path: Path, given: Given) -> CameraPath:
+    """Read the animated camera of a .glb or .gltf file; the only camera, if it stands still, for one arc.
 
     Its world is Y-up unless `world_up` (an extra of the asset or the scene) or `up` says otherwise; both must agree.
     """
+    if given.axes == "opencv":
+        raise InputError(f"{path}: cameras in glTF have OpenGL axes by definition; drop --camera_axes")
     with refusals(path, "the camera"):
-        return _read(open_gltf(path), up, fps)
+        return _read(open_gltf(path), given)
 
 
-def _read(file: GltfFile, up: str | None, fps: float) -> CameraPath:
-    path = file.path
+def _read(file: GltfFile, given: Given) -> CameraPath:
+    path, fps = file.path, given.fps
     chain, channels = _animated_camera(file)
-    up = world_up({"world_up": file.world_up(file.scene())}, up, path, "+y")
+    up = world_up({"world_up": file.world_up(file.scene())}, given.up, path, "+y")
     keys = cache(partial(_keys, file))  # samplers share accessors: decode each only once
     samplers = {target: _sampler(keys, sampler, target[1]) for target, sampler in channels.items()}
-    numbers = _frame_numbers(path, [sampler[0] for sampler in samplers.values()], fps)
+    if samplers:
+        numbers = _frame_numbers(path, [sampler[0] for sampler in samplers.values()], fps)
+    else:
+        print(f"warning: the camera of {path} is not animated: all frames are alike", file=sys.stderr)
+        numbers = range(1, ARC_FRAMES + 1)
     times = np.array(numbers, dtype=np.float64) / fps
     c2w = np.tile(np.eye(4), (len(times), 1, 1))
     for index in reversed(chain):  # from the root down to the camera
@@ -47,7 +55,7 @@ def _read(file: GltfFile, up: str | None, fps: float) -> CameraPath:
     # A camera ignores the scale of its node, even an uneven one; make_path refuses shear and mirroring.
     lengths = np.linalg.norm(c2w[:, :3, :3], axis=1, keepdims=True)
     c2w[:, :3, :3] = np.divide(c2w[:, :3, :3], lengths, out=np.zeros_like(c2w[:, :3, :3]), where=lengths > 1e-12)
-    size, focal = _lens(file, file.tree["nodes"][chain[0]]["camera"])
+    size, focal = _lens(file, file.tree["nodes"][chain[0]]["camera"], given.size)
     center = np.tile([size[0] / 2, size[1] / 2], (len(times), 1))
     return make_path(path, c2w, np.full((len(times), 2), focal), center, size, up, numbers, fps)
 
@@ -84,12 +92,15 @@ Channels = dict[tuple[int, str], dict]
 
 
 def _animated_camera(file: GltfFile) -> tuple[list[int], Channels]:
-    """The node indices from the only animated camera up to its root, and the samplers that move them."""
+    """The node indices from the only animated camera up to its root, and the samplers that move them.
+
+    A single camera that nothing moves has no samplers.
+    """
     path, nodes = file.path, file.tree.get("nodes", [])
     cameras = [i for i in range(len(nodes)) if entry(file.tree, "nodes", i).get("camera") is not None]
     if not cameras:
         raise InputError(f"{path} holds no camera; export one with the scene, or use another camera file")
-    chains, parents = {}, _parents(file)
+    chains, still, parents = {}, [], _parents(file)
     for camera in cameras:
         chain = [camera]
         while (parent := parents.get(chain[-1])) is not None:
@@ -98,8 +109,12 @@ def _animated_camera(file: GltfFile) -> tuple[list[int], Channels]:
             chain.append(parent)
         if channels := _channels(file, chain):
             chains[camera] = chain, channels
+        else:
+            still.append(chain)
+    if not chains and len(still) == 1:
+        return still[0], {}
     if not chains:
-        raise InputError(f"{path}: its camera is not animated; export the animation, or use another camera file")
+        raise InputError(f"{path} holds {len(still)} cameras, none of them animated; export only one")
     if len(chains) > 1:
         names = ", ".join(str(nodes[i].get("name")) for i in chains)
         raise InputError(f"{path} holds {len(chains)} animated cameras ({names}); export only one")
@@ -136,14 +151,14 @@ def _channels(file: GltfFile, chain: list[int]) -> Channels:
     return channels
 
 
-def _lens(file: GltfFile, index: object) -> tuple[tuple[int, int], float]:
-    """(width, height) and focal length in pixels; pixels are square."""
+def _lens(file: GltfFile, index: object, size: tuple[int, int]) -> tuple[tuple[int, int], float]:
+    """(width, height) and focal length in pixels; pixels are square. size: has the aspect of lenses without one."""
     lens = entry(file.tree, "cameras", index).get("perspective")
     if lens is None:
         raise InputError(f"{file.path}: the camera is orthographic; only perspective cameras are supported")
     height = DEFAULT_SIZE[1]
     angle = to_number(lens["yfov"], f"{file.path}: 'yfov'")
-    aspect = to_number(lens.get("aspectRatio", DEFAULT_SIZE[0] / height), f"{file.path}: 'aspectRatio'")
+    aspect = to_number(lens.get("aspectRatio", size[0] / size[1]), f"{file.path}: 'aspectRatio'")
     if not (0 < angle < math.pi and 0.01 < aspect < 100):
         raise InputError(f"{file.path}: a camera of yfov {angle:g} and aspect ratio {aspect:g} cannot be used")
     return (round(height * aspect), height), height / 2 / math.tan(angle / 2)

@@ -8,7 +8,6 @@ from scipy.interpolate import PchipInterpolator
 from scipy.spatial.transform import Rotation, RotationSpline
 
 from utils.cameras.path import (
-    DEFAULT_SIZE,
     MAX_NUMBER,
     MAX_POSES,
     UP_AXES,
@@ -19,6 +18,7 @@ from utils.cameras.path import (
 )
 from utils.cameras.transforms import focal_of_angle
 from utils.cameras.values import (
+    Given,
     entries_of,
     fps_of,
     required,
@@ -33,24 +33,26 @@ from utils.cli import InputError
 from utils.layout import ARC_STEPS
 
 
-def read_keyframes(path: Path, data: dict, up: str | None, fps: float) -> CameraPath:
+def read_keyframes(path: Path, data: dict, given: Given) -> CameraPath:
     entries = entries_of(data, "keyframes", path)
     if len(entries) < 2:
         raise InputError(f"{path} holds {len(entries)} keyframe(s): a path needs at least two")
     names = [f"{path}: keyframe {i}" for i in range(1, len(entries) + 1)]
     frames = _keyframe_numbers(entries, path)
     numbers = np.arange(int(frames[0]), int(frames[-1]) + 1)
-    size = size_of({"w": DEFAULT_SIZE[0], "h": DEFAULT_SIZE[1], **data}, str(path))
+    size = size_of({"w": given.size[0], "h": given.size[1], **data}, str(path))
     focal = [
         focal_of_angle(
             math.radians(to_number(required({**data, **e}, "fov", n), f"{n}: 'fov'")), size[1], f"{n}: 'fov'"
         )
         for n, e in zip(names, entries, strict=True)
     ]
-    up = world_up(data, up, path, None)
+    up = world_up(data, given.up, path, None)
     for entry, name in zip(entries, names, strict=True):
         if ("look_at" in entry) == ("quaternion" in entry):
             raise InputError(f"{name}: give 'look_at' or 'quaternion', one of the two")
+    if given.axes == "opencv":
+        raise InputError(f"{path}: keyframes have OpenGL camera axes; drop --camera_axes, or correct the quaternions")
     eyes = _vectors(entries, names, "position", 3)
     if all("look_at" in entry for entry in entries):
         # Interpolating the target keeps the horizon level and the target centred between keyframes too.
@@ -63,7 +65,7 @@ def read_keyframes(path: Path, data: dict, up: str | None, fps: float) -> Camera
         c2w[:, :3, 3] = smooth_curve(frames, eyes, numbers)
     focal = np.repeat(PchipInterpolator(frames, focal)(numbers)[:, None], 2, axis=1)
     center = np.tile([size[0] / 2, size[1] / 2], (len(numbers), 1))
-    return make_path(path, c2w, focal, center, size, up, numbers.tolist(), fps_of(data, fps, path))
+    return make_path(path, c2w, focal, center, size, up, numbers.tolist(), fps_of(data, given.fps, path))
 
 
 def _keyframe_numbers(entries: list[dict], path: Path) -> np.ndarray:

@@ -5,59 +5,76 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.cameras.colmap import COLMAP_NAMES, read_colmap
+from utils.cameras.gltf import read_gltf_camera
 from utils.cameras.keyframes import read_keyframes
-from utils.cameras.path import (
-    UP_AXES,
-    CameraPath,
-)
+from utils.cameras.path import DEFAULT_SIZE, UP_AXES, CameraPath
+from utils.cameras.text import read_text
 from utils.cameras.transforms import read_transforms
+from utils.cameras.values import Given
+from utils.cameras.viewers import read_camera_path, read_splat_cameras
 from utils.cli import InputError
 from utils.files import write_json
 
 
-def read_camera_json(path: Path, up: str | None, fps: float) -> CameraPath:
-    """Read transforms.json or keyframes JSON, told apart by their keys."""
+def read_camera_json(path: Path, given: Given) -> CameraPath:
+    """Read any of the JSON formats, told apart by their keys."""
     try:
         data = json.loads(path.read_bytes().decode("utf-8-sig"))  # Windows editors put a byte-order mark in front
     except RecursionError as error:
         raise InputError(f"{path} is not valid JSON (nested too deeply)") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error})") from error
+    if isinstance(data, list):
+        return read_splat_cameras(path, data, given)
     if not isinstance(data, dict):
         raise InputError(f"{path} must hold a JSON object")
-    if "keyframes" in data:
-        return read_keyframes(path, data, up, fps)
-    if "frames" in data:
-        return read_transforms(path, data, up, fps)
-    raise InputError(f"{path} holds neither 'frames' (nerfstudio transforms.json) nor 'keyframes'")
+    for key, reader in READERS.items():
+        if key in data:
+            return reader(path, data, given)
+    raise InputError(f"{path} holds neither 'frames' (transforms.json), 'camera_path' (nerfstudio) nor 'keyframes'")
 
 
-def read_cameras(path: Path, up: str | None = None, fps: float = 24.0) -> CameraPath:
+READERS = {"camera_path": read_camera_path, "keyframes": read_keyframes, "frames": read_transforms}
+
+
+def read_cameras(
+    path: Path,
+    up: str | None = None,
+    fps: float = 24.0,
+    *,
+    size: tuple[int, int] = DEFAULT_SIZE,
+    fov: float | None = None,
+    axes: str | None = None,
+) -> CameraPath:
     """Read a camera path of any supported format.
 
-    up: the world's up axis, '+y' or '+z', for files without `world_up` (COLMAP has none; transforms.json defaults to
-    '+z', glTF to '+y'); it must not contradict the file. fps: frames per second for files that state none; an animated
-    glTF camera is sampled at this rate.
+    up: the world's up axis, '+y' or '+z', for files without `world_up` (COLMAP, splats and text files have none;
+    transforms.json and camera_path.json default to '+z', glTF to '+y'); it must not contradict the file. fps: frames
+    per second for files that state none; an animated glTF camera is sampled at this rate. The rest: see `Given`.
     Raises InputError for anything that is not a usable path.
     """
-    from utils.cameras import colmap as camera_colmap
-    from utils.cameras import gltf as camera_gltf
-
     path = Path(path)
+    given = Given(up, fps, size, fov, axes)
     if up is not None and up not in UP_AXES:
         raise InputError(f"up axis {up!r} is not known; choose +y or +z")
+    suffix = path.suffix.lower()
     try:
         if not path.exists():
             raise InputError(f"camera file {path} does not exist")
-        if path.is_dir() or path.name in camera_colmap.COLMAP_NAMES:
-            return camera_colmap.read_colmap(path, up, fps)
-        if path.suffix.lower() == ".json":
-            return read_camera_json(path, up, fps)
-        if path.suffix.lower() in (".glb", ".gltf"):
-            return camera_gltf.read_gltf_camera(path, up, fps)
+        if suffix == ".txt" and path.is_file() and path.name not in COLMAP_NAMES:
+            return read_text(path, given)
+        if fov is not None:
+            raise InputError(f"{path}: --fov is for TUM trajectories; other files hold a lens of their own")
+        if path.is_dir() or path.name in COLMAP_NAMES:
+            return read_colmap(path, given)
+        if suffix == ".json":
+            return read_camera_json(path, given)
+        if suffix in (".glb", ".gltf"):
+            return read_gltf_camera(path, given)
     except OSError as error:
         raise InputError(f"{error.filename or path} cannot be read ({error.strerror or error})") from error
-    raise InputError(f"{path}: cameras come as .json, .glb, .gltf or a COLMAP model folder")
+    raise InputError(f"{path}: cameras come as .json, .glb, .gltf, .txt (RealEstate10K, TUM) or a COLMAP model folder")
 
 
 def write_transforms(path_file: Path, path: CameraPath) -> None:

@@ -21,29 +21,28 @@ from utils.cameras.path import (
     make_path,
 )
 from utils.cameras.values import (
-    DISTORTION,
-    PINHOLE_MODELS,
-    UNDISTORT,
+    Given,
     entries_of,
     fps_of,
     natural,
+    note_distortion,
     one_size,
+    opengl_poses,
     required,
     size_of,
     to_int,
     to_number,
     to_numbers,
+    to_pose,
     world_up,
 )
 from utils.cli import InputError
 
-# --- values of unknown type ---
+DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
+LENSES = ("PINHOLE", "PERSPECTIVE", "RADIAL", "OPENCV", "FISHEYE", "FOV")  # parts of the names of camera models
 
 
-# --- JSON ---
-
-
-def read_transforms(path: Path, data: dict, up: str | None, fps: float) -> CameraPath:
+def read_transforms(path: Path, data: dict, given: Given) -> CameraPath:
     _check_applied(path, data)
     entries = entries_of(data, "frames", path)
     if all("frame" in entry for entry in entries):
@@ -56,13 +55,31 @@ def read_transforms(path: Path, data: dict, up: str | None, fps: float) -> Camer
         if all(isinstance(entry.get("file_path"), str) for entry in entries):  # nerfstudio's own order
             entries = sorted(entries, key=lambda entry: natural(entry["file_path"]))
         numbers = list(range(1, len(entries) + 1))
-    cameras = []
-    for number, entry in zip(numbers, entries, strict=True):
-        # Anything but the pose may be given once, or per frame.
-        cameras.append(_transforms_camera({**data, **entry}, f"{path}: frame {number}"))
-    size = one_size([camera[0] for camera in cameras], path)
-    arrays = [np.array([camera[i] for camera in cameras]) for i in (1, 2, 3)]
-    return make_path(path, *arrays, size, world_up(data, up, path, "+z"), numbers, fps_of(data, fps, path))
+    # Anything but the pose may be given once, or per frame.
+    merged = [({**data, **entry}, f"{path}: frame {n}") for n, entry in zip(numbers, entries, strict=True)]
+    cameras = [_transforms_camera(entry, where, given) for entry, where in merged]
+    _note_lenses(path, merged)
+    poses, focal, center = (np.array([camera[i] for camera in cameras]) for i in (1, 2, 3))
+    size, focal, center = one_size([camera[0] for camera in cameras], focal, center, path)
+    if len(poses):
+        poses = opengl_poses(poses, given.axes or "opengl", path)
+    up = world_up(data, given.up, path, "+z")
+    return make_path(path, poses, focal, center, size, up, numbers, fps_of(data, given.fps, path))
+
+
+def _note_lenses(path: Path, entries: list[tuple[dict, str]]) -> None:
+    """Refuse pictures that no focal length describes, and note the strongest distortion."""
+    found = []
+    for entry, where in entries:
+        model = str(entry.get("camera_model", "PINHOLE")).upper()
+        if not isinstance(entry.get("camera_model", ""), str) or not any(word in model for word in LENSES):
+            raise InputError(f"{where}: camera model {model!r} is not a perspective camera; export one that is")
+        if entry.get("is_fisheye") and "FISHEYE" not in model:
+            model += ", FISHEYE"
+        found += [(to_number(entry.get(key, 0), f"{where}: {key!r}"), model) for key in DISTORTION]
+    fisheye = [one for one in found if "FISHEYE" in one[1]]
+    largest = max(found, key=lambda one: abs(one[0]), default=(0, ""))
+    note_distortion(path, [largest[0]], (largest if largest[0] or not fisheye else fisheye[0])[1])
 
 
 def _check_applied(path: Path, data: dict) -> None:
@@ -78,25 +95,21 @@ def _check_applied(path: Path, data: dict) -> None:
         )
 
 
-def _transforms_camera(entry: dict, where: str) -> tuple[tuple[int, int], np.ndarray, np.ndarray, list[float]]:
-    """(size, c2w [4, 4], focal [2], center [2]) of one frame."""
-    model = entry.get("camera_model", "PINHOLE")
-    if model not in PINHOLE_MODELS or entry.get("is_fisheye"):
-        raise InputError(f"{where}: camera model {model!r} is not a pinhole camera; {UNDISTORT}")
-    for key in DISTORTION:
-        if to_number(entry.get(key, 0), f"{where}: {key!r}") != 0:
-            raise InputError(f"{where}: {key} is {entry[key]}; {UNDISTORT}")
-    matrix = required(entry, "transform_matrix", where)
-    if isinstance(matrix, list) and len(matrix) == 3:
-        matrix = [*matrix, [0, 0, 0, 1]]
-    c2w = to_numbers(matrix, (4, 4), f"{where}: 'transform_matrix'")
+def _transforms_camera(
+    entry: dict, where: str, given: Given
+) -> tuple[tuple[int, int], np.ndarray, list[float], list[float]]:
+    """(size, pose [4, 4], focal [2], center [2]) of one frame."""
+    pose = to_pose(required(entry, "transform_matrix", where), f"{where}: 'transform_matrix'")
+    if "w" not in entry and "h" not in entry and "fl_x" not in entry:
+        # NeRF-synthetic and older BlenderNeRF: an angle means the same at any size.
+        entry = {**entry, "w": given.size[0], "h": given.size[1]}
     size = size_of(entry, where)
     focal_x = _focal(entry, "x", size[0], where)
     if focal_x is None:
         raise InputError(f"{where}: 'fl_x' is missing (nor is there a 'camera_angle_x')")
     focal_y = _focal(entry, "y", size[1], where)
     center = [to_number(entry.get(k, s / 2), f"{where}: {k!r}") for k, s in zip(("cx", "cy"), size, strict=True)]
-    return size, c2w, np.array([focal_x, focal_x if focal_y is None else focal_y]), center
+    return size, pose, [focal_x, focal_x if focal_y is None else focal_y], center
 
 
 def _focal(entry: dict, axis: str, side: int, where: str) -> float | None:
@@ -113,6 +126,3 @@ def focal_of_angle(angle: float, side: int, what: str) -> float:
     if not 0 < angle < math.pi:
         raise InputError(f"{what} must lie between 0 and 180 degrees")
     return side / 2 / math.tan(angle / 2)
-
-
-# --- keyframes ---

@@ -1,6 +1,9 @@
-"""Checked values from camera files: numbers, sizes, rotations, the up axis. Each mistake becomes an InputError."""
+"""Checked values from camera files: numbers, sizes, poses, the up axis. Each mistake becomes an InputError."""
 
 import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +12,23 @@ from scipy.spatial.transform import Rotation
 from utils.cameras.path import DEFAULT_SIZE, MAX_NUMBER, UP_AXES
 from utils.cli import InputError
 
-DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
-UNDISTORT = (
-    "lens distortion is not supported; undistort the images first (COLMAP: image_undistorter) and use its cameras"
-)
-PINHOLE_MODELS = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV", "FULL_OPENCV")
+AXES = ("opengl", "opencv")  # of cameras: +x right, and +y up, -z forward, or +y down, +z forward
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user says about a camera file; it counts where the file itself says nothing.
+
+    up: the world's up axis, '+y' or '+z'. size: (width, height) in pixels, for formats that store none. fov: vertical
+    field of view in degrees, for formats without a lens. axes: one of AXES, for files that do not keep to their
+    format's.
+    """
+
+    up: str | None = None
+    fps: float = 24.0
+    size: tuple[int, int] = DEFAULT_SIZE
+    fov: float | None = None
+    axes: str | None = None
 
 
 def to_numbers(value: object, shape: tuple[int, ...], what: str) -> np.ndarray:
@@ -52,11 +67,29 @@ def entries_of(data: dict, key: str, path: Path) -> list[dict]:
     return entries
 
 
-def size_of(entry: dict, where: str) -> tuple[int, int]:
-    width, height = (to_int(required(entry, key, where), f"{where}: {key!r}") for key in ("w", "h"))
+def size_of(entry: dict, where: str, keys: tuple[str, str] = ("w", "h")) -> tuple[int, int]:
+    width, height = (to_int(required(entry, key, where), f"{where}: {key!r}") for key in keys)
     if min(width, height) < 1:
         raise InputError(f"{where}: image size {width}x{height} is not usable; give w and h in pixels")
     return width, height
+
+
+def to_pose(value: object, what: str) -> np.ndarray:
+    """A pose [4, 4] from 4 or 3 rows of 4 numbers, or from the same numbers in one list."""
+    shapes = {3: (3, 4), 12: (12,), 16: (16,)}
+    numbers = to_numbers(value, shapes.get(len(value), (4, 4)) if isinstance(value, list) else (4, 4), what)
+    pose = np.eye(4)
+    pose.flat[: numbers.size] = numbers.ravel()
+    return pose
+
+
+def opengl_poses(poses: np.ndarray, axes: str, path: Path) -> np.ndarray:
+    """c2w [P, 4, 4] with OpenGL axes, from poses as they are stored. axes: one of AXES, those of the file."""
+    moved, column = poses[:, 3, :3], poses[:, :3, 3]
+    if moved.any() and not column.any() and (poses[:, 3, 3] == 1).all():
+        print(f"warning: {path} holds its matrices transposed (positions in the last row); read so", file=sys.stderr)
+        poses = poses.transpose(0, 2, 1)
+    return poses * (1, -1, -1, 1) if axes == "opencv" else poses
 
 
 def world_up(data: dict, up: str | None, path: Path, default: str | None) -> str:
@@ -79,11 +112,52 @@ def fps_of(data: dict, fps: float, path: Path) -> float:
     return to_number(data["fps"], f"{path}: 'fps'") if "fps" in data else fps
 
 
-def one_size(sizes: list[tuple[int, int]], path: Path) -> tuple[int, int]:
-    if len(set(sizes)) > 1:
-        (w, h), (other_w, other_h) = sorted(set(sizes))[:2]
-        raise InputError(f"{path} holds cameras of {w}x{h} and of {other_w}x{other_h} pixels; one size is needed")
-    return sizes[0] if sizes else DEFAULT_SIZE
+def stated_up(given: Given, path: Path) -> str:
+    """The up axis of a format that states none."""
+    if given.up is None:
+        raise InputError(f"{path}: its world does not say which way is up; pass --cameras_up y or z")
+    return given.up
+
+
+def one_size(
+    sizes: list[tuple[int, int]], focal: np.ndarray, center: np.ndarray, path: Path
+) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+    """(size, focal [P, 2], center [P, 2]) of all cameras at the size that most of them have.
+
+    Another size is scaled to the same width; what its height differs is cut off or added above and below.
+    """
+    if not sizes:
+        return DEFAULT_SIZE, focal, center
+    (size, count), *others = Counter(sizes).most_common()
+    if others:
+        print(
+            f"note: {path} holds cameras of {len(others) + 1} image sizes; {len(sizes) - count} of {len(sizes)} are "
+            f"brought to {size[0]}x{size[1]}, width of view kept",
+            file=sys.stderr,
+        )
+    own = np.array(sizes, dtype=np.float64)
+    scale = size[0] / own[:, :1]
+    middle = np.array(size) / 2 + scale * (center - own / 2)
+    same = (own == size).all(1, keepdims=True)
+    return size, focal * scale, np.where(same, center, middle)
+
+
+def note_distortion(path: Path, coefficients: list[float], model: str) -> None:
+    """Say once that lens distortion is left out. coefficients: all of the file's; model: its camera model."""
+    largest = max(coefficients, key=abs, default=0)
+    if largest or "FISHEYE" in model:
+        print(
+            f"note: {path}: lens distortion ({model}, largest coefficient {largest:g}) is left out; it bends pixels, "
+            "not the path",
+            file=sys.stderr,
+        )
+
+
+def lines_of(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except ValueError as error:
+        raise InputError(f"{path} is not a text file ({error})") from error
 
 
 def natural(name: str) -> str:
