@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import os
 import re
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,9 +22,12 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.cameras.builtin import builtin_path
+from utils.cameras.check import suspicions
 from utils.cameras.path import CameraPath, to_arcs
 from utils.cameras.read import read_cameras, write_transforms
-from utils.cli import InputError, Parser, non_negative_int, positive_int, run_script, size
+from utils.cameras.values import AXES
+from utils.cameras.viewers import write_camera_path
+from utils.cli import InputError, Parser, non_negative_int, positive_float, positive_int, run_script, size
 from utils.correspondence import encode_map, write_map
 from utils.edges import DETECTORS, check_edge_detector, edge_detector
 from utils.files import atomic_path
@@ -33,10 +37,13 @@ from utils.layout import (
     CAMERAS_FILE,
     LATENT_FRAMES,
     PREVIEW_FOLDER,
+    REFERENCE_LATENT_SIZE,
     SCENE_FILE,
     Arc,
     count_arcs,
+    fit_sizes,
     latent_frame_numbers,
+    same_aspect,
 )
 from utils.noise import write_noise
 from utils.particles import elements_per_cell, warp_noise
@@ -61,7 +68,8 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--scene", type=Path, required=True, help="mesh: GLB, glTF, OBJ, PLY, STL or OFF")
-    add("--cameras", type=Path, help="transforms.json, keyframes JSON, COLMAP model folder, or GLB with a camera")
+    cameras_help = "transforms.json, camera_path.json, keyframes, COLMAP folder, cameras.json of splats, GLB, or .txt"
+    add("--cameras", type=Path, help=f"{cameras_help}; see docs/preprocessing.md")
     add("--path", choices=["orbit", "dolly", "flythrough"], help="a built-in path around the scene, without --cameras")
     add("--output", type=Path, required=True, help="scene folder to write")
     add("--num_arcs", type=positive_int, help="arcs of 45 steps (default: as many as fit the path)")
@@ -69,16 +77,18 @@ def parse_args() -> argparse.Namespace:
     add("--frames", metavar="A:B", help="use frames A to B of the cameras only, by number")
     add("--edges", choices=DETECTORS, default="lines", help="lines of the geometry, or the HED network on a render")
     add("--edge_size", type=size, default="1080x720", help="WIDTHxHEIGHT of the edge frames in pixels")
-    add("--map_size", type=size, default="360x240", help="WIDTHxHEIGHT of the correspondence maps in pixels")
-    add(
-        "--latent_size", type=size, default="90x60", help="WIDTHxHEIGHT of the noise in latent cells; divides the maps"
-    )
+    follows = "(default: follows from --edge_size;"
+    add("--map_size", type=size, help=f"WIDTHxHEIGHT of the correspondence maps in pixels {follows} 360x240)")
+    add("--latent_size", type=size, help=f"WIDTHxHEIGHT of the noise in cells that divide the maps {follows} 90x60)")
     add("--scene_up", choices=["y", "z"], help="up axis of the mesh (default: the file's, y for glTF, else z)")
     add("--cameras_up", choices=["y", "z"], help="up axis of the cameras' world (default: the file's `world_up`)")
+    add("--camera_axes", choices=AXES, help="axes of the cameras (default: the format's; opencv has +y down)")
+    add("--fov", type=positive_float, help="vertical field of view in degrees, for TUM trajectories")
     add("--no_sky", action="store_true", help="no correspondences where nothing is hit, as in the reference")
     add("--seed", type=non_negative_int, default=0, help="seed of the noise")
     add("--threads", type=positive_int, default=os.cpu_count() or 1, help="frames worked on at a time")
     add("--preview", action="store_true", help="also write a contact sheet, an mp4 of the edges and a view from above")
+    add("--write_camera_path", type=Path, help="also write the path as camera_path.json for nerfstudio's viewer")
     add("--overwrite", action="store_true", help="replace arcs that were made with other arguments")
     return parser.parse_args()
 
@@ -87,9 +97,18 @@ def load_path(args: argparse.Namespace, geometry: Geometry) -> CameraPath:
     """Read the camera path, cut to --frames, resampled to 45 N + 1 poses, with intrinsics for the edge frames."""
     if args.path:
         bounds = np.stack([geometry.vertices.min(0), geometry.vertices.max(0)])
-        path = builtin_path(args.path, bounds, geometry.up, args.num_arcs or 1, args.fps or FPS)
+        path = builtin_path(args.path, bounds, geometry.up, args.num_arcs or 1, args.fps or FPS, args.edge_size)
     else:
-        path = read_cameras(args.cameras, args.cameras_up and f"+{args.cameras_up}", args.fps or FPS)
+        path = read_cameras(
+            args.cameras,
+            args.cameras_up and f"+{args.cameras_up}",
+            args.fps or FPS,
+            size=args.edge_size,
+            fov=args.fov,
+            axes=args.camera_axes,
+        )
+        for warning in suspicions(path) if args.camera_axes is None else ():
+            print(f"warning: {args.cameras}: {warning}", file=sys.stderr)
         if args.frames:
             path = path.subset(*map(int, args.frames.split(":")))
         path = to_arcs(path, args.num_arcs)
@@ -99,26 +118,42 @@ def load_path(args: argparse.Namespace, geometry: Geometry) -> CameraPath:
     return replace(path, focal=lens[:, :2], center=lens[:, 2:], size=args.edge_size)
 
 
+def choose_sizes(args: argparse.Namespace) -> None:
+    """Fill in the sizes of maps and latents that are not given. Raises InputError for sizes that do not fit."""
+    edges, follows = "--edge_size {}x{}".format(*args.edge_size), args.latent_size is None
+    if min(args.edge_size) < SMALLEST_EDGES:
+        raise InputError(f"{edges}: at least {SMALLEST_EDGES} pixels a side are needed")
+    args.map_size, args.latent_size = fit_sizes(args.edge_size, args.map_size, args.latent_size)
+    elements_per_cell(args.map_size, args.latent_size)
+    if not same_aspect(args.edge_size, args.map_size):
+        fitting = "maps of {}x{} and latents of {}x{}".format(*sum(fit_sizes(args.edge_size), ()))
+        raise InputError(
+            "{} and --map_size {}x{} differ in aspect ratio; {} fit".format(edges, *args.map_size, fitting)
+        )
+    if follows and args.latent_size != REFERENCE_LATENT_SIZE:
+        (map_width, map_height), (width, height) = args.map_size, args.latent_size
+        print(
+            f"note: {edges} gives maps of {map_width}x{map_height} and latents of {width}x{height}, for a video of "
+            f"{8 * width}x{8 * height}; the released in-between weights make 720x480 only, from edges of 3:2"
+        )
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise InputError for arguments that are wrong whatever the files hold."""
-    elements_per_cell(args.map_size, args.latent_size)
     check_edge_detector(args.edges)
-    (width, height), (map_width, map_height) = args.edge_size, args.map_size
-    if min(args.edge_size) < SMALLEST_EDGES:
-        raise InputError(f"--edge_size {width}x{height}: at least {SMALLEST_EDGES} pixels a side are needed")
-    if abs(width * map_height / height - map_width) > 1:
-        raise InputError(
-            f"--edge_size {width}x{height} and --map_size {map_width}x{map_height} differ in aspect ratio"
-        )
     if bool(args.cameras) == bool(args.path):
         raise InputError("give either --cameras FILE or --path orbit|dolly|flythrough")
-    if args.path and (args.frames or args.cameras_up):
-        raise InputError("--frames and --cameras_up go with --cameras, not with --path")
+    if args.path and (args.frames or args.cameras_up or args.camera_axes or args.fov):
+        raise InputError("--frames, --cameras_up, --camera_axes and --fov go with --cameras, not with --path")
     if args.frames and not re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", args.frames):
         raise InputError(f"--frames {args.frames} is not A:B, two frame numbers in order")
     for given, own in ((args.scene, SCENE_FILE), (args.cameras, CAMERAS_FILE)):
         if given and given.resolve() == (args.output / own).resolve():
             raise InputError(f"{given} would be replaced by the one that is written; choose another --output")
+    if written := args.write_camera_path:
+        others = [args.scene, args.cameras, args.output / SCENE_FILE, args.output / CAMERAS_FILE]
+        if written.is_dir() or written.resolve() in [other.resolve() for other in others if other]:
+            raise InputError(f"--write_camera_path {written} is a folder, an input or a result; name another file")
 
 
 def result_arguments(args: argparse.Namespace, geometry: Geometry, path: CameraPath) -> dict:
@@ -140,6 +175,7 @@ def _sha256(*arrays: np.ndarray) -> str:
 def main() -> None:
     args = parse_args()
     check_arguments(args)
+    choose_sizes(args)
     geometry = load_geometry(args.scene, args.scene_up and f"+{args.scene_up}")
     path = load_path(args, geometry)
     geometry = turn(geometry, path.up)
@@ -148,6 +184,8 @@ def main() -> None:
             print(f"note: {count} {kind} faces of {args.scene} are left out")
     arguments = result_arguments(args, geometry, path)
     run = open_run(args.output, arguments, overwrite=args.overwrite, owned=OWNED, manifest_name=MANIFEST)
+    if args.write_camera_path:
+        write_camera_path(args.write_camera_path, path)
     arcs = [Arc(i, args.output / f"arc{i}") for i in range(count_arcs(len(path.c2w)))]
     if run.finished and all(arc.folder.is_dir() for arc in arcs):
         print(f"{args.output} is finished")

@@ -9,6 +9,7 @@ multiviews/<run>/image_00.png ...   anchors: the first frame of arc 0 and the la
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ NOISE_CHANNELS = 16
 SCENE_FILE, CAMERAS_FILE = "scene.glb", "cameras.json"  # the mesh and the path, as preprocess.py used them
 PREVIEW_FOLDER = "preview"
 REFERENCE_LATENT_SIZE = (90, 60)  # width, height; the size whose noise file has no size in its name
+REFERENCE_MAP_SIZE = (360, 240)
+MAP_SCALE = 4  # pixels of a map across a latent cell
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,39 @@ def edge_frame_indices(num_frames: int) -> list[int]:
     """
     indices = resample_indices(ARC_FRAMES, num_frames - PADDING_FRAMES)
     return indices + indices[-1:] * PADDING_FRAMES
+
+
+def same_aspect(edge_size: tuple[int, int], map_size: tuple[int, int]) -> bool:
+    """Whether the maps show what the edges show, to a pixel of their width."""
+    return abs(edge_size[0] * map_size[1] / edge_size[1] - map_size[0]) <= 1
+
+
+def fit_sizes(
+    edge_size: tuple[int, int], map_size: tuple[int, int] | None = None, latent_size: tuple[int, int] | None = None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(map size, latent size) for edges of a size: those that are given, and what follows for the others.
+
+    The paper's 360x240 and 90x60 where they fit; else about as many latent cells, in even numbers (a video's sides are
+    multiples of 16 pixels), of the edges' aspect, with four map pixels across each.
+    """
+    aspect = edge_size[0] / edge_size[1] if map_size is None else map_size[0] / map_size[1]
+    area = REFERENCE_LATENT_SIZE[0] * REFERENCE_LATENT_SIZE[1]
+
+    def distance(cells: tuple[int, int]) -> float:
+        odd = any(side % 2 for side in cells)
+        return abs(math.log(cells[0] * cells[1] / area)) + 50 * abs(math.log(cells[0] / cells[1] / aspect)) + 100 * odd
+
+    if map_size is None and same_aspect(edge_size, REFERENCE_MAP_SIZE):
+        map_size = REFERENCE_MAP_SIZE
+    if map_size and latent_size is None:
+        scales = [s for s in range(1, min(map_size) + 1) if not (map_size[0] % s or map_size[1] % s)]
+        latent_size = min(((map_size[0] // s, map_size[1] // s) for s in scales), key=distance)
+    if latent_size is None:
+        rows = range(2, 4 * round(math.sqrt(area / aspect)) + 4, 2)
+        cells = [(max(2, 2 * round(aspect * row / 2)), row) for row in rows]
+        fitting = [c for c in cells if same_aspect(edge_size, (MAP_SCALE * c[0], MAP_SCALE * c[1]))]
+        latent_size = min(fitting or cells, key=distance)
+    return map_size or (MAP_SCALE * latent_size[0], MAP_SCALE * latent_size[1]), latent_size
 
 
 def floor_to(side: int, multiple: int) -> int:

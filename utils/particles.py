@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.cli import InputError
-from utils.layout import NOISE_CHANNELS
+from utils.layout import NOISE_CHANNELS, fit_sizes
 
 REACH = 1.6  # elements; largest distance at which an unseen element joins one that was taken over
 MAX_OFFSET = 0.75  # elements; largest distance of a mass from the centre of its element
@@ -87,9 +87,11 @@ def elements_per_cell(map_size: tuple[int, int], latent_size: tuple[int, int]) -
     (width, height), (latent_width, latent_height) = map_size, latent_size
     scale = width // latent_width
     if scale < 1 or (scale * latent_width, scale * latent_height) != (width, height):
+        fitting_width, fitting_height = fit_sizes(map_size, map_size)[1]
         raise InputError(
             f"latent size {latent_width}x{latent_height} does not fit the {width}x{height} correspondence maps: "
-            f"{width}/{latent_width} and {height}/{latent_height} must be the same whole number"
+            f"{width}/{latent_width} and {height}/{latent_height} must be the same whole number; "
+            f"{fitting_width}x{fitting_height} does, for a video of {8 * fitting_width}x{8 * fitting_height}"
         )
     return scale
 

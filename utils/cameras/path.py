@@ -3,9 +3,8 @@
     path = to_arcs(read_cameras(Path("cameras.json")))      # 45 N + 1 poses
     path = builtin_path("orbit", bounds, "+y", num_arcs=2)
 
-Formats (`read_cameras`): nerfstudio transforms.json, keyframes JSON, COLMAP models (text or binary), and an animated
-camera in a GLB or glTF file. The readers are in `utils.cameras.transforms`, `utils.cameras.colmap` and
-`utils.cameras.gltf`.
+Formats (`read_cameras`): nerfstudio's transforms.json and camera_path.json, NeRF-synthetic, cameras.json of Gaussian
+splats, keyframes JSON, COLMAP models, RealEstate10K and TUM text, and a camera in a GLB or glTF file.
 """
 
 import math
