@@ -124,7 +124,8 @@ def check_size(args: Arguments, config: dict) -> None:
     trained = (8 * config["sample_width"], 8 * config["sample_height"])
     if config["use_learned_positional_embeddings"] and (args.width, args.height) != trained:
         raise InputError(
-            f"{args.width}x{args.height}: these weights have learned positions for {trained[0]}x{trained[1]}"
+            f"{args.width}x{args.height}: these weights have learned positions for {trained[0]}x{trained[1]}; use "
+            "that size, and make the scene from edges of its aspect"
         )
     if args.width % 16 or args.height % 16:
         raise InputError(f"{args.width}x{args.height}: width and height must be multiples of 16")

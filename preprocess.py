@@ -27,7 +27,16 @@ from utils.cameras.path import CameraPath, to_arcs
 from utils.cameras.read import read_cameras, write_transforms
 from utils.cameras.values import AXES
 from utils.cameras.viewers import write_camera_path
-from utils.cli import InputError, Parser, non_negative_int, positive_float, positive_int, run_script, size
+from utils.cli import (
+    InputError,
+    Parser,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    require_writable,
+    run_script,
+    size,
+)
 from utils.correspondence import encode_map, write_map
 from utils.edges import DETECTORS, check_edge_detector, edge_detector
 from utils.files import atomic_path
@@ -107,8 +116,9 @@ def load_path(args: argparse.Namespace, geometry: Geometry) -> CameraPath:
             fov=args.fov,
             axes=args.camera_axes,
         )
-        for warning in suspicions(path) if args.camera_axes is None else ():
-            print(f"warning: {args.cameras}: {warning}", file=sys.stderr)
+        if args.camera_axes is None and args.cameras.suffix.lower() not in (".glb", ".gltf"):  # whose axes are certain
+            for warning in suspicions(path):
+                print(f"warning: {args.cameras}: {warning}", file=sys.stderr)
         if args.frames:
             path = path.subset(*map(int, args.frames.split(":")))
         path = to_arcs(path, args.num_arcs)
@@ -154,6 +164,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         others = [args.scene, args.cameras, args.output / SCENE_FILE, args.output / CAMERAS_FILE]
         if written.is_dir() or written.resolve() in [other.resolve() for other in others if other]:
             raise InputError(f"--write_camera_path {written} is a folder, an input or a result; name another file")
+        require_writable(written.parent)
 
 
 def result_arguments(args: argparse.Namespace, geometry: Geometry, path: CameraPath) -> dict:

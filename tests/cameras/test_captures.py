@@ -117,6 +117,7 @@ def test_nerfstudio_camera_paths(tmp_path: Path) -> None:
     for change, message in (
         ({"camera_type": "equirectangular"}, "not a perspective camera"),
         ({"camera_path": []}, "at least two"),
+        ({"camera_path": None}, "list of objects"),
         ({"render_width": 0, "render_height": 720}, "image size 0x720"),
         ({"camera_path": [{"camera_to_world": [1, 2]}]}, "frame 1: 'camera_to_world' must be"),
         ({"camera_path": [{"camera_to_world": np.eye(4).ravel().tolist(), "fov": 180}]}, "frame 1: 'fov'"),

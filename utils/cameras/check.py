@@ -16,12 +16,12 @@ def suspicions(path: CameraPath) -> list[str]:
     if np.median(tilt) > max(TILTED, LEVELLER * np.median(stored)):
         return [
             "its horizons are tilted, and level if the matrices are transposed: are they stored column by column, or "
-            "world-to-camera? Camera-to-world, row by row, is read"
+            "world-to-camera? Export them camera-to-world, row by row (axes: --camera_axes opencv or opengl)"
         ]
     upright = rotation[:, :, 1] @ up
     if (upright < 0).mean() > MOST and upright.mean() < -0.05:
         return [
-            f"its cameras hang upside down with {path.up} up: they look like OpenCV axes (+y down, +z forward); pass "
-            "--camera_axes opencv (for COLMAP, splats and .txt, which have them: opengl), or correct --cameras_up"
+            f"its cameras hang upside down with {path.up} up: if they have OpenCV axes (+y down, +z forward), pass "
+            "--camera_axes opencv; a world that is upside down (COLMAP's may be) does no harm to a mesh of that world"
         ]
     return []

@@ -114,7 +114,8 @@ def _animated_camera(file: GltfFile) -> tuple[list[int], Channels]:
     if not chains and len(still) == 1:
         return still[0], {}
     if not chains:
-        raise InputError(f"{path} holds {len(still)} cameras, none of them animated; export only one")
+        names = ", ".join(str(nodes[chain[0]].get("name")) for chain in still)
+        raise InputError(f"{path} holds {len(still)} cameras ({names}), none of them animated; export only one")
     if len(chains) > 1:
         names = ", ".join(str(nodes[i].get("name")) for i in chains)
         raise InputError(f"{path} holds {len(chains)} animated cameras ({names}); export only one")

@@ -37,6 +37,10 @@ def read_keyframes(path: Path, data: dict, given: Given) -> CameraPath:
     entries = entries_of(data, "keyframes", path)
     if len(entries) < 2:
         raise InputError(f"{path} holds {len(entries)} keyframe(s): a path needs at least two")
+    if any("matrix" in entry for entry in entries):
+        raise InputError(
+            f"{path} holds keyframes of nerfstudio without their 'camera_path'; save it from Render again"
+        )
     names = [f"{path}: keyframe {i}" for i in range(1, len(entries) + 1)]
     frames = _keyframe_numbers(entries, path)
     numbers = np.arange(int(frames[0]), int(frames[-1]) + 1)

@@ -62,7 +62,7 @@ def read_cameras(
     try:
         if not path.exists():
             raise InputError(f"camera file {path} does not exist")
-        if suffix == ".txt" and path.is_file() and path.name not in COLMAP_NAMES:
+        if suffix in (".txt", ".tum") and path.is_file() and path.name not in COLMAP_NAMES:
             return read_text(path, given)
         if fov is not None:
             raise InputError(f"{path}: --fov is for TUM trajectories; other files hold a lens of their own")

@@ -100,7 +100,7 @@ def _transforms_camera(
 ) -> tuple[tuple[int, int], np.ndarray, list[float], list[float]]:
     """(size, pose [4, 4], focal [2], center [2]) of one frame."""
     pose = to_pose(required(entry, "transform_matrix", where), f"{where}: 'transform_matrix'")
-    if "w" not in entry and "h" not in entry and "fl_x" not in entry:
+    if not entry.keys() & {"w", "h", "fl_x", "cx", "cy"}:
         # NeRF-synthetic and older BlenderNeRF: an angle means the same at any size.
         entry = {**entry, "w": given.size[0], "h": given.size[1]}
     size = size_of(entry, where)
