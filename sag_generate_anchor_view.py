@@ -11,6 +11,7 @@ draws every scene in every style from every seed. The files do not depend on the
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +61,8 @@ if TYPE_CHECKING:
     import torch
 
     from models.flux.anchors import AnchorStage
+
+MOST_STRETCH = 0.02  # of the aspect, before it is noted; sides are rounded down to multiples of 16 pixels
 
 
 @dataclass
@@ -118,6 +121,13 @@ def anchor_size(args: Arguments, preset: Preset, scene: Scene) -> tuple[int, int
     if min(size) < multiple:
         raise InputError(
             f"anchors of {size[0]}x{size[1]} are too small: these weights need {multiple} pixels at least"
+        )
+    if abs(size[0] * scene.edge_size[1] / (size[1] * scene.edge_size[0]) - 1) > MOST_STRETCH:
+        print(
+            "note: the edges of {} are {}x{}; anchors of {}x{} stretch them".format(
+                scene.folder, *scene.edge_size, *size
+            ),
+            file=sys.stderr,
         )
     return size
 

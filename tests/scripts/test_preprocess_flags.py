@@ -1,4 +1,4 @@
-"""Flags of preprocess.py: sizes that follow from one another, cameras' flags, and the path for nerfstudio's viewer."""
+"""Flags of preprocess.py, and what they lead to: sizes that follow from one another, cameras' flags, and the path for nerfstudio's viewer."""
 
 import argparse
 import json
@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import preprocess
+from models.weights import load_preset
+from sag_generate_anchor_view import anchor_size
 from tests.scene.preprocess_common import BOXES, SMALL, run_main, write_boxes, write_path
 from utils.cameras.read import read_cameras
 from utils.cli import InputError
-from utils.layout import fit_sizes, same_aspect
+from utils.layout import Scene, fit_sizes, same_aspect
 from utils.particles import elements_per_cell
 
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
@@ -73,6 +75,25 @@ def test_sizes_that_follow_are_said(capsys) -> None:
     args = argparse.Namespace(edge_size=(1080, 720), map_size=None, latent_size=None)
     preprocess.choose_sizes(args)
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("edges", "full"),
+    [
+        ((1080, 720), (1072, 720)),
+        ((1280, 720), (1280, 720)),
+        ((1920, 1080), (1920, 1072)),
+        ((720, 1280), (720, 1280)),
+        ((1024, 1024), (1024, 1024)),
+        ((832, 480), (832, 480)),
+    ],
+)
+def test_anchors_have_the_edges_aspect_or_a_note(edges: Size, full: Size, capsys) -> None:
+    scene = Scene(Path("town"), (), edges, fit_sizes(edges)[0])
+    args = argparse.Namespace(width=None, height=None)
+    assert anchor_size(args, load_preset("full"), scene) == full and not capsys.readouterr().err
+    assert anchor_size(args, load_preset("tiny"), scene) == (144, 96)
+    assert ("stretch" in capsys.readouterr().err) == (edges != (1080, 720))
 
 
 @pytest.fixture
