@@ -207,10 +207,24 @@ def leaves(data: object, trail: tuple = ()) -> list[tuple]:
     return [place for key, value in items for place in [(*trail, key), *leaves(value, (*trail, key))]]
 
 
+def viewer_path() -> dict:
+    frames = [{"camera_to_world": pose.ravel().tolist(), "fov": 50, "aspect": 1.5} for pose in random_path(3).c2w]
+    size = {"render_width": 640, "render_height": 480}
+    return {"camera_type": "perspective", **size, "fps": 24, "seconds": 2, "camera_path": frames}
+
+
+def splats() -> list:
+    return [
+        {"id": i, "img_name": f"{i}", "width": 640, "height": 480, "fx": 500, "fy": 500}
+        | {"position": pose[:3, 3].tolist(), "rotation": pose[:3, :3].tolist()}
+        for i, pose in enumerate(random_path(3).c2w)
+    ]
+
+
 def is_read(source: Path) -> bool:
     """Whether a path comes out of a damaged file, and not an InputError of one line; all else is a failure."""
     try:
-        path = read_cameras(source)
+        path = read_cameras(source, up=None if source.suffix in (".glb", ".gltf") else "+y")
     except InputError as error:
         assert "\n" not in str(error)
         return False
@@ -218,11 +232,12 @@ def is_read(source: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kind", ["transforms", "keyframes", "gltf"])
+@pytest.mark.parametrize("kind", ["transforms", "keyframes", "gltf", "viewer", "splats"])
 def test_damaged_values_never_end_in_another_error(tmp_path: Path, kind: str) -> None:
     """Put odd values in every place of a valid file: it is read, or refused with an InputError."""
     gltf = slide().animate(0, "rotation", [0, 1], [[0, 0, 0, 1], [0, 0, 1, 1]])
-    data = {"transforms": transforms, "keyframes": keyframes, "gltf": lambda: gltf.json}[kind]()
+    made = {"transforms": transforms, "keyframes": keyframes, "viewer": viewer_path, "splats": splats}
+    data = gltf.json if kind == "gltf" else made[kind]()
     rng = np.random.default_rng(0)
     odd = [None, True, -1, 0, 2**40, 1e300, "x", [], {}, [[]], [None], {"a": 1}]
     refused = 0

@@ -1,4 +1,4 @@
-"""Flags of preprocess.py, and what they lead to: sizes that follow from one another, cameras' flags, and the path for nerfstudio's viewer."""
+"""Flags of preprocess.py: sizes that follow from one another, cameras, and the path for nerfstudio's viewer."""
 
 import argparse
 import json
