@@ -134,7 +134,9 @@ def fit_sizes(
         return abs(math.log(cells[0] * cells[1] / area)) + 50 * abs(math.log(cells[0] / cells[1] / aspect)) + 100 * odd
 
     if map_size is None and same_aspect(edge_size, REFERENCE_MAP_SIZE):
-        map_size = REFERENCE_MAP_SIZE
+        width, height = latent_size or REFERENCE_LATENT_SIZE
+        scale = REFERENCE_MAP_SIZE[0] // width
+        map_size = REFERENCE_MAP_SIZE if (scale * width, scale * height) == REFERENCE_MAP_SIZE else None
     if map_size and latent_size is None:
         scales = [s for s in range(1, min(map_size) + 1) if not (map_size[0] % s or map_size[1] % s)]
         latent_size = min(((map_size[0] // s, map_size[1] // s) for s in scales), key=distance)

@@ -42,6 +42,7 @@ def builtin_path(
     progress = np.linspace(0, 1, poses)
     shape = {"orbit": _orbit, "dolly": _dolly, "flythrough": _fly}[kind]
     center, half = corners.mean(0), np.diff(corners, axis=0)[0] / 2
+    # The default's own aspect gives its numbers, to the last bit, at any size.
     width, height = DEFAULT_SIZE if size[0] * DEFAULT_SIZE[1] == size[1] * DEFAULT_SIZE[0] else size
     narrow = FIELD_OF_VIEW / 2
     if width < height:  # the view is narrower than it is high

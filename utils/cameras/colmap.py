@@ -58,8 +58,7 @@ def read_colmap(path: Path, given: Given) -> CameraPath:
     cameras, images = read_cameras(model / f"cameras.{suffix}"), read_images(model / f"images.{suffix}")
     images.sort(key=lambda image: natural(image[0]))
     used = [_colmap_intrinsics(cameras, image, model) for image in images]
-    bent = [(camera[3], value) for camera in used for value in camera[4]]
-    note_distortion(model, [value for _, value in bent], max(bent, key=lambda one: abs(one[1]), default=("", 0))[0])
+    note_distortion(model, [(value, camera[3]) for camera in used for value in camera[4]])
     focal, center = (np.array([camera[i] for camera in used]).reshape(-1, 2) for i in (1, 2))
     size, focal, center = one_size([camera[0] for camera in used], focal, center, model)
     poses = np.array([image[1] for image in images]).reshape(-1, 7)

@@ -27,7 +27,7 @@ def read_text(path: Path, given: Given) -> CameraPath:
         if given.fov is not None:
             raise InputError(f"{path}: --fov is for TUM trajectories; RealEstate10K files hold a lens of their own")
         c2w, focal, center, size = _realestate(rows, given)
-        note_distortion(path, rows[:, 5:7].ravel().tolist(), "RealEstate10K")
+        note_distortion(path, [(value, "RealEstate10K") for value in rows[:, 5:7].ravel()])
         second = 1e6
     else:
         if given.fov is None:

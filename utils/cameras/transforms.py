@@ -39,7 +39,8 @@ from utils.cameras.values import (
 from utils.cli import InputError
 
 DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
-LENSES = ("PINHOLE", "PERSPECTIVE", "RADIAL", "OPENCV", "FISHEYE", "FOV")  # parts of the names of camera models
+# What the names of perspective cameras contain.
+LENSES = ("PINHOLE", "PERSPECTIVE", "RADIAL", "OPENCV", "FISHEYE", "FOV", "BROWN")
 
 
 def read_transforms(path: Path, data: dict, given: Given) -> CameraPath:
@@ -77,9 +78,7 @@ def _note_lenses(path: Path, entries: list[tuple[dict, str]]) -> None:
         if entry.get("is_fisheye") and "FISHEYE" not in model:
             model += ", FISHEYE"
         found += [(to_number(entry.get(key, 0), f"{where}: {key!r}"), model) for key in DISTORTION]
-    fisheye = [one for one in found if "FISHEYE" in one[1]]
-    largest = max(found, key=lambda one: abs(one[0]), default=(0, ""))
-    note_distortion(path, [largest[0]], (largest if largest[0] or not fisheye else fisheye[0])[1])
+    note_distortion(path, found)
 
 
 def _check_applied(path: Path, data: dict) -> None:

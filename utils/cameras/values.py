@@ -142,9 +142,9 @@ def one_size(
     return size, focal * scale, np.where(same, center, middle)
 
 
-def note_distortion(path: Path, coefficients: list[float], model: str) -> None:
-    """Say once that lens distortion is left out. coefficients: all of the file's; model: its camera model."""
-    largest = max(coefficients, key=abs, default=0)
+def note_distortion(path: Path, lenses: list[tuple[float, str]]) -> None:
+    """Say once that lens distortion is left out. lenses: coefficients and the camera models that they belong to."""
+    largest, model = max(lenses, key=lambda one: (abs(one[0]), "FISHEYE" in one[1]), default=(0, ""))
     if largest or "FISHEYE" in model:
         print(
             f"note: {path}: lens distortion ({model}, largest coefficient {largest:g}) is left out; it bends pixels, "

@@ -36,7 +36,7 @@ def read_camera_path(path: Path, data: dict, given: Given) -> CameraPath:
     kind = str(data.get("camera_type") or "perspective").upper()
     if not any(word in kind for word in LENSES):
         raise InputError(f"{path}: camera type {kind.lower()!r} is not a perspective camera; choose that one")
-    note_distortion(path, [], kind)
+    note_distortion(path, [(0, kind)])
     names = [f"{path}: frame {i}" for i in range(1, len(entries) + 1)]
     size = _render_size(path, data, entries, given)
     poses, focal = [], []
