@@ -68,6 +68,14 @@ def test_several_image_sizes_become_one(tmp_path: Path, capsys) -> None:
     np.testing.assert_allclose(path.center, [plain.center[0], plain.center[1] / 2 - (0, 1), plain.center[2]])
 
 
+def test_sizes_that_differ_by_pixels_are_cropped(tmp_path: Path) -> None:
+    data = transforms()
+    data["frames"][2] |= {"w": 638, "h": 481}
+    path, plain = read_cameras(write(tmp_path / "t.json", data)), random_path(3)
+    np.testing.assert_array_equal(path.focal, plain.focal)  # no zoom from picture to picture
+    np.testing.assert_allclose(path.center - plain.center, [[0, 0], [0, 0], [1, -0.5]], atol=1e-9)
+
+
 def test_splat_cameras(tmp_path: Path) -> None:
     """cameras.json of 3D Gaussian Splatting: OpenCV axes, camera-to-world, test images before the others."""
     path = orbit()

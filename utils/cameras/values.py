@@ -14,6 +14,8 @@ from utils.cli import InputError
 
 AXES = ("opengl", "opencv")  # of cameras: +x right, and +y up, -z forward, or +y down, +z forward
 
+FEW_PIXELS = 0.02  # of the width; images that differ by less are cropped to one size, not scaled
+
 
 @dataclass(frozen=True)
 class Given:
@@ -124,7 +126,8 @@ def one_size(
 ) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
     """(size, focal [P, 2], center [P, 2]) of all cameras at the size that most of them have.
 
-    Another size is scaled to the same width; what its height differs is cut off or added above and below.
+    Sizes that differ by a few pixels, as undistorting leaves them, are cropped or extended around the middle; others
+    are scaled to the same width first. Scaling by a few pixels would make the zoom tremble.
     """
     if not sizes:
         return DEFAULT_SIZE, focal, center
@@ -132,11 +135,11 @@ def one_size(
     if others:
         print(
             f"note: {path} holds cameras of {len(others) + 1} image sizes; {len(sizes) - count} of {len(sizes)} are "
-            f"brought to {size[0]}x{size[1]}, width of view kept",
+            f"brought to {size[0]}x{size[1]}",
             file=sys.stderr,
         )
     own = np.array(sizes, dtype=np.float64)
-    scale = size[0] / own[:, :1]
+    scale = np.where(np.abs(size[0] / own[:, :1] - 1) < FEW_PIXELS, 1, size[0] / own[:, :1])
     middle = np.array(size) / 2 + scale * (center - own / 2)
     same = (own == size).all(1, keepdims=True)
     return size, focal * scale, np.where(same, center, middle)
