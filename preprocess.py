@@ -137,9 +137,7 @@ def choose_sizes(args: argparse.Namespace) -> None:
     elements_per_cell(args.map_size, args.latent_size)
     if not same_aspect(args.edge_size, args.map_size):
         fitting = "maps of {}x{} and latents of {}x{}".format(*sum(fit_sizes(args.edge_size), ()))
-        raise InputError(
-            "{} and --map_size {}x{} differ in aspect ratio; {} fit".format(edges, *args.map_size, fitting)
-        )
+        raise InputError("{} and maps of {}x{} differ in aspect ratio; {} fit".format(edges, *args.map_size, fitting))
     if follows and args.latent_size != REFERENCE_LATENT_SIZE:
         (map_width, map_height), (width, height) = args.map_size, args.latent_size
         print(
