@@ -19,15 +19,12 @@ from tqdm import tqdm
 from synthetic.reference import style_of
 from synthetic.render import make_world, paint, trace
 from synthetic.styles import Style
-from utils.cameras.read import read_cameras
 from utils.cli import InputError, Parser, require_writable, run_script
 from utils.files import read_json
 from utils.images import contact_sheet, read_image, resize_image, write_image, write_video
 from utils.layout import ARC_STEPS, CAMERAS_FILE, SCENE_FILE, VIDEO_FILE, Scene, find_anchors, load_scene
 from utils.runs import MANIFEST
-from utils.scene.load import load_geometry
-from utils.scene.mesh import turn
-from utils.scene.views import make_views, resize_view
+from utils.scene.scene_geometry import load_scene_geometry
 from utils.videos import read_frames
 
 SHEET_FILE, MP4_FILE = "demo.png", "demo.mp4"
@@ -72,18 +69,15 @@ def true_frames(scene: Scene, style: Style, size: tuple[int, int]) -> np.ndarray
 
     Raises InputError when the mesh or the path is missing, has no classes, or does not belong to the edges.
     """
-    path = read_cameras(scene.folder / CAMERAS_FILE)
-    if len(path) != scene.num_frames:
-        raise InputError(f"{scene.folder / CAMERAS_FILE} has {len(path)} poses, the edges {scene.num_frames} frames")
-    if path.up != "+z":
-        raise InputError(f"{scene.folder / CAMERAS_FILE}: styles are for Z-up worlds, this one is {path.up} up")
-    geometry = turn(load_geometry(scene.folder / SCENE_FILE), path.up)
+    loaded = load_scene_geometry(scene, size, "the truth")
+    if loaded.up != "+z":
+        raise InputError(f"{scene.folder / CAMERAS_FILE}: styles are for Z-up worlds, this one is {loaded.up} up")
     try:
-        world = make_world(geometry)
+        world = make_world(loaded.geometry)
     except ValueError as error:
         raise InputError(f"{scene.folder / SCENE_FILE}: {error}") from error
-    views = [resize_view(view, size) for view in make_views(path, scene.edge_size)]
-    return np.stack([paint(trace(world, view), style) for view in tqdm(views, desc="true frames", unit="frame")])
+    views = tqdm(loaded.views, desc="true frames", unit="frame")
+    return np.stack([paint(trace(world, view), style) for view in views])
 
 
 def demo_sheet(

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.cameras.read import read_cameras
-from utils.cli import InputError
 from utils.evaluation import networks as learned
 from utils.evaluation.consistency import anchor_error, flicker, seams, temporal_error
 from utils.evaluation.covisibility import DISTANCES, Covisibility, Progress, make_covisibility, silent
@@ -26,11 +24,10 @@ from utils.evaluation.pictures import (
     texture_distance,
     video_lines,
 )
-from utils.layout import CAMERAS_FILE, SCENE_FILE, Scene
-from utils.scene.load import load_geometry
-from utils.scene.mesh import turn
+from utils.layout import Scene
 from utils.scene.raycast import RayCaster
-from utils.scene.views import View, make_views, resize_view
+from utils.scene.scene_geometry import load_scene_geometry, missing_geometry
+from utils.scene.views import View
 
 
 @dataclass(frozen=True)
@@ -91,20 +88,14 @@ def load_targets(scene: Scene, size: tuple[int, int], progress: Progress = silen
 
     Raises InputError when the mesh or the cameras are damaged, or do not belong to the edges.
     """
-    missing = [name for name in (SCENE_FILE, CAMERAS_FILE) if not (scene.folder / name).is_file()]
     views = caster = covisibility = None
-    if not missing:
-        path = read_cameras(scene.folder / CAMERAS_FILE)
-        if len(path) != scene.num_frames:
-            raise InputError(
-                f"{scene.folder / CAMERAS_FILE} has {len(path)} poses, but the edges have {scene.num_frames} frames"
-            )
-        caster = RayCaster(turn(load_geometry(scene.folder / SCENE_FILE), path.up))
-        views = [resize_view(view, size) for view in make_views(path, scene.edge_size)]
+    if not (missing := missing_geometry(scene)):
+        geometry = load_scene_geometry(scene, size, "consistency")
+        views, caster = geometry.views, geometry.caster
         covisibility = make_covisibility(caster, views, progress)
     edges = [path for arc in scene.arcs for path in arc.edge_paths[bool(arc.index) :]]
     lines = scene_lines(edges, size, progress)
-    return Targets(lines, caster, views, covisibility, missing[0] if missing else "")
+    return Targets(lines, caster, views, covisibility, missing)
 
 
 def measure(

@@ -76,22 +76,51 @@ class Correspondence:
     occluded: np.ndarray
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What a view sees through the centres of its pixels, row by row: N of them.
+
+    rays: float64 [N, 3], not normalised (see above). face: int32 [N], -1 for the sky. depth: float64 [N], planar, in
+    metres; 1 for the sky.
+    """
+
+    view: View
+    rays: np.ndarray
+    face: np.ndarray
+    depth: np.ndarray
+
+    @property
+    def hit(self) -> np.ndarray:
+        return self.face >= 0
+
+    def offsets(self, eye: np.ndarray) -> np.ndarray:
+        """From `eye` to what is seen, [N, 3]. A point at infinity has no parallax: its direction alone counts."""
+        return self.depth[:, None] * self.rays + self.hit[:, None] * (self.view.eye - eye)
+
+
+def look(caster: RayCaster, view: View) -> Sight:
+    rays = view.rays().reshape(-1, 3)
+    face = caster.cast(view.eye, rays)
+    return Sight(view, rays, face, np.where(face >= 0, caster.plane_depth(face, view.eye, rays), 1))
+
+
 def correspondence(caster: RayCaster, source: View, target: View, *, sky: bool = True) -> Correspondence:
-    """Exact correspondences of the surface points (and, with `sky`, of the points at infinity) that the target sees.
+    """Exact correspondences of the surface points (and, with `sky`, points at infinity) that the target sees."""
+    return find_in(caster, source, look(caster, target), sky=sky)
+
+
+def find_in(caster: RayCaster, source: View, sight: Sight, *, sky: bool = True) -> Correspondence:
+    """Where a view sees what another view sees.
 
     A point is visible in the source if it projects into the image and a ray from the source's eye reaches it, from the
     same side of its face. The sky is visible where a ray of the same direction hits nothing.
     """
-    rays = target.rays().reshape(-1, 3)
-    face = caster.cast(target.eye, rays)
-    hit = face >= 0
-    depth = np.where(hit, caster.plane_depth(face, target.eye, rays), 1)
-    # A point at infinity has no parallax: its direction alone counts.
-    offsets = depth[:, None] * rays + hit[:, None] * (target.eye - source.eye)
+    hit, target = sight.hit, sight.view
+    offsets = sight.offsets(source.eye)
     position, inside = source.project(offsets)
     asked = np.flatnonzero(inside & (hit | sky))
-    visible = np.zeros(len(rays), bool)
-    visible[asked] = _reached(caster, source.eye, offsets[asked], face[asked], rays[asked])
+    visible = np.zeros(len(hit), bool)
+    visible[asked] = _reached(caster, source.eye, offsets[asked], sight.face[asked], sight.rays[asked])
     shape = (target.height, target.width)
     position[~visible] = np.nan
     occluded = hit & inside & ~visible

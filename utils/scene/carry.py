@@ -1,0 +1,177 @@
+"""Carry pictures along a scene's geometry: what other views of a scene show, as one view would see it.
+
+    carried = carry(caster, [Picture(anchor, view, nearness), ...], target)
+
+Rays decide what is seen, not a z-buffer. Several pictures that see a point are mixed: those that show it in less than
+full resolution count less, then the nearer one counts more, and each fades out towards the border of what it sees, so
+that no seam runs through a face. The idea of projecting pictures as textures that depend on the view: Debevec et al.,
+SIGGRAPH 1996; of fading at borders: Buehler et al., Unstructured Lumigraph Rendering, SIGGRAPH 2001.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from utils.layout import ARC_STEPS
+from utils.scene.mesh import dot
+from utils.scene.raycast import RayCaster
+from utils.scene.views import Sight, View, find_in, look, resize_view
+
+FADE = 8.0  # pixels of the target over which a picture fades in from the border of what it sees
+SHARPNESS = 4  # power of the resolution, in source pixels per target pixel, by which pictures are weighed
+GRAZING = 0.2  # cosine between the line of sight and the normal, below which a colour is not sure
+MAGNIFICATION = 2.0  # target pixels per source pixel, above which it is not sure
+JUMP = 0.02  # share of its depth by which a pixel lies off its neighbour's plane, at a border between surfaces
+FARTHEST = 1e-3  # nearness of a picture that is an arc or more away
+INPAINT_RADIUS = 3  # pixels
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a view of the scene. pixels: uint8 [h, w, 3], of any size: the view is resized to it.
+
+    nearness: above 0; its weight beside other pictures that show a point as sharply, such as nearness in time.
+    """
+
+    pixels: np.ndarray
+    view: View
+    nearness: float = 1.0
+
+
+@dataclass(frozen=True)
+class Carried:
+    """colours: float32 [H, W, 3], 0 to 255, 0 where nothing is seen. seen, sure: bool [H, W]; winner: int8 [H, W].
+
+    winner: the number of the picture that counts most, -1 where none sees the point. sure: seen squarely and in
+    enough resolution by one picture at least, and not at a border between surfaces. disagreement: float32 [H, W],
+    the largest difference of a channel, in levels, between two pictures that see the point; 0 where fewer do.
+    """
+
+    colours: np.ndarray
+    seen: np.ndarray
+    sure: np.ndarray
+    winner: np.ndarray
+    disagreement: np.ndarray
+
+
+@dataclass(frozen=True)
+class CarriedVideo:
+    """Pictures carried to a sequence of views, holes inpainted. frames: uint8 [F, H, W, 3]; others as in `Carried`."""
+
+    frames: np.ndarray
+    seen: np.ndarray
+    sure: np.ndarray
+    disagreement: np.ndarray
+
+
+def carry_anchors(
+    caster: RayCaster, views: Sequence[View], anchors: Mapping[int, np.ndarray], frames: Sequence[int]
+) -> CarriedVideo:
+    """Anchors carried to some frames of a path, mixed by their nearness in time where several see a point.
+
+    views: one per frame of the path, at the size of the result. anchors: {number of its frame, from 0: its picture}.
+    """
+
+    def one(frame: int) -> tuple[np.ndarray, Carried]:
+        near = {k: max(1 - abs(frame - k) / ARC_STEPS, FARTHEST) for k in anchors}
+        carried = carry(caster, [Picture(anchors[k], views[k], near[k]) for k in anchors], views[frame])
+        return fill_holes(np.round(carried.colours).astype(np.uint8), ~carried.seen), carried
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+        pictures, parts = zip(*pool.map(one, frames), strict=True)
+    return CarriedVideo(
+        np.array(pictures),
+        *(np.array([getattr(part, name) for part in parts]) for name in ("seen", "sure", "disagreement")),
+    )
+
+
+def carry(caster: RayCaster, pictures: Sequence[Picture], target: View) -> Carried:
+    """What `pictures` show of what the view `target` sees. The sky is at infinity."""
+    sight = look(caster, target)
+    shape = (target.height, target.width)
+    own_density, _ = _footprint(caster, sight, target)
+    best, weights = np.zeros((2, *shape), np.float32)
+    total, highest = np.zeros((2, *shape, 3), np.float32)
+    lowest = np.full((*shape, 3), 255, np.float32)
+    winner, sure = np.full(shape, -1, np.int8), np.zeros(shape, bool)
+    for number, picture in enumerate(pictures):
+        source = resize_view(picture.view, (picture.pixels.shape[1], picture.pixels.shape[0]))
+        found = find_in(caster, source, sight)
+        visible = found.visible
+        density, cosine = _footprint(caster, sight, source)
+        scale = np.sqrt(density / own_density).reshape(shape)
+        colours = _sample(picture.pixels, found.position, np.where(visible, scale, 1))
+        fade = np.minimum(cv2.distanceTransform(visible.astype(np.uint8), cv2.DIST_L2, 3) / FADE, 1)
+        weight = visible * (picture.nearness * np.minimum(scale, 1) ** SHARPNESS * fade + 1e-9)
+        total += weight[..., None] * colours
+        weights += weight
+        winner[weight > best] = number
+        best = np.maximum(best, weight)
+        sure |= visible & (cosine.reshape(shape) >= GRAZING) & (scale >= 1 / MAGNIFICATION)
+        np.minimum(lowest, colours, out=lowest, where=visible[..., None])
+        np.maximum(highest, colours, out=highest, where=visible[..., None])
+    seen = weights > 0
+    total /= np.maximum(weights, 1e-12)[..., None]
+    disagreement = np.where(seen, (highest - lowest).max(-1), 0)
+    return Carried(total, seen, sure & ~borders(caster, sight), winner, disagreement)
+
+
+def _footprint(caster: RayCaster, sight: Sight, view: View) -> tuple[np.ndarray, np.ndarray]:
+    """How `view` shows what is seen: (density, cosine), both float32 [N].
+
+    density: its pixels per unit of area, per unit of solid angle for the sky. cosine: between the line of sight and
+    the normal, without sign; 1 for the sky.
+    """
+    offsets = sight.offsets(view.eye).astype(np.float32)
+    planar = np.maximum(-np.einsum("nj,j->n", offsets, view.c2w[:3, 2].astype(np.float32)), 1e-6)
+    length = np.sqrt(dot(offsets, offsets))
+    across = np.where(sight.hit, np.abs(dot(caster.normals.astype(np.float32)[sight.face], offsets)), length)
+    return np.maximum(np.float32(view.fx * view.fy) * across / planar**3, 1e-12), across / length
+
+
+def _sample(pixels: np.ndarray, position: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Colours at `position` [H, W, 2]: float32 [H, W, 3]. scale: source pixels per target pixel, [H, W].
+
+    Bilinear; where the source is finer, from pictures of half the size each, between two of them.
+    """
+    level = np.log2(np.maximum(scale, 1))
+    levels = [pixels.astype(np.float32)]
+    while len(levels) <= level.max() and min(levels[-1].shape[:2]) > 1:
+        height, width = levels[-1].shape[:2]
+        levels.append(cv2.resize(levels[-1], (-(-width // 2), -(-height // 2)), interpolation=cv2.INTER_AREA))
+    place = np.nan_to_num(position, nan=-1).astype(np.float32)
+    colours = np.zeros((*position.shape[:2], 3), np.float32)
+    for number, image in enumerate(levels):
+        share = np.maximum(0, 1 - np.abs(np.minimum(level, len(levels) - 1) - number))
+        if share.any():
+            factors = np.array([image.shape[1] / pixels.shape[1], image.shape[0] / pixels.shape[0]], np.float32)
+            x, y = cv2.split(place * factors - 0.5)
+            colours += share[..., None] * cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return colours.astype(np.float32)
+
+
+def borders(caster: RayCaster, sight: Sight) -> np.ndarray:
+    """Pixels whose neighbour's surface does not go on from theirs, or the other way round: bool [H, W]."""
+    shape = (sight.view.height, sight.view.width)
+    numbers = np.arange(len(sight.face)).reshape(shape)
+    found = np.zeros(len(sight.face), bool)
+    for here, there in ((numbers[:-1], numbers[1:]), (numbers[:, :-1], numbers[:, 1:])):
+        here, there = here.ravel(), there.ravel()
+        other = sight.face[here] != sight.face[there]
+        here, there = here[other], there[other]
+        for a, b in ((here, there), (there, here)):
+            expected = caster.plane_depth(sight.face[a], sight.view.eye, sight.rays[b])
+            apart = ~(np.abs(expected - sight.depth[b]) <= JUMP * sight.depth[b]) | (sight.face[b] < 0)
+            found[a[apart]] = found[b[apart]] = True
+    return found.reshape(shape)
+
+
+def fill_holes(picture: np.ndarray, holes: np.ndarray) -> np.ndarray:
+    """Inpainting by OpenCV (Telea 2004). picture: uint8 [H, W, 3]. holes: bool [H, W]; all of it stays black."""
+    if not holes.any() or holes.all():
+        return picture
+    return cv2.inpaint(picture, holes.astype(np.uint8), INPAINT_RADIUS, cv2.INPAINT_TELEA)
