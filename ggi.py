@@ -10,6 +10,7 @@ frames per arc; the video shows the frame that two arcs share once. The same com
 divides runs among processes, or single arcs with --no-chain; the files do not depend on the number of processes.
 """
 
+import argparse
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,8 +49,12 @@ from utils.edges import resize_edges
 from utils.files import files_sha256, read_json
 from utils.images import read_image, write_image
 from utils.layout import (
+    ARC_FRAMES,
+    ARC_STEPS,
+    CAMERAS_FILE,
     CONTACT_SHEET,
     LATENT_FRAMES,
+    SCENE_FILE,
     VIDEO_FILE,
     Arc,
     Scene,
@@ -62,6 +67,8 @@ from utils.layout import (
 )
 from utils.noise import load_or_make_noise
 from utils.runs import Run, is_first_process, open_run, require_distinct
+from utils.scene.carry import CarriedVideo, carry_anchors
+from utils.scene.scene_geometry import load_scene_geometry, missing_geometry
 from utils.video_run import VideoJob, finish_video, is_done, save_arc
 
 if TYPE_CHECKING:
@@ -134,11 +141,30 @@ def check_size(args: Arguments, config: dict) -> None:
 def result_arguments(args: Arguments, scene: Scene, anchors: Sequence[Path], noises: Sequence[np.ndarray]) -> dict:
     """The arguments, and hashes of the inputs, that decide the video."""
     edges = [path for arc in scene.arcs for path in arc.edge_paths]
+    geometry = [scene.folder / name for name in (SCENE_FILE, CAMERAS_FILE)] if carries(args) else []
     return args.identity() | {
         "anchors_sha256": files_sha256(anchors),
         "edges_sha256": files_sha256(edges),
         "noise_sha256": hashlib.sha256(np.stack(noises)).hexdigest(),
+        **({"geometry_sha256": files_sha256(geometry)} if geometry else {}),
     }
+
+
+def carries(args: argparse.Namespace) -> bool:
+    """Whether anchors are carried along the scene's geometry."""
+    return bool(args.num_replacement or args.composite or args.colour_match)
+
+
+def check_carrying(args: Arguments) -> None:
+    """Raise InputError for flags about carried anchors that do not go together."""
+    if args.num_replacement > args.num_inference_steps:
+        raise InputError(
+            f"--num_replacement {args.num_replacement}: there are {args.num_inference_steps} steps in all"
+        )
+    if args.composite and args.colour_match:
+        raise InputError("--composite matches colours itself: leave --colour_match out")
+    if args.sources != "ends" and not carries(args):
+        raise InputError(f"--sources {args.sources} goes with --num_replacement, --composite or --colour_match")
 
 
 def open_job(args: Arguments, preset: Preset, target: Path) -> VideoJob:
@@ -148,13 +174,20 @@ def open_job(args: Arguments, preset: Preset, target: Path) -> VideoJob:
     scene = load_scene(args.scene or find_scene(target))
     anchors = find_anchors(target, len(scene.arcs) + 1)
     check_anchors(anchors)
+    if carries(args) and (missing := missing_geometry(scene)):
+        raise InputError(
+            f"{scene.folder} has no {missing}, which --num_replacement, --composite and --colour_match need"
+        )
     folder = (args.output_dir or target) / video_run_name(args.degradation, args.epoch, args.num_inference_steps)
     noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]
     arguments = result_arguments(args, scene, anchors, noises)
     automatic = automatic_precision(args, preset.dtype, resolve_device(args.device))
     run = open_run(folder, arguments, overwrite=args.overwrite, automatic=automatic, defaults=args.defaults())
     prompt = args.prompt if args.prompt is not None else run.manifest.get("prompt")
-    return VideoJob(scene, anchors, noises, run, prompt)
+    geometry = None
+    if carries(args) and not run.finished:
+        geometry = load_scene_geometry(scene, (args.width, args.height), "carrying the anchors")
+    return VideoJob(scene, anchors, noises, run, prompt, geometry)
 
 
 def main() -> None:
@@ -166,6 +199,7 @@ def main() -> None:
         raise InputError("--output_dir and --scene go with a single --target")
     transformer = find_inbetween(preset, args.model_path, args.epoch)
     check_size(args, read_json(transformer / "config.json"))
+    check_carrying(args)
     jobs = [open_job(args, preset, target) for target in args.target]
     require_distinct([job.run for job in jobs])
     for job in jobs:
@@ -223,9 +257,10 @@ def fill_shares(stage: "InbetweenStage", shares: Sequence[tuple[VideoJob, list[A
         writing: Future | None = None
         for job, arc in tqdm(todo, desc="arcs", unit="arc", disable=not main):
             path = latents_path(job.run.folder, arc.index)
-            latents = find_or_make(path, lambda job=job, arc=arc: stage.denoise(arc_inputs(stage, job, arc)))
-            frames = stage.decode(latents)
+            inputs = arc_inputs(stage, job, arc)
+            frames = stage.decode(find_or_make(path, lambda inputs=inputs: stage.denoise(inputs)))
             write_image(chain_path(job.run.folder, arc.index + 1), frames[-1])
+            frames = stage.finish(frames[:ARC_FRAMES], inputs)
             if writing:
                 writing.result()  # at most one arc's frames wait for the disk
             writing = disk.submit(save, job, arc, frames, main)
@@ -253,6 +288,7 @@ def arc_inputs(stage: "InbetweenStage", job: VideoJob, arc: Arc) -> "ArcInputs":
     chained = stage.settings.chain and arc.index
     start = chain_path(job.run.folder, arc.index) if chained else job.anchors[arc.index]
     edges = np.stack([resize_edges(read_image(path), *stage.size) for path in arc.edge_paths])
+    carried = carry_to(arc, job, stage.settings.sources) if job.geometry else None
     return ArcInputs(
         arc.index,
         read_image(start),
@@ -260,7 +296,16 @@ def arc_inputs(stage: "InbetweenStage", job: VideoJob, arc: Arc) -> "ArcInputs":
         edges,
         job.noises[arc.index],
         job.prompt,
+        carried,
     )
+
+
+def carry_to(arc: Arc, job: VideoJob, sources: str) -> CarriedVideo:
+    """The arc's two anchors, or all, carried to its frames."""
+    chosen = range(len(job.anchors)) if sources == "all" else (arc.index, arc.index + 1)
+    anchors = {ARC_STEPS * k: read_image(job.anchors[k]) for k in chosen}
+    first = arc.first - 1
+    return carry_anchors(job.geometry.caster, job.geometry.views, anchors, range(first, first + ARC_FRAMES))
 
 
 def print_results(run: Run) -> None:

@@ -96,7 +96,7 @@ class AnchorSettings:
 
 @dataclass(frozen=True)
 class InbetweenSettings:
-    """Stage 3: the frames between two anchors."""
+    """Stage 3: the frames between two anchors. `num_replacement` and what follows it go beyond the paper."""
 
     degradation: float = flag(0.5, "share of fresh noise: 0 keeps the warped noise, 1 drops it", type=unit_float)
     num_inference_steps: int = flag(30, "DDIM steps", type=positive_int)
@@ -106,6 +106,23 @@ class InbetweenSettings:
         True,
         "start each arc from the last generated frame of the one before (default); --no-chain: from its anchor",
         action=argparse.BooleanOptionalAction,
+    )
+    num_replacement: int = flag(
+        0, "steps guided by the anchors, carried to every frame along the geometry", type=non_negative_int
+    )
+    replacement_coverage: float = flag(
+        0.6, "share of a latent cell, in each frame, that an anchor must see for it to be guided", type=unit_float
+    )
+    sources: str = flag(
+        "ends", "anchors that are carried: the two of the arc, or all that see a point", choices=["ends", "all"]
+    )
+    composite: bool = flag(
+        False,
+        "put carried pixels over the frames where they are sure; the rest gets their colours",
+        action="store_true",
+    )
+    colour_match: bool = flag(
+        False, "give the frames the low frequencies of the carried anchors, against drift", action="store_true"
     )
     cache: float | None = flag(
         None,

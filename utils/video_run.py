@@ -18,6 +18,7 @@ from utils.layout import (
     resample_indices,
 )
 from utils.runs import Run
+from utils.scene.scene_geometry import SceneGeometry
 
 SHEET_COLUMNS = 8  # frames per arc on the contact sheet
 
@@ -26,7 +27,8 @@ SHEET_COLUMNS = 8  # frames per arc on the contact sheet
 class VideoJob:
     """The anchors of one scene, and the run of the video made from them. noises: float32 [13, h, w, 16] per arc.
 
-    prompt: the given one, or the caption stored by an interrupted run; None until one exists.
+    prompt: the given one, or the caption stored by an interrupted run; None until one exists. geometry: of the scene,
+    at the video's size, where anchors are carried.
     """
 
     scene: Scene
@@ -34,6 +36,7 @@ class VideoJob:
     noises: list[np.ndarray]
     run: Run
     prompt: str | None
+    geometry: SceneGeometry | None = None
 
 
 def arc_frame_paths(run: Run, arc: Arc) -> list[Path]:

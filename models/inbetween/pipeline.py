@@ -20,6 +20,7 @@ from diffusers import (
 )
 from PIL import Image
 
+from models.inbetween.replacement import Replacement, latent_coverage
 from models.latents import draw_noise, posterior_sample, to_signed
 from models.loading.files import load_ggi_transformer
 from models.loading.networks import free_caches, load_encoders, load_model, load_pipeline
@@ -34,6 +35,8 @@ from utils.images import resize_image
 from utils.layout import LATENT_FRAMES, edge_frame_indices
 from utils.noise import blend_noise
 from utils.runs import derive_seed
+from utils.scene.carry import CarriedVideo
+from utils.scene.composite import composite, match_colours
 
 LATENT_CHANNELS = 16
 
@@ -235,7 +238,8 @@ class ArcInputs:
     """The inputs of one arc. Pictures may have any size; the stage resizes them.
 
     index: its position on the path. start, end: anchors, or the last frame of the arc before, uint8 [H, W, 3]. edges:
-    uint8 [46, H, W, 3]. noise: warped, float32 [13, h, w, 16].
+    uint8 [46, H, W, 3]. noise: warped, float32 [13, h, w, 16]. carried: the anchors carried to every frame, at the
+    stage's size; needed for replacement, composite and colour matching.
     """
 
     index: int
@@ -244,6 +248,7 @@ class ArcInputs:
     edges: np.ndarray
     noise: np.ndarray
     prompt: str
+    carried: CarriedVideo | None = None
 
 
 class InbetweenStage:
@@ -293,6 +298,7 @@ class InbetweenStage:
         warped = torch.from_numpy(arc.noise).movedim(-1, 1)[None]
         fresh = draw_noise(warped.shape, derive_seed(settings.seed, arc.index, 1))
         noise = blend_noise(warped, fresh, settings.degradation).to(self.pipe.transformer.dtype)
+        replacement = self.replacement(arc, noise) if settings.num_replacement else None
         with self.runtime.attention(), first_block_cache(self.pipe.transformer, settings.cache):
             return self.pipe(
                 self.conditions(arc) if conditions is None else conditions,
@@ -301,8 +307,24 @@ class InbetweenStage:
                 self.texts[""],
                 num_inference_steps=settings.num_inference_steps,
                 guidance_scale=settings.guidance_scale,
+                on_step=replacement,
             )
+
+    @torch.no_grad()
+    def replacement(self, arc: ArcInputs, noise: torch.Tensor) -> Replacement:
+        """The carried anchors as latents. noise: the start noise."""
+        frames = edge_frame_indices(self.num_frames)
+        latents = self.pipe.encode_video(to_signed(arc.carried.frames[frames])[None])
+        self.pipe.maybe_free_model_hooks()
+        mask = latent_coverage(arc.carried.seen[frames], self.settings.replacement_coverage)
+        return Replacement(latents, mask, noise, self.settings.num_replacement)
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         """Decode latents into uint8 [num_frames, H, W, 3]: the arc's 46 frames, and the padding after them."""
         return self.pipe.decode_video(latents)
+
+    def finish(self, frames: np.ndarray, arc: ArcInputs) -> np.ndarray:
+        """Put the carried anchors over an arc's frames, uint8 [46, H, W, 3], as far as the settings ask for it."""
+        if self.settings.composite:
+            return composite(frames, arc.carried)
+        return match_colours(frames, arc.carried) if self.settings.colour_match else frames
