@@ -96,7 +96,7 @@ def open_runtime(args: argparse.Namespace, preset: Preset, stage: str, plan: Map
     report_precision(args)
     compiled = getattr(args, "compile", False)
     if compiled:
-        require_compilable(placement["transformer"])
+        require_compilable(placement["transformer"], device)
     return Runtime(stage, preset, device, dtype, mode, placement, args.attention, compiled, process)
 
 

@@ -71,11 +71,15 @@ def first_block_cache(transformer: CacheMixin, threshold: float | None) -> Itera
         transformer.disable_cache()
 
 
-def require_compilable(how: str) -> None:
+def require_compilable(how: str, device: str) -> None:
     """Raise InputError unless a network is on its device as loaded; other placements use hooks between layers.
 
     how: its placement (`models/runtime/memory.py`).
     """
+    if device == "cpu" and " " in torch.__file__:
+        raise InputError(
+            f"--compile: torch calls the compiler without quotes, and has spaces in its path {torch.__file__}"
+        )
     if how != RESIDENT:
         raise InputError(f"--compile goes with --memory full: the transformer would be kept {how}")
 
