@@ -34,6 +34,9 @@ CLEARANCE, MIN_VIEW, MIN_COVER = 1.2, 6.0, 0.65  # of cameras: metres, metres (m
 TERRAIN = ("road", "ground", "hill")
 
 
+SMALL = ("window", "door", "balcony", "chimney", "fence")  # classes that a coarse model may lack
+
+
 @dataclass(frozen=True)
 class Part:
     """One mesh of a town: vertices float64 [V, 3] in metres, Z up; faces int64 [F, 3]; name `class_number`."""
@@ -72,6 +75,30 @@ def make_town(seed: int) -> list[Part]:
         parts.append(Part(f"{kind}_{numbers[kind]:02d}", vertices, faces))
         numbers[kind] += 1
     return parts
+
+
+def coarsen(parts: list[Part], share: float, seed: int) -> list[Part]:
+    """What an artist's rough model of the town may be: every object is off by up to `share`, small ones may lack.
+
+    Each object but the terrain is moved by up to `share` of its extent along each axis, turned about its vertical
+    middle by up to `share` radians, and scaled by up to `share`; half of the objects of SMALL classes are left out.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 2]))
+    kept = []
+    for part in parts:
+        left_out, *errors = rng.random() < 0.5, *rng.uniform(-share, share, 5)
+        if part.kind in TERRAIN:
+            kept.append(part)
+        elif not (left_out and part.kind in SMALL):
+            kept.append(Part(part.name, _misplace(part.vertices, *errors), part.faces))
+    return kept
+
+
+def _misplace(vertices: np.ndarray, x: float, y: float, z: float, angle: float, growth: float) -> np.ndarray:
+    low, high = vertices.min(0), vertices.max(0)
+    foot = np.array([*(low + high)[:2] / 2, low[2]])
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    return (1 + growth) * (vertices - foot) @ turn.T + foot + np.array([x, y, z]) * (high - low)
 
 
 def make_road(road: Callable[[np.ndarray], np.ndarray]) -> Mesh:
