@@ -116,10 +116,13 @@ class InbetweenSettings:
     sources: str = flag(
         "ends", "anchors that are carried: the two of the arc, or all that see a point", choices=["ends", "all"]
     )
-    composite: bool = flag(
-        False,
-        "put carried pixels over the frames where they are sure; the rest gets their colours",
-        action="store_true",
+    composite: str | None = flag(
+        None,
+        "put carried pixels over the frames, all that are seen, or only sure ones: not at borders of surfaces, seen "
+        "squarely, and magnified by 2 at most; the rest gets their colours (default: off)",
+        choices=["seen", "sure"],
+        nargs="?",
+        const="seen",
     )
     colour_match: bool = flag(
         False, "give the frames the low frequencies of the carried anchors, against drift", action="store_true"

@@ -325,6 +325,7 @@ class InbetweenStage:
 
     def finish(self, frames: np.ndarray, arc: ArcInputs) -> np.ndarray:
         """Put the carried anchors over an arc's frames, uint8 [46, H, W, 3], as far as the settings ask for it."""
-        if self.settings.composite:
-            return composite(frames, arc.carried)
-        return match_colours(frames, arc.carried) if self.settings.colour_match else frames
+        settings, carried = self.settings, arc.carried
+        if settings.composite:
+            return composite(frames, carried.frames, getattr(carried, settings.composite))
+        return match_colours(frames, carried.frames, carried.seen) if settings.colour_match else frames

@@ -7,6 +7,8 @@ from models.settings import AnchorSettings, InbetweenSettings
 from utils.cli import InputError
 
 GGI, PER_FRAME, CROSSFADE, REPROJECT, COPY, TRUTH = "ggi", "per_frame", "crossfade", "reproject", "copy", "truth"
+AUTOENCODER = "autoencoder"
+ALL = 1000  # guided steps: all there are
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,23 @@ class Method:
     )  # an arc starts from the last generated frame of the one before; without: from its anchor
     lora_steps: int | None = None  # optimizer steps of the alignment; None: those of the settings
     num_inference_steps: int | None = None  # denoising steps of a video; None: those of the settings
+    guided: int = 0  # steps of the video guided by the carried anchors, at most
+    composite: str | None = None  # carried pixels put over the frames: None, seen or sure
+    colour_match: bool = False
+    true_anchors: bool = False  # the true pictures in place of drawn anchors
 
     @property
     def has_anchors(self) -> bool:
-        return self.kind not in (PER_FRAME, TRUTH)
+        return self.kind not in (PER_FRAME, TRUTH, AUTOENCODER) and not self.true_anchors
 
     @property
     def has_loras(self) -> bool:
-        return self.aligned and self.kind != TRUTH
+        return self.aligned and self.kind not in (TRUTH, AUTOENCODER) and not self.true_anchors
+
+    @property
+    def is_carried(self) -> bool:
+        """Whether anchors are carried along the geometry."""
+        return bool(self.guided or self.composite or self.colour_match) or self.kind == REPROJECT
 
 
 FULL = Method()
@@ -49,20 +60,43 @@ REMOVALS = {
     "no_edges": Method(edges=False),
     "no_end": Method(end=False),
 }
+GUIDED = {
+    "guided": Method(guided=ALL),
+    "guided_composite": Method(guided=ALL, composite="seen"),
+    "guided_sure": Method(guided=ALL, composite="sure"),
+    "guided_match": Method(guided=ALL, colour_match=True),
+    "composite": Method(composite="seen"),
+    "guided_15": Method(guided=15),
+    "guided_25": Method(guided=25),
+    "guided_5_of_5": Method(guided=ALL, num_inference_steps=5),
+    "guided_10_of_10": Method(guided=ALL, num_inference_steps=10),
+    "guided_15_of_15": Method(guided=ALL, num_inference_steps=15),
+    "guided_no_fresh": Method(guided=ALL, degradation=0),
+    "guided_10_composite": Method(guided=ALL, num_inference_steps=10, degradation=0, composite="seen"),
+}
+TRUE_ANCHORS = {  # what is left to gain by better anchors
+    "true_full": Method(true_anchors=True),
+    "true_guided": Method(guided=ALL, true_anchors=True),
+    "true_guided_composite": Method(guided=ALL, composite="seen", true_anchors=True),
+    "true_reproject": Method(REPROJECT, true_anchors=True),
+}
 BASELINES = {kind: Method(kind) for kind in (PER_FRAME, CROSSFADE, REPROJECT, COPY)}
 METHODS = {
     "full": FULL,
     **REMOVALS,
     **BASELINES,
+    AUTOENCODER: Method(AUTOENCODER),  # the true frames through the video VAE: the ceiling of every video
     "truth": Method(TRUTH),  # no video of a method: what a perfect one would measure
+    **GUIDED,
+    **TRUE_ANCHORS,
     "no_chain": Method(chain=False),
     **{f"replace_{n}": Method(num_replacement=n) for n in REPLACEMENTS},
     **{f"degr_{share}": Method(degradation=share) for share in DEGRADATIONS},
     **{f"lora_{n}": Method(lora_steps=n) for n in LORA_STEPS},
     **{f"steps_{n}": Method(num_inference_steps=n) for n in STEPS},
 }
-MAIN = ("full", *REMOVALS, *BASELINES, "truth")
-GROUPS = {"main": MAIN, "all": tuple(METHODS)}
+MAIN = ("full", *REMOVALS, *BASELINES, AUTOENCODER, "truth")
+GROUPS = {"main": MAIN, "guided": ("full", *GUIDED), "true_anchors": tuple(TRUE_ANCHORS), "all": tuple(METHODS)}
 
 # Curves: name -> (label of its axis, the rows on it with their places). None: where the settings put `full`.
 SWEEPS: dict[str, tuple[str, dict[str, float | None]]] = {

@@ -19,10 +19,12 @@ import numpy as np
 import torch
 
 from models.flux.anchors import AnchorStage
-from models.inbetween.pipeline import ArcInputs
+from models.inbetween.pipeline import ArcInputs, load_video_vae
+from models.runtime.runtime import plain_runtime
 from models.weights import FLUX_STAGE, GGI_STAGE
 from synthetic.measuring import baselines, figures
 from synthetic.measuring.methods import (
+    AUTOENCODER,
     COPY,
     CROSSFADE,
     FULL,
@@ -34,7 +36,7 @@ from synthetic.measuring.methods import (
     Method,
     made_as,
 )
-from synthetic.measuring.round_trips import as_rgb
+from synthetic.measuring.round_trips import as_rgb, video_round_trip
 from synthetic.measuring.scene_bench import SceneBench, without_edges, without_end
 from synthetic.measuring.scenes import ARCS
 from synthetic.measuring.scenes import VERSION as SCENE_VERSION
@@ -46,8 +48,10 @@ from utils.evaluation.pictures import psnr
 from utils.files import read_json, write_json
 from utils.images import read_image
 from utils.layout import ARC_FRAMES, ARC_STEPS
+from utils.scene.carry import CarriedVideo
 
 VERSION = 2  # of what is made
+CARRY_VERSION = 1  # of how anchors are carried
 METRICS_VERSION = 1  # of what is measured; videos stay when it changes
 END_FRAMES = 10  # at the end of every arc, the anchor's own frame included
 LEARNED = ("structure_psnr_d", "style_clip", "fidelity_lpips")  # they need downloaded weights
@@ -62,6 +66,7 @@ ALIGN_SETTINGS = ("lora_steps", "learning_rate", "train_batch_size", "rank", "pr
 ANCHOR_SETTINGS = ("prompt", "num_steps", "true_gs")
 METHOD_SETTINGS = ("lora_steps", "num_inference_steps")  # those that a row may set otherwise
 VIDEO_SETTINGS = ("prompt", "num_inference_steps", "guidance_scale")
+LATER = ("guided", "composite", "colour_match", "true_anchors")  # not in the identity of a video without them
 WEIGHT_PATHS = ("name", "flux", "controlnet", "cogvideox", "ggi_transformer")  # of a preset; hashes stand for them
 
 Values = dict[str, float | None]
@@ -107,19 +112,35 @@ class RowBench(SceneBench):
         }
         return json.loads(json.dumps(entries | others))
 
+    @property
+    def _regime(self) -> dict:
+        """What the method's mesh adds to the identity of what is made with it."""
+        return {"coarse": self.settings.coarse} if self.settings.coarse else {}
+
+    def _named(self, name: str) -> str:
+        return f"{name}_coarse{self.settings.coarse}" if self.settings.coarse else name
+
     def _lora_identity(self, method: Method) -> dict:
         return self._identity(ALIGN_SETTINGS, FLUX_STAGE, method)
 
     def _anchor_identity(self, method: Method) -> dict:
         loras = self._lora_identity(method) if method.aligned else None
-        return self._identity(ANCHOR_SETTINGS, FLUX_STAGE, method, loras=loras, num_replacement=method.num_replacement)
+        return self._identity(
+            ANCHOR_SETTINGS, FLUX_STAGE, method, loras=loras, num_replacement=method.num_replacement, **self._regime
+        )
 
     def video_identity(self, method: Method) -> dict:
         """Everything that the frames of a row depend on."""
         recipe = {name: value for name, value in vars(method).items() if name not in METHOD_SETTINGS}
+        recipe = {name: value for name, value in recipe.items() if name not in LATER or value != getattr(FULL, name)}
+        if method.is_carried:
+            recipe["carry"] = CARRY_VERSION
+        recipe |= self._regime
+        if method.kind == AUTOENCODER:
+            return self._identity(weights=("cogvideox_vae",), recipe=recipe)
         if method.kind == TRUTH:
             return self._identity(recipe=recipe)
-        anchors = self._anchor_identity(method)
+        anchors = None if method.true_anchors else self._anchor_identity(method)
         if method.kind != GGI:
             return self._identity(recipe=recipe, anchors=anchors)
         return self._identity(VIDEO_SETTINGS, (*GGI_STAGE, "transformer"), method, recipe=recipe, anchors=anchors)
@@ -187,7 +208,7 @@ class RowBench(SceneBench):
             return {"anchors": np.array(drawn)}
 
         of = f"aligned_{self.settings_of(method).lora_steps}" if method.aligned else "base"
-        arrays, cost = self._kept(f"anchors_{of}_{steps}", self._anchor_identity(method), draw)
+        arrays, cost = self._kept(self._named(f"anchors_{of}_{steps}"), self._anchor_identity(method), draw)
         return arrays["anchors"], cost
 
     def video(self, name: str) -> tuple[np.ndarray, float | None]:
@@ -195,32 +216,46 @@ class RowBench(SceneBench):
         method = METHODS[name]
         if method.kind == TRUTH:
             return self.truth.frames, None
-        anchors, anchor_cost = self.anchors(method) if method.has_anchors else (None, 0.0)
+        anchors, anchor_cost = self.anchors(method) if method.has_anchors else (self.truth.frames[::ARC_STEPS], 0.0)
         lora_cost = self.loras(method)[1] if method.has_loras else 0.0
         make = {
             PER_FRAME: lambda: baselines.per_frame(partial(self.draw, self.stage_of(method)), self.scene.path.edges),
             CROSSFADE: lambda: baselines.crossfade(anchors),
             COPY: lambda: baselines.copy(anchors),
+            AUTOENCODER: self._round_trip,
             REPROJECT: lambda: baselines.reproject(anchors, self.scene.world.caster, self.scene.views),
         }.get(method.kind, lambda: self._fill(method, anchors))
         identity = self.video_identity(method)
-        arrays, cost = self._kept(f"video_{made_as(name)}", identity, lambda: {"frames": make()})
+        arrays, cost = self._kept(self._named(f"video_{made_as(name)}"), identity, lambda: {"frames": make()})
         return arrays["frames"], lora_cost + anchor_cost + cost
 
     def _fill(self, method: Method, anchors: np.ndarray) -> np.ndarray:
         """All arcs by the in-between model, as ggi.py does it."""
-        changes = {"degradation": method.degradation, "chain": method.chain}
-        stage = self.inbetween_stage(self.settings_of(method).inbetween(**changes))
+        settings = self.settings_of(method)
+        changes = {"degradation": method.degradation, "chain": method.chain, "colour_match": method.colour_match}
+        changes |= {"num_replacement": min(method.guided, settings.num_inference_steps), "composite": method.composite}
+        stage = self.inbetween_stage(settings.inbetween(**changes))
         path, video, start = self.scene.path, [], anchors[0]
         for arc in range(ARCS):
             edges = as_rgb(path.edges[ARC_STEPS * arc :][:ARC_FRAMES])
-            inputs = ArcInputs(arc, start, anchors[arc + 1], edges, path.noise[arc], self.prompt)
+            carried = self._carry(anchors, arc) if method.is_carried else None
+            inputs = ArcInputs(arc, start, anchors[arc + 1], edges, path.noise[arc], self.prompt, carried)
             conditions = stage.conditions(inputs if method.edges else without_edges(inputs))
             frames = stage.decode(stage.denoise(inputs, conditions if method.end else without_end(conditions)))
             start = frames[-1] if method.chain else anchors[arc + 1]
             # Of a frame that two arcs share, the earlier arc's is kept, as in ggi.py's video.
-            video.append(frames[bool(arc) : ARC_FRAMES])
+            video.append(stage.finish(frames[:ARC_FRAMES], inputs)[bool(arc) :])
         return np.concatenate(video)
+
+    def _carry(self, anchors: np.ndarray, arc: int) -> CarriedVideo:
+        return baselines.carry_arc(anchors, self.scene.world.caster, self.scene.views, arc)
+
+    def _round_trip(self) -> np.ndarray:
+        """The true frames through the video VAE, arc by arc."""
+        vae = load_video_vae(plain_runtime(self.preset, "ggi", self.preset.dtype), self.paths)
+        arcs = [self.truth.frames[ARC_STEPS * arc :][:ARC_FRAMES] for arc in range(ARCS)]
+        seen = [video_round_trip(vae, arc, self.preset.num_frames) for arc in arcs]
+        return np.concatenate([arc[bool(k) :] for k, arc in enumerate(seen)])
 
     # --- what is measured ---
 
@@ -229,7 +264,9 @@ class RowBench(SceneBench):
         if (kept := self.measured(name)) is not None:
             return kept
         frames, cost = self.video(name)
-        targets = Targets(self.scene.path.lines, self.scene.world.caster, self.scene.views, self.scene.covisibility)
+        targets = Targets(
+            self.scene.path.lines, self.scene.true_world.caster, self.scene.views, self.scene.covisibility
+        )
         values = measure_frames(frames, self.truth, targets, self.reference_picture) | {"cpu_seconds": cost}
         values = {metric.name: values[metric.name] for metric in BENCH_METRICS}
         write_json(self._result_path(name), {"identity": self._result_identity(name), "values": values})
@@ -244,7 +281,7 @@ class RowBench(SceneBench):
         return entry.get("values") if entry.get("identity") == self._result_identity(name) else None
 
     def _result_path(self, name: str) -> Path:
-        return self.folder / f"{made_as(name)}.json"
+        return self.folder / f"{self._named(made_as(name))}.json"
 
     def _result_identity(self, name: str) -> dict:
         return {"metrics": METRICS_VERSION, "video": self.video_identity(METHODS[name])}

@@ -73,7 +73,7 @@ class SceneBench:
         self.unit, self.preset, self.paths, self.settings = unit, preset, paths, settings
         self.size = preset.image_size
         self.folder = folder / "units" / unit.name
-        self.scene = CheckScene(unit.scene_seed, unit.number, self.size, folder / "scenes")
+        self.scene = CheckScene(unit.scene_seed, unit.number, self.size, folder / "scenes", settings.coarse)
         self.style: Style = make_style(unit.style_seed)
         self.prompt = settings.prompt_of(self.style.caption)
 

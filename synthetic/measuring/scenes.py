@@ -14,7 +14,7 @@ import numpy as np
 
 from synthetic.clips import MAP_SIZE, path_noise
 from synthetic.render import World, class_map, draw_edges, paint, town_world, trace, typical_depth
-from synthetic.scenes import IMAGE_SIZE, PATHS, make_path, make_town, to_camera_path
+from synthetic.scenes import IMAGE_SIZE, PATHS, coarsen, make_path, make_town, to_camera_path
 from synthetic.styles import Style
 from utils.cameras.path import CameraPath
 from utils.cli import InputError
@@ -69,6 +69,9 @@ class PathData:
 class CheckScene:
     """One test scene. number: its place in the benchmark, which decides how the camera moves; size: width, height.
 
+    coarse: by how much the mesh that the method gets is off (`coarsen`); 0: not at all. Pictures and the lines and
+    correspondences of the metrics are the true town's.
+
     Raises InputError, when its path is asked for, if there is none that keeps clear of the town.
     """
 
@@ -76,26 +79,34 @@ class CheckScene:
     number: int
     size: tuple[int, int]
     cache: Path
+    coarse: float = 0.0
 
     @cached_property
-    def _town(self) -> tuple[World, CameraPath]:
+    def _town(self) -> tuple[World, World, CameraPath]:
+        """The method's town, the true one, and the path."""
         parts = make_town(self.seed)
         for k in range(len(PATHS)):
             try:
                 c2w = make_path(parts, PATHS[(self.number + k) % len(PATHS)], self.seed, ARCS * ARC_STEPS + 1)
             except InputError:  # this town is too narrow for this kind
                 continue
-            return town_world(parts), to_camera_path(c2w)
+            true = town_world(parts)
+            world = town_world(coarsen(parts, self.coarse, self.seed)) if self.coarse else true
+            return world, true, to_camera_path(c2w)
         raise InputError(f"town {self.seed} has no clear camera path; choose another --first_scene")
 
     @property
     def world(self) -> World:
         return self._town[0]
 
+    @property
+    def true_world(self) -> World:
+        return self._town[1]
+
     @cached_property
     def views(self) -> list[View]:
         """All frames of the path, at the picture's size."""
-        return make_views(self._town[1], self.size)
+        return make_views(self._town[2], self.size)
 
     @cached_property
     def anchors(self) -> AnchorData:
@@ -120,8 +131,10 @@ class CheckScene:
         return Covisibility((width, height), step, frames, *arrays)
 
     def _cached(self, name: str, draw) -> dict[str, np.ndarray]:
-        path = self.cache / f"{self.seed}_{name}.safetensors"
+        kind = f"_coarse{self.coarse}" if self.coarse else ""
+        path = self.cache / f"{self.seed}_{name}{kind}.safetensors"
         identity = {"seed": self.seed, "number": self.number, "size": list(self.size), "version": VERSION}
+        identity |= {"coarse": self.coarse} if self.coarse else {}
         arrays = read_arrays(path, identity)
         if arrays is None:
             arrays = draw()
@@ -129,9 +142,9 @@ class CheckScene:
         return arrays
 
     def _draw_anchors(self) -> dict[str, np.ndarray]:
-        maps, caster = make_views(self._town[1], MAP_SIZE), self.world.caster
+        maps, caster = make_views(self._town[2], MAP_SIZE), self.world.caster
         coarse = [correspondence(caster, maps[a], maps[b]) for a, b in pairwise(ANCHORS)]
-        exact = [correspondence(caster, self.views[a], self.views[b]) for a, b in pairwise(ANCHORS)]
+        exact = [correspondence(self.true_world.caster, self.views[a], self.views[b]) for a, b in pairwise(ANCHORS)]
         return {
             "edges": self._edges(ANCHORS),
             "codes": np.array([encode_map(one.position, one.visible) for one in coarse]),
@@ -143,34 +156,37 @@ class CheckScene:
         return {"edges": self._edges(range(ARC_FRAMES)), "noise": self._noise(0)}
 
     def _draw_path(self) -> dict[str, np.ndarray]:
-        edges, lines = [], []
-        for drawn in self._large_edges(range(ARCS * ARC_STEPS + 1)):
-            edges.append(resize_edges(drawn, *self.size)[..., 0])
-            lines.append(np.packbits(thin(resize_edges(drawn, *line_size(self.size))), axis=1))
+        frames, edges, lines = range(ARCS * ARC_STEPS + 1), [], []
+        drawn = self._large_edges(frames, self.world)
+        true = self._large_edges(frames, self.true_world) if self.coarse else None
+        for given in drawn:
+            truth = next(true) if true else given
+            edges.append(resize_edges(given, *self.size)[..., 0])
+            lines.append(np.packbits(thin(resize_edges(truth, *line_size(self.size))), axis=1))
         noise = [self._noise(arc) for arc in range(ARCS)]
         return {name: np.array(a) for name, a in (("edges", edges), ("noise", noise), ("lines", lines))}
 
     def _find_covisible(self) -> dict[str, np.ndarray]:
-        found = make_covisibility(self.world.caster, self.views)
+        found = make_covisibility(self.true_world.caster, self.views)
         numbers = np.array([*found.size, found.step, found.num_frames])
         return {"numbers": numbers, "pairs": found.pairs, "position": found.position, "visible": found.visible}
 
     def _noise(self, arc: int) -> np.ndarray:
         """Noise that follows an arc: float32 [13, h, w, 16]."""
         first, (width, height) = ARC_STEPS * arc + 1, self.size
-        along = self._town[1].subset(first, first + ARC_STEPS)
+        along = self._town[2].subset(first, first + ARC_STEPS)
         return path_noise(self.world, along, (width // 8, height // 8), 0, arc)
 
     def _edges(self, frames: Iterable[int]) -> np.ndarray:
         """Soft edges drawn at preprocessing's size and resized as for the models: uint8 [N, H, W]."""
-        return np.array([resize_edges(edges, *self.size)[..., 0] for edges in self._large_edges(frames)])
+        return np.array([resize_edges(edges, *self.size)[..., 0] for edges in self._large_edges(frames, self.world)])
 
-    def _large_edges(self, frames: Iterable[int]) -> Iterator[np.ndarray]:
+    def _large_edges(self, frames: Iterable[int], world: World) -> Iterator[np.ndarray]:
         """Soft edges at preprocessing's size, uint8 [720, 1080, 3], one by one."""
-        path = self._town[1]
-        depth = typical_depth(self.world, make_views(path, MAP_SIZE))
+        path = self._town[2]
+        depth = typical_depth(world, make_views(path, MAP_SIZE))
         large = make_views(path, IMAGE_SIZE)
-        return (draw_edges(self.world, large[frame], depth) for frame in frames)
+        return (draw_edges(world, large[frame], depth) for frame in frames)
 
     def anchor_pictures(self, style: Style) -> tuple[np.ndarray, np.ndarray]:
         """True anchors, uint8 [3, H, W, 3], and the class of each of their pixels, int8 [3, H, W]."""
@@ -183,11 +199,11 @@ class CheckScene:
     def _pictures(self, frames: Iterable[int], style: Style) -> tuple[np.ndarray, np.ndarray]:
         pairs = []
         for frame in frames:
-            buffer = trace(self.world, self.views[frame])
+            buffer = trace(self.true_world, self.views[frame])
             pairs.append((paint(buffer, style), class_map(buffer)))
         pictures, classes = map(np.array, zip(*pairs, strict=True))
         return pictures, classes
 
     def arc_pictures(self, style: Style) -> np.ndarray:
         """True frames of the first arc: uint8 [46, H, W, 3]."""
-        return np.array([paint(trace(self.world, view), style) for view in self.views[:ARC_FRAMES]])
+        return np.array([paint(trace(self.true_world, view), style) for view in self.views[:ARC_FRAMES]])

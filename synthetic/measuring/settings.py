@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from models.settings import AlignmentSettings, AnchorSettings, InbetweenSettings
-from utils.cli import finite_float, flag, guidance_float, positive_float, positive_int
+from utils.cli import finite_float, flag, guidance_float, positive_float, positive_int, unit_float
 
 MOST_LORA_STEPS = 400  # for which the check's bars hold
 
@@ -28,6 +28,12 @@ class Settings:
         InbetweenSettings.num_inference_steps, "denoising steps of a video", type=positive_int
     )
     guidance_scale: float = flag(1.0, "classifier-free guidance of a video; 1 switches it off", type=guidance_float)
+
+    coarse: float = flag(
+        0.0,
+        "share of its size by which each object of the method's mesh is off; half of the small ones lack then",
+        type=unit_float,
+    )
 
     def prompt_of(self, caption: str) -> str:
         return caption if self.prompt == "caption" else ""

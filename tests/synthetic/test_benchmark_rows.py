@@ -41,10 +41,10 @@ def anchors(scene: CheckScene) -> np.ndarray:
 def test_groups_of_methods():
     assert choose_methods(["main"]) == list(MAIN)
     assert choose_methods(["all"]) == list(METHODS) and METHODS["full"] == FULL
-    assert set(MAIN) == {"full", "truth", *REMOVALS, *BASELINES}
+    assert set(MAIN) == {"full", "autoencoder", "truth", *REMOVALS, *BASELINES}
     assert choose_methods(["copy", "full", "copy"]) == ["full", "copy"]
     assert choose_methods(["degr_0.25", "main"]) == [*MAIN, "degr_0.25"]
-    with pytest.raises(InputError, match="--methods best: choose from main, all, full"):
+    with pytest.raises(InputError, match="--methods best: choose from main, guided, true_anchors, all, full"):
         choose_methods(["full", "best"])
 
 
@@ -119,52 +119,18 @@ def test_per_frame_draws_every_frame_from_its_edges():
     np.testing.assert_array_equal(baselines.per_frame(lambda e: np.stack([e] * 3, -1), edges)[..., 1], edges)
 
 
-def test_a_picture_carried_to_its_own_view_is_itself(scene: CheckScene, anchors: np.ndarray):
-    for k, frame in enumerate((0, 45, 90)):
-        colours, seen = baselines.carry(anchors[k], scene.world.caster, scene.views[frame], scene.views[frame])
-        assert seen.all()
-        np.testing.assert_allclose(colours, anchors[k], atol=0.02)
-
-
 def test_reprojection_keeps_anchors_and_is_close_between_them(scene: CheckScene, anchors: np.ndarray):
     caster, style, faded = scene.world.caster, make_style(200_000), baselines.crossfade(anchors)
-    for k, frame in enumerate((0, 45, 90)):
-        made = baselines.reproject_frame(anchors, caster, scene.views, frame)
-        assert made.dtype == np.uint8
-        np.testing.assert_array_equal(made, anchors[k])
+    made = baselines.reproject(anchors, caster, scene.views)
+    assert made.dtype == np.uint8 and len(made) == 91
+    np.testing.assert_array_equal(made[::ARC_STEPS], anchors)
     for frame in (8, 60):
         view, ends = scene.views[frame], (0, 45) if frame < 45 else (45, 90)
         truth = paint(trace(scene.world, view), style).astype(float)
         seen = np.any([correspondence(caster, scene.views[end], view).visible for end in ends], axis=0)
-        made = baselines.reproject_frame(anchors, caster, scene.views, frame)
-        error, fade = (np.abs(picture - truth).mean(axis=2)[seen] for picture in (made, faded[frame]))
+        error, fade = (np.abs(picture - truth).mean(axis=2)[seen] for picture in (made[frame], faded[frame]))
         assert 0.3 < seen.mean() < 1
         assert np.median(error) < 6 and error.mean() < 0.6 * fade.mean()
-
-
-def test_holes_are_where_no_anchor_sees_the_surface(scene: CheckScene, anchors: np.ndarray):
-    source, target = scene.views[0], scene.views[45]
-    colours, seen = baselines.carry(anchors[0], scene.world.caster, source, target)
-    assert 0 < (~seen).mean() < 0.95 and not colours[~seen].any()
-    outside_or_hidden = correspondence(scene.world.caster, source, target)
-    np.testing.assert_array_equal(seen, outside_or_hidden.visible)
-    near = correspondence(scene.world.caster, source, scene.views[1])
-    hidden = near.occluded.mean()
-    _, seen_near = baselines.carry(anchors[0], scene.world.caster, source, scene.views[1])
-    assert (~seen_near).mean() < 0.2 and hidden <= (~seen_near).mean()
-
-
-def test_inpainting_touches_holes_alone():
-    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    holes = np.zeros((20, 30), bool)
-    np.testing.assert_array_equal(baselines.fill_holes(picture, holes), picture)
-    np.testing.assert_array_equal(baselines.fill_holes(picture, ~holes), picture)
-    holes[5:9, 5:9] = True
-    filled = baselines.fill_holes(picture, holes)
-    np.testing.assert_array_equal(filled[~holes], picture[~holes])
-    flat = np.full_like(picture, 77)
-    flat[holes] = 0
-    np.testing.assert_allclose(baselines.fill_holes(flat, holes), 77, atol=3)
 
 
 def test_the_last_frames_of_every_arc():

@@ -47,15 +47,13 @@ class Carried:
     """colours: float32 [H, W, 3], 0 to 255, 0 where nothing is seen. seen, sure: bool [H, W]; winner: int8 [H, W].
 
     winner: the number of the picture that counts most, -1 where none sees the point. sure: seen squarely and in
-    enough resolution by one picture at least, and not at a border between surfaces. disagreement: float32 [H, W],
-    the largest difference of a channel, in levels, between two pictures that see the point; 0 where fewer do.
+    enough resolution by one picture at least, and not at a border between surfaces.
     """
 
     colours: np.ndarray
     seen: np.ndarray
     sure: np.ndarray
     winner: np.ndarray
-    disagreement: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,6 @@ class CarriedVideo:
     frames: np.ndarray
     seen: np.ndarray
     sure: np.ndarray
-    disagreement: np.ndarray
 
 
 def carry_anchors(
@@ -84,8 +81,7 @@ def carry_anchors(
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
         pictures, parts = zip(*pool.map(one, frames), strict=True)
     return CarriedVideo(
-        np.array(pictures),
-        *(np.array([getattr(part, name) for part in parts]) for name in ("seen", "sure", "disagreement")),
+        np.array(pictures), *(np.array([getattr(part, name) for part in parts]) for name in ("seen", "sure"))
     )
 
 
@@ -95,8 +91,7 @@ def carry(caster: RayCaster, pictures: Sequence[Picture], target: View) -> Carri
     shape = (target.height, target.width)
     own_density, _ = _footprint(caster, sight, target)
     best, weights = np.zeros((2, *shape), np.float32)
-    total, highest = np.zeros((2, *shape, 3), np.float32)
-    lowest = np.full((*shape, 3), 255, np.float32)
+    total = np.zeros((*shape, 3), np.float32)
     winner, sure = np.full(shape, -1, np.int8), np.zeros(shape, bool)
     for number, picture in enumerate(pictures):
         source = resize_view(picture.view, (picture.pixels.shape[1], picture.pixels.shape[0]))
@@ -112,12 +107,9 @@ def carry(caster: RayCaster, pictures: Sequence[Picture], target: View) -> Carri
         winner[weight > best] = number
         best = np.maximum(best, weight)
         sure |= visible & (cosine.reshape(shape) >= GRAZING) & (scale >= 1 / MAGNIFICATION)
-        np.minimum(lowest, colours, out=lowest, where=visible[..., None])
-        np.maximum(highest, colours, out=highest, where=visible[..., None])
     seen = weights > 0
     total /= np.maximum(weights, 1e-12)[..., None]
-    disagreement = np.where(seen, (highest - lowest).max(-1), 0)
-    return Carried(total, seen, sure & ~borders(caster, sight), winner, disagreement)
+    return Carried(total, seen, sure & ~borders(caster, sight), winner)
 
 
 def _footprint(caster: RayCaster, sight: Sight, view: View) -> tuple[np.ndarray, np.ndarray]:
