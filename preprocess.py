@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from utils.cli import (
     require_writable,
     run_script,
     size,
+    unit_float,
 )
 from utils.correspondence import encode_map, write_map
 from utils.edges import DETECTORS, check_edge_detector, edge_detector
@@ -57,6 +59,7 @@ from utils.layout import (
 from utils.noise import write_noise
 from utils.particles import elements_per_cell, warp_noise
 from utils.runs import Run, open_run
+from utils.scene.arcs import choose_num_arcs
 from utils.scene.lines import find_lines, make_line_scene, shade, soften
 from utils.scene.load import load_geometry
 from utils.scene.mesh import Geometry, turn
@@ -69,6 +72,7 @@ from utils.scene.write import write_glb
 MANIFEST = "preprocess.json"
 FPS = 24  # default for animated cameras
 SMALLEST_EDGES = 16  # pixels
+AUTO = "auto"
 FILES = ARC_FRAMES + LATENT_FRAMES  # edges, maps and corres_end.png of an arc
 OWNED = ("arc[0-9]", "arc[0-9][0-9]", "arc[0-9][0-9][0-9]", SCENE_FILE, CAMERAS_FILE, MANIFEST, PREVIEW_FOLDER)
 
@@ -81,7 +85,16 @@ def parse_args() -> argparse.Namespace:
     add("--cameras", type=Path, help=f"{cameras_help}; see docs/preprocessing.md")
     add("--path", choices=["orbit", "dolly", "flythrough"], help="a built-in path around the scene, without --cameras")
     add("--output", type=Path, required=True, help="scene folder to write")
-    add("--num_arcs", type=positive_int, help="arcs of 45 steps (default: as many as fit the path)")
+    arcs_help = f"arcs of 45 steps, or {AUTO}: as few as share --min_covisible (default: as many as fit the path)"
+    add(
+        "--num_arcs",
+        type=lambda text: text if text == AUTO else positive_int(text),
+        metavar=f"N|{AUTO}",
+        help=arcs_help,
+    )
+    covisible_help = "share of an anchor that the one before shows as well, at least, for --num_arcs auto"
+    add("--min_covisible", type=unit_float, default=0.5, help=covisible_help)
+    add("--max_arcs", type=positive_int, default=64, help="arcs, at most, for --num_arcs auto")
     add("--fps", type=positive_int, help="frames per second of an animated camera (default 24), and of the preview")
     add("--frames", metavar="A:B", help="use frames A to B of the cameras only, by number")
     add("--edges", choices=DETECTORS, default="lines", help="lines of the geometry, or the HED network on a render")
@@ -102,26 +115,39 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def read_path(args: argparse.Namespace) -> CameraPath:
+    """Read the file of --cameras, cut to --frames."""
+    path = read_cameras(
+        args.cameras,
+        args.cameras_up and f"+{args.cameras_up}",
+        args.fps or FPS,
+        size=args.edge_size,
+        fov=args.fov,
+        axes=args.camera_axes,
+    )
+    if args.camera_axes is None and args.cameras.suffix.lower() not in (".glb", ".gltf"):  # whose axes are certain
+        for warning in suspicions(path):
+            print(f"warning: {args.cameras}: {warning}", file=sys.stderr)
+    return path.subset(*map(int, args.frames.split(":"))) if args.frames else path
+
+
 def load_path(args: argparse.Namespace, geometry: Geometry) -> CameraPath:
-    """Read the camera path, cut to --frames, resampled to 45 N + 1 poses, with intrinsics for the edge frames."""
+    """The camera path, resampled to 45 N + 1 poses, with intrinsics for the edge frames."""
     if args.path:
         bounds = np.stack([geometry.vertices.min(0), geometry.vertices.max(0)])
-        path = builtin_path(args.path, bounds, geometry.up, args.num_arcs or 1, args.fps or FPS, args.edge_size)
+        about = bounds, geometry.up
+        path_of = lambda count: builtin_path(args.path, *about, count or 1, args.fps or FPS, args.edge_size)  # noqa: E731
     else:
-        path = read_cameras(
-            args.cameras,
-            args.cameras_up and f"+{args.cameras_up}",
-            args.fps or FPS,
-            size=args.edge_size,
-            fov=args.fov,
-            axes=args.camera_axes,
-        )
-        if args.camera_axes is None and args.cameras.suffix.lower() not in (".glb", ".gltf"):  # whose axes are certain
-            for warning in suspicions(path):
-                print(f"warning: {args.cameras}: {warning}", file=sys.stderr)
-        if args.frames:
-            path = path.subset(*map(int, args.frames.split(":")))
-        path = to_arcs(path, args.num_arcs)
+        path = read_path(args)
+        path_of = partial(to_arcs, path)
+    count = args.num_arcs
+    if count == AUTO:
+        caster = RayCaster(turn(geometry, path_of(1).up))
+        count, shares = choose_num_arcs(caster, path_of, args.min_covisible, args.max_arcs)
+        print(f"note: {count} arcs; their anchors share {', '.join(f'{share:.0%}' for share in shares)}")
+        if min(shares) < args.min_covisible:
+            print(f"warning: --max_arcs {args.max_arcs} is too few for --min_covisible {args.min_covisible}")
+    path = path_of(count)
     if path.size[0] * args.edge_size[1] != path.size[1] * args.edge_size[0]:
         print("note: cameras are {}x{}, edges {}x{}: width of view kept".format(*path.size, *args.edge_size))
     lens = path.intrinsics(*args.edge_size)
