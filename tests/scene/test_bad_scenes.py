@@ -99,6 +99,7 @@ def test_gltf_with_its_buffer_beside_it_or_inside(tmp_path: Path) -> None:
         np.testing.assert_array_equal(corners(load_geometry(tmp_path / name)), CUBE[CUBE_FACES])
 
 
+FACE = "element face 2\nproperty list uchar int vertex_indices\n"
 PLAIN = "ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\nproperty float z\n"
 
 
@@ -109,22 +110,55 @@ BAD_FILES = {
     "garbage.gltf": (b"garbage", "not a valid glTF"),
     "deep.gltf": (b"[" * 200_000, "not a valid glTF"),
     "list.gltf": (b"[]", "not an object"),
-    "garbage.obj": (b"garbage", "no triangles|cannot be read"),
-    "far.obj": (b"mtllib ../../a.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "outside its own folder"),
-    "beyond.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n", "cannot be read"),
-    "flat.obj": (b"v 0 0\nv 1 0\nv 0 1\nf 1 2 3\n", "not x, y, z"),
-    "nan.obj": (b"v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "not finite|cannot be read"),
+    "a.fbx": (b"x", "Blender: File > Export > glTF"),
+    "a.splat": (b"x", "Gaussian splats"),
+    "garbage.obj": (b"garbage", "no triangles"),
+    "beyond.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n", "number 9 of its vertices, but there are 3"),
+    "zero.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\n\nf 0 1 2\n", "line 5 .*vertex 0 does not exist: OBJ counts from 1"),
+    "back.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf -4 1 2\n", "line 4 .*vertex -4 does not exist: 3 have been"),
+    "normal.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nvn 0 0 1\nf 1//1 2//2 3//1\n", "number 2 of its normals"),
+    "flat.obj": (b"v 0 0\nv 1 0\nv 0 1\nf 1 2 3\n", "line 1 .*not understood"),
+    "comma.obj": (b"v 0,5 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "line 1 .*not understood"),
+    "nan.obj": (b"v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "not finite"),
     "inf.off": (b"OFF\n3 1 0\n0 0 inf\n1 0 0\n0 1 0\n3 0 1 2\n", "not finite"),
-    "points.ply": (PLAIN.encode() + b"end_header\n0 0 0\n1 0 0\n0 1 0\n", "no triangles"),
+    "points.ply": (PLAIN.encode() + b"end_header\n0 0 0\n1 0 0\n0 1 0\n", "it is a point cloud"),
+    "splats.ply": (PLAIN.encode() + b"property float f_dc_0\nend_header\n0 0 0 1\n", "it is Gaussian splats"),
     "huge.ply": (
-        PLAIN.replace(" 3\n", " 99999999999999\n").encode() + b"end_header\n0 0 0\n",
-        "cannot be read|no tri",
+        (PLAIN.replace(" 3\n", " 99999999999999\n") + FACE).encode() + b"end_header\n0 0 0\n",
+        "promises 99999999999999 of element vertex, but there are 1",
     ),
+    "cut.ply": (
+        (PLAIN + FACE).encode() + b"end_header\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n3 0",
+        "promises 2 of element face, but there are 1",
+    ),
+    "cut_binary.ply": (
+        (PLAIN.replace("ascii", "binary_big_endian") + FACE).encode()
+        + b"end_header\n"
+        + bytes(36)
+        + b"\3"
+        + bytes(12)
+        + b"\3"
+        + bytes(5),
+        "promises 2 of element face, but there are 1",
+    ),
+    "far.ply": (
+        (PLAIN + FACE).encode() + b"end_header\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n3 0 1 7\n",
+        "vertex number 7 .*there are 3 vertices",
+    ),
+    "type.ply": (PLAIN.encode() + b"property colour x\nend_header\n", "'property colour x' in its header"),
     "garbage.ply": (b"garbage", "cannot be read"),
-    "cut.stl": (bytes(80) + struct.pack("<I", 10**9) + bytes(50), "cannot be read|no triangles"),
+    "cut.stl": (bytes(80) + struct.pack("<I", 10**9) + bytes(50), "promises 1000000000 triangles, but there are 1"),
+    "cut_ascii.stl": (
+        b"solid\nouter loop\nvertex 0 0 0\nvertex 1 0 0\n",
+        "1 triangles need 3 corners, but there are 2",
+    ),
+    "short.stl": (b"x" * 50, "cannot be read as STL"),
     "mixed.stl": (b"solid x\nnormal x\n" + b"vertex 1 1 1\n" * 3 + b"endsolid", "without area"),
     "garbage.stl": (b"solid x\nfacet\nvertex 1 2 x\nendsolid", "cannot be read|no triangles"),
-    "garbage.off": (b"OFF\n9 9 9\n1 2 3", "cannot be read"),
+    "garbage.off": (b"OFF\n9 9 9\n1 2 3", "promises 9 vertices, but there are 1"),
+    "cut.off": (b"OFF 3 2 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n3 0", "promises 2 faces, but there are 1"),
+    "binary.off": (b"OFF BINARY\n" + bytes(90), "save it as PLY"),
+    "words.off": (b"OFF\nmany few\n", "its counts"),
 }
 
 

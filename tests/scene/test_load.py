@@ -140,7 +140,7 @@ def test_every_format_holds_the_same_mesh(tmp_path: Path, suffix: str) -> None:
     else:
         mesh.export(path)
     geometry = load_geometry(path)
-    assert geometry.up == ("+y" if suffix in (".glb", ".gltf") else "+z")
+    assert geometry.up == ("+y" if suffix in (".glb", ".gltf", ".obj") else "+z")
     assert load_geometry(path, "+y").up == "+y"
     expected, found = canonical(mesh.triangles.round(5)), canonical(corners(geometry).round(5))
     np.testing.assert_allclose(found, expected, atol=2e-5)

@@ -88,13 +88,13 @@ def test_other_arguments_are_refused_and_results_kept(monkeypatch, tmp_path, inp
 
 
 def test_formats_and_up_axes_agree(monkeypatch, tmp_path):
-    """GLB (Y-up), OBJ, PLY (Z-up) and OFF declared Y-up of one mesh give equal maps and edges."""
+    """GLB and OBJ (Y-up), PLY (Z-up) and OFF declared Y-up of one mesh give equal maps and edges."""
     boxes = [(np.divide(centre, 3.1), np.divide(extent, 3.1)) for centre, extent in BOXES]  # on no pixel boundary
     cameras = write_path(tmp_path / "cameras.json", move=1.7)
     path = read_cameras(cameras)
     views, large = make_views(path, (360, 240)), make_views(path, (1080, 720))[9]
     results = []
-    for suffix, up, declared in (("glb", "y", None), ("obj", "z", None), ("ply", "z", "z"), ("off", "y", "y")):
+    for suffix, up, declared in (("glb", "y", None), ("obj", "y", None), ("ply", "z", "z"), ("off", "y", "y")):
         scene = write_boxes(tmp_path / f"boxes_{suffix}.{suffix}", *boxes, up=up)
         flags = ("--scene_up", declared) if declared else ()
         out = tmp_path / suffix
