@@ -25,7 +25,8 @@ GLB_MAGIC, JSON_CHUNK, BIN_CHUNK = 0x46546C67, 0x4E4F534A, 0x004E4942
 FLOAT = 5126
 COMPONENTS = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", FLOAT: "<f4"}  # numpy's names
 FLOATS, FLOATS_OR_NORMALIZED, INDICES = (FLOAT,), (FLOAT, 5120, 5121, 5122, 5123), (5121, 5123, 5125)
-WIDTHS = {"SCALAR": 1, "VEC3": 3, "VEC4": 4}
+WIDTHS = {"SCALAR": 1, "VEC3": 3, "VEC4": 4, "MAT4": 16}
+QUANTIZATION, MESHOPT = "KHR_mesh_quantization", ("EXT_meshopt_compression", "KHR_meshopt_compression")
 MAX_TRIANGLES = 16_000_000  # in a whole scene, instances included; 4 million take about 3 GiB to load
 MAX_BYTES = 36 * 3 * MAX_TRIANGLES  # limit for all accessors in use together
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, struct.error)
@@ -86,6 +87,9 @@ class GltfFile:
                 return str(extras["world_up"])
         return None
 
+    def is_used(self, extension: str) -> bool:
+        return extension in self.tree.get("extensionsUsed", [])
+
     def array(self, index: int, kind: str, types: tuple[int, ...]) -> np.ndarray:
         """The elements of an accessor, [count, width]: a read-only view of the file, of the stored type.
 
@@ -107,26 +111,52 @@ class GltfFile:
         return values
 
     def _stored(self, index: int, accessor: dict) -> np.ndarray:
-        """The elements of an accessor of known type and component type, as a view of its buffer view."""
-        if "sparse" in accessor or "bufferView" not in accessor:
-            raise Refused(f"accessor {index} is sparse or has no buffer view, which is not read")
-        count, offset = whole(accessor["count"], "count"), whole(accessor.get("byteOffset", 0), "byteOffset")
+        """The elements of an accessor of known type and component type: a view of its buffer view, unless sparse."""
+        count = whole(accessor["count"], "count")
         dtype, width = np.dtype(COMPONENTS[accessor["componentType"]]), WIDTHS[accessor["type"]]
-        size, view = width * dtype.itemsize, self._view(accessor["bufferView"])
+        # Accessors may overlap or be zero, but a small file must not claim much memory that way.
+        self.claimed += count * width * dtype.itemsize
+        if self.claimed > MAX_BYTES:
+            raise Refused("its accessors ask for more memory than a scene may have")
+        sparse = accessor.get("sparse")
+        if "bufferView" in accessor:
+            values = self._elements(index, accessor, count, dtype, width)
+        elif sparse is None:
+            raise Refused(f"accessor {index} has neither a buffer view nor sparse values")
+        else:
+            values = np.zeros((count, width), dtype)
+        return values if sparse is None else self._overlaid(index, values, sparse)
+
+    def _elements(self, index: int, where: dict, count: int, dtype: np.dtype, width: int) -> np.ndarray:
+        """[count, width], a view of the buffer view that `where` names. index: of the accessor, for messages."""
+        offset, size = whole(where.get("byteOffset", 0), "byteOffset"), width * dtype.itemsize
+        view = self._view(where["bufferView"])
         stride = size if view.stride is None else view.stride
         if stride < size or offset + (count - 1) * stride + size > len(view.data):
             raise Refused(f"accessor {index} asks for {count} elements, more than its buffer view holds")
-        # Accessors may overlap, but a small file must not claim much memory that way.
-        self.claimed += count * size
-        if self.claimed > MAX_BYTES:
-            raise Refused("its accessors ask for more memory than a scene may have")
         return np.ndarray((count, width), dtype, view.data, offset, (stride, dtype.itemsize))
+
+    def _overlaid(self, index: int, values: np.ndarray, sparse: dict) -> np.ndarray:
+        """A copy of `values` [count, width] with the elements that the sparse accessor replaces."""
+        count, component = whole(sparse["count"], "count"), sparse["indices"]["componentType"]
+        if component not in INDICES or count > len(values):
+            raise Refused(
+                f"accessor {index} replaces {count} of {len(values)} elements, by indices of type {component}"
+            )
+        places = self._elements(index, sparse["indices"], count, np.dtype(COMPONENTS[component]), 1)[:, 0]
+        if count and places.max() >= len(values):
+            raise Refused(f"accessor {index} replaces element {places.max()} of {len(values)}")
+        values = values.copy()
+        values[places] = self._elements(index, sparse["values"], count, values.dtype, values.shape[1])
+        return values
 
     def _view(self, index: int) -> BufferView:
         if index not in self._views:
             view = entry(self.tree, "bufferViews", index)
-            if any("compression" in name for name in view.get("extensions", {})):
-                raise Refused(f"buffer view {index} is compressed, which is not read: export it without compression")
+            packed = next((view["extensions"][name] for name in MESHOPT if name in view.get("extensions", {})), None)
+            if packed is not None and not self._has_data(view["buffer"]):
+                self._views[index] = self._unpack(index, packed)
+                return self._views[index]
             start, length = whole(view.get("byteOffset", 0), "byteOffset"), whole(view["byteLength"], "byteLength")
             buffer = self._buffer(view["buffer"])
             if start + length > len(buffer):
@@ -134,6 +164,42 @@ class GltfFile:
             stride = whole(view["byteStride"], "byteStride") if "byteStride" in view else None
             self._views[index] = BufferView(buffer[start : start + length], stride)
         return self._views[index]
+
+    def _has_data(self, index: int) -> bool:
+        """Whether a buffer is more than the place of data that are compressed elsewhere."""
+        buffer = entry(self.tree, "buffers", index)
+        fallback = any(buffer.get("extensions", {}).get(name, {}).get("fallback") for name in MESHOPT)
+        return "uri" in buffer or (index == 0 and self.chunk is not None and not fallback)
+
+    def _unpack(self, index: int, packed: dict) -> BufferView:
+        """A buffer view that meshopt has compressed. packed: the extension's object."""
+        try:
+            import meshoptimizer
+        except ImportError as error:
+            raise Refused(
+                f"buffer view {index} is compressed by meshopt: pip install meshoptimizer==0.2.30a0, or unpack it "
+                f"with npx @gltf-transform/cli copy {self.path.name} unpacked.glb"
+            ) from error
+        start, length = whole(packed.get("byteOffset", 0), "byteOffset"), whole(packed["byteLength"], "byteLength")
+        count, stride = whole(packed["count"], "count"), whole(packed["byteStride"], "byteStride")
+        self.claimed += count * stride
+        if self.claimed > MAX_BYTES:
+            raise Refused("its buffer views ask for more memory than a scene may have")
+        data = bytes(self._buffer(packed["buffer"])[start : start + length])
+        mode, name = packed["mode"], packed.get("filter", "NONE")
+        decode = {"ATTRIBUTES": "vertex_buffer", "TRIANGLES": "index_buffer", "INDICES": "index_sequence"}[mode]
+        try:
+            values = getattr(meshoptimizer, f"decode_{decode}")(count, stride, data)
+        except RuntimeError as error:
+            raise Refused(f"buffer view {index} is not what meshopt wrote ({error})") from error
+        if name != "NONE":
+            short = {"OCTAHEDRAL": "oct", "QUATERNION": "quat", "EXPONENTIAL": "exp"}[name]
+            values = getattr(meshoptimizer, f"decode_filter_{short}")(values, count, stride)
+        return BufferView(memoryview(np.ascontiguousarray(values)).cast("B")[: count * stride], stride)
+
+    def bytes_of(self, view: int) -> bytes:
+        """The contents of a buffer view."""
+        return bytes(self._view(view).data)
 
     def _buffer(self, index: int) -> memoryview:
         if index not in self._buffers:
@@ -160,18 +226,21 @@ class GltfFile:
             raise Refused(f"its buffer {str(path)[:200]} cannot be read ({error.strerror})") from error
 
     def inside(self, uri: str) -> Path:
-        """The file a relative URI names. Refuses paths that leave the folder of the glTF file."""
-        text, folder = unquote(uri), self.path.parent.resolve()
-        plain = not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:|[/\\]", text) and ".." not in re.split(r"[/\\]", text)
-        if not plain or not (folder / text).resolve().is_relative_to(folder):
+        """The file a relative URI names. Refuses paths that, as written, leave the folder of the glTF file.
+
+        Links are followed: whoever made them knows where they lead.
+        """
+        text = unquote(uri)
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:|[/\\]", text) or ".." in re.split(r"[/\\]", text):
             raise Refused(f"it refers to {text[:80]!r}, outside its own folder: put that file beside this one")
-        return folder / text
+        return self.path.parent / text
 
 
 def open_gltf(path: Path) -> GltfFile:
     """Split a .glb or .gltf file, parse its JSON and check its version. Call it inside `refusals`."""
     data = memoryview(path.read_bytes())
-    text, chunk = _split_glb(data) if path.suffix.lower() == ".glb" else (data, None)
+    binary = path.suffix.lower() == ".glb" or data[:4] == GLB_MAGIC.to_bytes(4, "little")
+    text, chunk = _split_glb(data) if binary else (data, None)
     tree = json.loads(bytes(text).decode("utf-8-sig"))
     if not isinstance(tree, dict):
         raise Refused("its JSON is not an object")
@@ -188,7 +257,7 @@ def _split_glb(data: memoryview) -> tuple[memoryview, memoryview | None]:
     version, length = struct.unpack_from("<II", data, 4)
     if version != 2:
         raise Refused(f"it is glTF version {version}, only 2 is read")
-    if length != len(data):
+    if length > len(data):  # what follows the length is not part of the file
         raise Refused(f"its header promises {length} bytes, the file has {len(data)}")
     chunks, position = [], 12
     while position < length:

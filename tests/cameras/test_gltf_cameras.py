@@ -174,7 +174,6 @@ def change(*keys: object, value: object) -> Callable[[Gltf], None]:
         (change("bufferViews", 1, "byteLength", value=4), "more than its buffer view"),
         (change("bufferViews", 1, "byteOffset", value=10**9), "beyond buffer 0"),
         (change("bufferViews", 0, "buffer", value=2), "buffers\\[2\\]"),
-        (change("bufferViews", 0, "extensions", value={"EXT_meshopt_compression": {}}), "compressed"),
         (change("buffers", 0, "byteLength", value=10**9), "promises 1000000000 bytes"),
         (change("buffers", 0, "uri", value="../anim.bin"), "outside its own folder"),
         (change("buffers", 0, "uri", value="%2e%2e/anim.bin"), "outside its own folder"),
@@ -237,7 +236,7 @@ def test_gltf_keys_that_cannot_be(tmp_path: Path) -> None:
 def test_glb_of_another_length(tmp_path: Path) -> None:
     whole, file = slide().glb(), tmp_path / "a.glb"
     lies = [b"", b"glTF", b"nope" + whole[4:], whole[:8] + struct.pack("<I", 10**9) + whole[12:]]
-    lies += [whole + b"more", whole[:8] + struct.pack("<I", len(whole) + 4) + whole[12:] + b"more"]
+    lies += [whole[:8] + struct.pack("<I", len(whole) + 4) + whole[12:] + b"more"]
     lies += [whole[:12] + struct.pack("<I", length) + whole[16:] for length in (0, 5, 10**9, 2**32 - 1)]
     for data in lies + [whole[:cut] for cut in range(0, len(whole) - 4, 37)]:
         file.write_bytes(data)

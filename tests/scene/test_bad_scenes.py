@@ -25,13 +25,22 @@ def change(tree: dict, where: str, value: object) -> dict:
     return tree
 
 
+SPARSE = {"count": 2, "indices": {"bufferView": 1, "componentType": 5123}, "values": {"bufferView": 0}}
 BAD_TREES = [
     ("accessors.0.count", 9, "more than its buffer view"),
-    ("accessors.0.count", 10**12, "not a whole number|more than its"),
+    ("accessors.0.count", 10**12, "ask for more memory"),
     ("accessors.0.count", -1, "not a whole number"),
     ("accessors.0.componentType", 5122, "quantised"),
     ("accessors.1.byteOffset", 1, "more than its buffer view"),
-    ("accessors.0.sparse", {}, "sparse"),
+    ("accessors.0.sparse", {}, "valid glTF"),
+    ("accessors.0.sparse", {**SPARSE, "count": 9}, "replaces 9 of 8 elements"),
+    (
+        "accessors.0.sparse",
+        {**SPARSE, "indices": {"bufferView": 0, "componentType": 5125, "byteOffset": 20}},
+        "replaces element",
+    ),
+    ("accessors.0.sparse", {**SPARSE, "indices": {"bufferView": 0, "componentType": 5126}}, "indices of type 5126"),
+    ("accessors.0", {"componentType": 5126, "count": 8, "type": "VEC3"}, "neither a buffer view nor sparse"),
     ("bufferViews.0.byteLength", 10**9, "beyond buffer"),
     ("bufferViews.0.byteStride", 0, "more than its buffer view"),
     ("buffers.0.byteLength", 10**9, "promises"),
@@ -41,9 +50,7 @@ BAD_TREES = [
     ("buffers.0.uri", "file:///etc/hostname", "outside its own folder"),
     ("buffers.0.uri", "https://example.com/a.bin", "outside its own folder"),
     ("buffers.0.uri", "C:\\a.bin", "outside its own folder"),
-    ("buffers.0.uri", "link.bin", "outside its own folder"),
     ("buffers.0.uri", "missing.bin", "missing"),
-    ("images", [{"uri": "../../texture.png"}], "outside its own folder"),
     ("nodes.0.children", [0], "reached twice"),
     ("nodes.0.scale", [1, float("nan"), 1], "finite"),
     ("nodes.0.scale", [1e30, 1, 1], "finite"),
@@ -51,14 +58,13 @@ BAD_TREES = [
     ("nodes.0.scale", [0, 0, 0], "without area"),
     ("nodes.0.mesh", 4, "does not exist"),
     ("scene", -1, "not a whole number"),
-    ("meshes.0.primitives.0.mode", 6, "fans"),
+    ("meshes.0.primitives.0.mode", 7, "mode 7"),
     ("meshes.0.primitives.0.mode", 1, "no triangles"),
     ("meshes.0.primitives", [], "no triangles"),
     ("scenes.0.nodes", [], "no triangles"),
     ("nodes", {"0": {}}, "does not exist"),
     ("asset.version", "1.0", "only 2"),
     ("asset.extras", {"world_up": "+x"}, "up axis"),
-    ("extensionsRequired", ["KHR_draco_mesh_compression"], "without compression"),
     ("meshes", "nonsense", "does not exist|valid glTF"),
 ]
 
@@ -68,7 +74,6 @@ def test_bad_gltf_is_refused(tmp_path: Path, where: str, value: object, message:
     folder = tmp_path / "scene"
     folder.mkdir()
     (tmp_path / "a.bin").write_bytes(bytes(10_000))
-    (folder / "link.bin").symlink_to(tmp_path / "a.bin")
     tree, blob = gltf_tree(CUBE, CUBE_FACES, [{"mesh": 0}])
     path = write(folder / "a.glb", change(tree, where, value), blob)
     with pytest.raises(InputError, match=message) as caught:
@@ -180,7 +185,6 @@ def test_missing_files_and_lying_sizes(tmp_path: Path) -> None:
     for bad in (
         good[:-1],
         good[:30],
-        good + b"more",
         good[:8] + b"\xff" * 4 + good[12:],
         good[:12] + b"\xff" * 4 + good[16:],
     ):

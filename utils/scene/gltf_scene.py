@@ -1,112 +1,69 @@
 """Read the scene of an untrusted glTF or GLB file; `utils.gltf` checks every size against the file.
 
-Reads the nodes of the default scene, their triangles, positions and normals. Ignores materials, images, cameras, skins
-and animations: opens no other file but its buffers, and decodes no picture.
+Reads the visible nodes of the default scene at rest, their triangles, positions and normals, with skins, morph targets
+and instances. Ignores materials, images, cameras and animations: opens no other file but its buffers, and decodes no
+picture.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from utils.gltf import FLOATS, INDICES, MAX_TRIANGLES, GltfFile, Refused, entry, open_gltf, refusals
-from utils.scene.mesh import FAR, Part, make_part, place, unique_names
+from utils.gltf import (
+    FLOAT,
+    FLOATS,
+    FLOATS_OR_NORMALIZED,
+    INDICES,
+    MAX_TRIANGLES,
+    MESHOPT,
+    QUANTIZATION,
+    GltfFile,
+    Refused,
+    entry,
+    open_gltf,
+    refusals,
+)
+from utils.scene.gltf_nodes import INSTANCING, VISIBILITY, Joints, text, walk
+from utils.scene.mesh import Part, make_part, place, unique_names
 
-POINTS_AND_LINES, TRIANGLES, STRIP = (0, 1, 2, 3), 4, 5  # modes; 6 is a fan
-UNSUPPORTED = {
-    "KHR_draco_mesh_compression": "without compression",
-    "EXT_meshopt_compression": "without compression",
-    "KHR_meshopt_compression": "without compression",
-    "EXT_mesh_gpu_instancing": "with instances as ordinary nodes",
-}
+POINTS_AND_LINES, TRIANGLES, STRIP, FAN = (0, 1, 2, 3), 4, 5, 6  # modes
+DRACO = "KHR_draco_mesh_compression"
+READ = (QUANTIZATION, DRACO, *MESHOPT, INSTANCING, VISIBILITY)
+LOOKS = ("KHR_materials_", "KHR_texture_", "EXT_texture_", "KHR_lights_", "MSFT_texture_", "KHR_xmp")
+WEIGHTS = (FLOAT, 5121, 5123)
+LONGEST_LIST = 3  # names in a note
 
 
-def read_gltf(path: Path) -> tuple[list[Part], str | None]:
-    """The parts of a .glb or .gltf file in its world, in the order of their nodes, and its `world_up`, unchecked.
+def read_gltf(path: Path) -> tuple[list[Part], str | None, list[str]]:
+    """The parts of a .glb or .gltf file in its world, in the order of their nodes; its `world_up`, unchecked; notes.
 
     Raises InputError when the file is damaged, unsupported or too large.
     """
     with refusals(path, "the scene"):
         file = open_gltf(path)
-        _refuse_unsupported(file)
         scene, meshes = file.scene(), _Meshes(file)
-        found = [(node, parts) for node in _walk(file, scene["nodes"]) if (parts := meshes.parts(node.mesh))]
+        nodes = walk(file, scene["nodes"])
+        found = [(node, parts) for node in nodes if (parts := meshes.parts(node.mesh, node.weights, node.skin))]
         found.sort(key=lambda item: item[0].index)
         names = unique_names([node.name for node, _ in found])
         placed = []  # only after all triangles have been counted
         for (node, parts), name in zip(found, names, strict=True):
             placed += [place(part, name, node.world) for part in parts]
-        return placed, file.world_up(scene)
+        moving = [name for (node, _), name in zip(found, names, strict=True) if node.moves]
+        return placed, file.world_up(scene), _notes(file, moving)
 
 
-def _refuse_unsupported(file: GltfFile) -> None:
-    """Refuse files that need unsupported extensions, or that refer to files outside their folder."""
-    for name in [*file.tree.get("extensionsRequired", []), *file.tree.get("extensionsUsed", [])]:
-        if name in UNSUPPORTED:
-            raise Refused(f"it uses {name}, which is not read: export it {UNSUPPORTED[name]}")
-    for image in file.tree.get("images", []):
-        if "uri" in image and not image["uri"].startswith("data:"):
-            file.inside(image["uri"])  # never opened, but must be inside the folder
-
-
-# --- nodes ---
-
-
-@dataclass(frozen=True)
-class _Node:
-    """A node with a mesh. index, mesh: indices in the file; world: float64 [4, 4] from the node to the world."""
-
-    index: int
-    name: str
-    mesh: int
-    world: np.ndarray
-
-
-def _walk(file: GltfFile, roots: list[int]) -> Iterator[_Node]:
-    """The nodes with a mesh, in no special order."""
-    stack, seen = [(root, np.eye(4)) for root in roots], set()
-    while stack:
-        index, parent = stack.pop()
-        node = entry(file.tree, "nodes", index)
-        if index in seen:
-            raise Refused(f"node {index} is reached twice: the nodes must form a tree")
-        seen.add(index)
-        world = parent @ _local_matrix(node)
-        stack += [(child, world) for child in node.get("children", [])]
-        if "mesh" in node:
-            mesh = entry(file.tree, "meshes", node["mesh"])
-            name = _text(node.get("name") or mesh.get("name") or f"object_{index:03d}")
-            yield _Node(index, name, node["mesh"], world)
-
-
-def _local_matrix(node: dict) -> np.ndarray:
-    """float64 [4, 4] to the node's parent: its matrix (stored by columns), or translation · rotation · scale."""
-    if "matrix" in node:
-        return _numbers(node["matrix"], 16, "matrix").reshape(4, 4).T
-    matrix = np.eye(4)
-    x, y, z, w = _numbers(node.get("rotation", (0, 0, 0, 1)), 4, "rotation")
-    if norm := math.hypot(x, y, z, w):
-        x, y, z, w = x / norm, y / norm, z / norm, w / norm
-        matrix[0, :3] = 1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)
-        matrix[1, :3] = 2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)
-        matrix[2, :3] = 2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)
-    matrix[:3, :3] *= _numbers(node.get("scale", (1, 1, 1)), 3, "scale")
-    matrix[:3, 3] = _numbers(node.get("translation", (0, 0, 0)), 3, "translation")
-    return matrix
-
-
-def _numbers(values: object, size: int, what: str) -> np.ndarray:
-    numbers = np.array([float(value) for value in values])
-    if len(numbers) != size or not (np.abs(numbers) < FAR).all():
-        raise Refused(f"a node's {what} is not {size} finite numbers")
-    return numbers
-
-
-def _text(value: object) -> str:
-    """A name that can be printed and written: lone surrogates are legal in JSON, not in UTF-8."""
-    return str(value).encode(errors="replace").decode()
+def _notes(file: GltfFile, moving: list[str]) -> list[str]:
+    notes = []
+    if moving:
+        more = f" and {len(moving) - LONGEST_LIST} more" if len(moving) > LONGEST_LIST else ""
+        shown = ", ".join(moving[:LONGEST_LIST])
+        notes.append(f"{shown}{more} of {file.path} are animated: they stay at their first pose, as the nodes say")
+    unknown = [text(n) for n in file.tree.get("extensionsRequired", []) if n not in READ and not n.startswith(LOOKS)]
+    if unknown:
+        notes.append(f"{file.path} asks for {', '.join(unknown)}, which is not read: look whether the scene is whole")
+    return notes
 
 
 # --- meshes ---
@@ -119,34 +76,43 @@ class _Meshes:
     file: GltfFile
     vertices: int = 0  # of all primitives
     triangles: int = 0  # instances included
-    read: dict[int, list[Part]] = field(default_factory=dict)
+    read: dict[tuple, list[Part]] = field(default_factory=dict)
 
-    def parts(self, index: int) -> list[Part]:
+    def __post_init__(self) -> None:
+        self.joints = Joints(self.file)
+
+    def parts(self, index: int, weights: tuple[float, ...], skin: int | None) -> list[Part]:
         """One part, without a name, for each primitive that has triangles. Each call counts as an instance."""
-        if index in self.read:
-            self._count(0, sum(len(part.faces) for part in self.read[index]))
+        key = index, weights, skin
+        if key in self.read:
+            self._count(0, sum(len(part.faces) for part in self.read[key]))
         else:
             mesh = entry(self.file.tree, "meshes", index)
-            parts = [self._part(primitive, mesh) for primitive in mesh["primitives"]]
-            self.read[index] = [part for part in parts if part]
-        return self.read[index]
+            parts = [self._part(primitive, weights, skin) for primitive in mesh["primitives"]]
+            self.read[key] = [part for part in parts if part]
+        return self.read[key]
 
-    def _part(self, primitive: dict, mesh: dict) -> Part | None:
-        attributes, mode = primitive["attributes"], primitive.get("mode", TRIANGLES)
-        if mode in POINTS_AND_LINES or "POSITION" not in attributes:
+    def _part(self, primitive: dict, weights: tuple[float, ...], skin: int | None) -> Part | None:
+        mode = primitive.get("mode", TRIANGLES)
+        if mode in POINTS_AND_LINES or "POSITION" not in primitive["attributes"]:
             return None
-        if mode not in (TRIANGLES, STRIP):
-            raise Refused(f"mesh {_text(mesh.get('name', ''))!r} has triangle fans (mode {mode}): triangulate it")
-        positions, normals = self.file.array(attributes["POSITION"], "VEC3", FLOATS), None
-        if "NORMAL" in attributes:
-            normals = self.file.array(attributes["NORMAL"], "VEC3", FLOATS)
-            if len(normals) != len(positions):
-                raise Refused(f"a mesh has {len(positions)} positions but {len(normals)} normals")
-        corners = np.arange(len(positions))
-        if "indices" in primitive:
-            corners = self.file.array(primitive["indices"], "SCALAR", INDICES)[:, 0]
-        faces = _triangles(corners, mode)
+        if mode not in (TRIANGLES, STRIP, FAN):
+            raise Refused(f"a mesh has primitives of mode {str(mode)[:9]}, which glTF does not know")
+        source = _open_primitive(self.file, primitive)
+        positions, normals = (source.vectors(name) for name in ("POSITION", "NORMAL"))
+        if normals is not None and len(normals) != len(positions):
+            raise Refused(f"a mesh has {len(positions)} positions but {len(normals)} normals")
+        faces = _triangles(source.corners(len(positions)), mode)
         self._count(len(positions), len(faces))
+        for target, weight in zip(primitive.get("targets", []), weights, strict=False):
+            positions = _morphed(self.file, positions, target.get("POSITION"), weight)
+            normals = _morphed(self.file, normals, target.get("NORMAL"), weight)
+        if skin is not None and "JOINTS_0" in primitive["attributes"]:
+            matrices = _vertex_matrices(source, self.joints.matrices(skin), len(positions))
+            mirrored = (np.linalg.det(matrices[:, :, :3]) < 0).mean() > 0.5
+            faces = faces[:, ::-1] if mirrored else faces
+            positions = np.einsum("vij,vj->vi", matrices[:, :, :3], positions) + matrices[:, :, 3]
+            normals = None if normals is None else np.einsum("vij,vj->vi", matrices[:, :, :3], normals)
         return make_part(self.file.path, "", positions, faces, normals) if len(faces) else None
 
     def _count(self, vertices: int, triangles: int) -> None:
@@ -158,12 +124,95 @@ class _Meshes:
             raise Refused(f"it has more than {MAX_TRIANGLES:,} triangles with its instances: simplify it")
 
 
+@dataclass(frozen=True)
+class _Primitive:
+    """The attributes of a primitive by name, in its accessors or, for Draco, already decoded."""
+
+    file: GltfFile
+    attributes: dict[str, int]
+    indices: int | None
+    decoded: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def vectors(self, name: str) -> np.ndarray | None:
+        """Positions or normals [V, 3], quantised ones as numbers; None if there are none."""
+        return self.values(name, "VEC3", FLOATS_OR_NORMALIZED if self.file.is_used(QUANTIZATION) else FLOATS)
+
+    def values(self, name: str, kind: str, types: tuple[int, ...]) -> np.ndarray | None:
+        if name in self.decoded:
+            return self.decoded[name]
+        return self.file.array(self.attributes[name], kind, types) if name in self.attributes else None
+
+    def corners(self, count: int) -> np.ndarray:
+        """Indices of the vertices, [N]. count: of the vertices."""
+        if "indices" in self.decoded:
+            return self.decoded["indices"]
+        if self.indices is None:
+            return np.arange(count)
+        return self.file.array(self.indices, "SCALAR", INDICES)[:, 0]
+
+
+def _open_primitive(file: GltfFile, primitive: dict) -> _Primitive:
+    source = _Primitive(file, primitive["attributes"], primitive.get("indices"))
+    packed = primitive.get("extensions", {}).get(DRACO)
+    plain = "bufferView" in entry(file.tree, "accessors", primitive["attributes"]["POSITION"])
+    if packed is None or plain:
+        return source
+    try:
+        import DracoPy
+    except ImportError as error:
+        raise Refused(
+            "it is compressed by Draco: pip install DracoPy==2.2.0, or unpack it with npx @gltf-transform/cli copy "
+            f"{file.path.name} unpacked.glb"
+        ) from error
+    try:
+        mesh = DracoPy.decode(file.bytes_of(packed["bufferView"]))
+    except Exception as error:  # DracoPy's own classes have no common base
+        raise Refused(f"its Draco data cannot be decoded ({error})"[:200]) from error
+    found = {one["unique_id"]: one["data"] for one in mesh.attributes}
+    decoded = {name: found[number] for name, number in packed["attributes"].items()}
+    return _Primitive(file, source.attributes, None, decoded | {"indices": np.asarray(mesh.faces, np.int64).ravel()})
+
+
+def _morphed(file: GltfFile, values: np.ndarray | None, target: int | None, weight: float) -> np.ndarray | None:
+    """Positions or normals [V, 3] moved by a share of a morph target."""
+    if values is None or target is None or not weight:
+        return values
+    moves = file.array(target, "VEC3", FLOATS_OR_NORMALIZED if file.is_used(QUANTIZATION) else FLOATS)
+    if len(moves) != len(values):
+        raise Refused(f"a mesh has {len(values)} vertices but a morph target of {len(moves)}")
+    return values.astype(np.float64) + weight * moves.astype(np.float64)
+
+
+def _vertex_matrices(source: _Primitive, joints: np.ndarray, count: int) -> np.ndarray:
+    """What the skin does to each of `count` vertices: float64 [V, 3, 4]. joints: float64 [J, 4, 4]."""
+    matrices, total = np.zeros((count, 3, 4)), np.zeros(count)
+    for k in range(len(source.attributes)):
+        numbers = source.values(f"JOINTS_{k}", "VEC4", INDICES[:2])
+        weights = source.values(f"WEIGHTS_{k}", "VEC4", WEIGHTS)
+        if numbers is None or weights is None:
+            break
+        if not len(numbers) == len(weights) == count:
+            raise Refused(f"a mesh has {count} vertices but {len(numbers)} joints and {len(weights)} weights")
+        if numbers.max(initial=0) >= len(joints):
+            raise Refused(f"a mesh hangs on joint {numbers.max()}, but its skin has {len(joints)}")
+        for number, weight in zip(numbers.T, weights.T.astype(np.float64), strict=True):
+            matrices += weight[:, None, None] * joints[number, :3]
+            total += weight
+    loose = total == 0  # such vertices go with the joint that is named first
+    if loose.any():
+        first = source.values("JOINTS_0", "VEC4", INDICES[:2])[loose, 0]
+        matrices[loose], total[loose] = joints[first, :3], 1
+    return matrices / total[:, None, None]
+
+
 def _triangles(corners: np.ndarray, mode: int) -> np.ndarray:
     """Faces [F, 3] from vertex indices [N], grouped as the primitive `mode` defines."""
     if mode == STRIP:
         faces = np.stack([corners[:-2], corners[1:-1], corners[2:]], axis=1)
         faces[1::2] = faces[1::2, ::-1]  # every other triangle runs backwards
         return faces
+    if mode == FAN:
+        return np.stack([np.broadcast_to(corners[:1], max(len(corners) - 2, 0)), corners[1:-1], corners[2:]], axis=1)
     if len(corners) % 3:
         raise Refused(f"a mesh has {len(corners)} triangle corners, not a multiple of 3")
     return corners.reshape(-1, 3)

@@ -48,9 +48,9 @@ def load_geometry(path: Path, up: str | None = None) -> Geometry:
         raise InputError(f"scene {path} does not exist")
     if not path.stat().st_size:
         raise InputError(f"{path} is empty; export the scene again")
-    file_up, notes = None, []
+    file_up = None
     if kind in (".glb", ".gltf"):
-        parts, file_up = read_gltf(path)
+        parts, file_up, notes = read_gltf(path)
     else:
         parts, notes = read_plain(path)
     stated = up or file_up
