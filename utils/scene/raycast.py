@@ -11,14 +11,16 @@ import numpy as np
 
 from utils.scene.bvh import NumpyHits
 from utils.scene.mesh import Geometry, dot, face_normals
+from utils.scene.overlaps import find_overlaps
 
 
 class RayCaster:
     """First hits against one scene, seen from both sides of every face. Threads may share a caster.
 
-    The scene is moved to its centre first, so that a scene far from the origin loses no precision in float32.
+    The scene is moved to its centre first, so that a scene far from the origin loses no precision in float32. Of faces
+    that overlap in one plane, always the same is hit, see `overlaps`.
 
-    normals: float64 [F, 3] unit geometric normals.
+    normals: float64 [F, 3] unit geometric normals. overlaps: None in most scenes.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -27,7 +29,12 @@ class RayCaster:
         vertices = vertices - self._centre
         self.normals = face_normals(vertices, geometry.faces)
         self._offsets = dot(self.normals, vertices[geometry.faces[:, 0]])
-        self._first_hit = _make_embree(vertices, geometry.faces) or NumpyHits(vertices, geometry.faces)
+        self._first_hit = _make_hits(vertices, geometry.faces)
+        self.overlaps = find_overlaps(geometry, vertices, self.normals, self._offsets)
+        self._layers = []
+        if self.overlaps is not None:
+            layers, self._contested = self.overlaps.layers, self.overlaps.beaten.any(1)
+            self._layers = [(side, faces, _make_hits(vertices, geometry.faces[faces])) for side, faces in layers]
 
     def cast(self, origin: np.ndarray, directions: np.ndarray) -> np.ndarray:
         """First face that each ray hits: int32 [N], -1 where there is none.
@@ -35,8 +42,29 @@ class RayCaster:
         origin: float64 [3] for all rays, or [N, 3], metres. directions: [N, 3], any length but zero.
         """
         directions = np.asarray(directions)
-        origins = np.asarray(origin, np.float64) - self._centre
-        return self._first_hit(np.broadcast_to(origins, directions.shape), directions)
+        origins = np.broadcast_to(np.asarray(origin, np.float64) - self._centre, directions.shape)
+        face = self._first_hit(origins, directions)
+        return face if self.overlaps is None else self._settle(face, origins, directions)
+
+    def _settle(self, face: np.ndarray, origins: np.ndarray, directions: np.ndarray) -> np.ndarray:
+        """The face that is seen where others overlap `face` [N] in its plane: the one in the last layer."""
+        overlaps = self.overlaps
+        contested = np.flatnonzero(self._contested[face])
+        if not len(contested):
+            return face
+        settled = face.copy()
+        sides = overlaps.side(face[contested], directions[contested])
+        for side, faces, first_hit in self._layers:
+            ray = contested[(sides == side) & overlaps.beaten[face[contested], side]]
+            if not len(ray):
+                continue
+            over = first_hit(origins[ray], directions[ray])
+            ray, over = ray[over >= 0], faces[over[over >= 0]]
+            depth = self.plane_depth(face[ray], origins[ray] + self._centre, directions[ray])
+            points = origins[ray] + depth[:, None] * directions[ray]
+            near = np.abs(dot(self.normals[over], points) - self._offsets[over]) <= 2 * overlaps.tolerance
+            settled[ray[near]] = over[near]
+        return settled
 
     def plane_depth(self, face: np.ndarray, origin: np.ndarray, directions: np.ndarray) -> np.ndarray:
         """t of origin + t·direction on the plane of `face`: float64 [N], inf for face -1 and for parallel rays.
@@ -50,6 +78,11 @@ class RayCaster:
         slope = dot(normals, np.asarray(directions, np.float64))
         met = (np.asarray(face) >= 0) & (slope != 0)
         return np.divide(gap, slope, out=np.full(len(gap), np.inf), where=met)
+
+
+def _make_hits(vertices: np.ndarray, faces: np.ndarray) -> Callable:
+    """A function of (origins, directions) that finds the first faces, int32 [N], -1 where there is none."""
+    return _make_embree(vertices, faces) or NumpyHits(vertices, faces)
 
 
 def _make_embree(vertices: np.ndarray, faces: np.ndarray) -> Callable | None:

@@ -10,6 +10,7 @@ from utils.scene.views import View
 
 GRID = (45, 30)  # rays per frame, across and down
 ALMOST_NOTHING = 0.02  # share of rays that hit the scene
+LONGEST_LIST = 3  # overlaps that a warning names
 INSIDE = 0.5  # share of hits on the back of faces
 
 
@@ -24,9 +25,8 @@ class Survey:
 def survey(caster: RayCaster, views: list[View]) -> Survey:
     """Cast a coarse grid of rays for every frame. Frames are numbered from 1, as in the scene folder."""
     looks = [_look(caster, view) for view in views]
-    depths = np.concatenate([depth for depth, _, _ in looks])
-    hit = np.array([share for _, share, _ in looks])
-    back = np.array([share for _, _, share in looks])
+    depths = np.concatenate([look.depths for look in looks])
+    hit, back = (np.array([getattr(look, name) for look in looks]) for name in ("hit", "back"))
     warnings = []
     if hit.mean() < ALMOST_NOTHING:
         warnings.append(
@@ -40,11 +40,25 @@ def survey(caster: RayCaster, views: list[View]) -> Survey:
             f"the camera sees mostly back faces in frames {_ranges(back > INSIDE)}: it is inside an object, or the "
             "mesh is wound inside out, or the up axis is wrong"
         )
+    if covered := sorted(set().union(*(look.covered for look in looks))):
+        shown = ", ".join(f"{a!r} over {b!r}" if a != b else f"{a!r} over itself" for a, b in covered[:LONGEST_LIST])
+        more = f" and {len(covered) - LONGEST_LIST} more" if len(covered) > LONGEST_LIST else ""
+        warnings.append(f"faces lie in one plane and overlap, one of them is drawn: {shown}{more}; move them apart")
     return Survey(float(np.median(depths)) if len(depths) else 1.0, warnings)
 
 
-def _look(caster: RayCaster, view: View) -> tuple[np.ndarray, float, float]:
-    """(depths of the hits, share of rays that hit, share of hits on back faces) of one view."""
+@dataclass(frozen=True)
+class _Look:
+    """depths: of the hits. hit, back: share of rays that hit, of hits on back faces. covered: names of overlaps."""
+
+    depths: np.ndarray
+    hit: float
+    back: float
+    covered: set[tuple[str, str]]
+
+
+def _look(caster: RayCaster, view: View) -> _Look:
+    """Cast the grid of rays of one view."""
     x, y = np.meshgrid(
         (np.arange(GRID[0]) + 0.5) / GRID[0] * view.width, (np.arange(GRID[1]) + 0.5) / GRID[1] * view.height
     )
@@ -53,7 +67,8 @@ def _look(caster: RayCaster, view: View) -> tuple[np.ndarray, float, float]:
     hit = face >= 0
     depth = caster.plane_depth(face[hit], view.eye, rays[hit])
     back = dot(caster.normals[face[hit]], rays[hit]) > 0
-    return depth, float(hit.mean()), float(back.mean()) if len(back) else 0.0
+    covered = set() if caster.overlaps is None else caster.overlaps.seen(face[hit], rays[hit])
+    return _Look(depth, float(hit.mean()), float(back.mean()) if len(back) else 0.0, covered)
 
 
 def _ranges(flags: np.ndarray) -> str:
