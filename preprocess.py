@@ -28,6 +28,7 @@ from utils.cameras.path import CameraPath, to_arcs
 from utils.cameras.read import read_cameras, write_transforms
 from utils.cameras.values import AXES
 from utils.cameras.viewers import write_camera_path
+from utils.cameras.world import has_no_axes
 from utils.cli import (
     InputError,
     Parser,
@@ -61,7 +62,7 @@ from utils.particles import elements_per_cell, warp_noise
 from utils.runs import Run, open_run
 from utils.scene.arcs import choose_num_arcs
 from utils.scene.lines import find_lines, make_line_scene, shade, soften
-from utils.scene.load import load_geometry
+from utils.scene.load import load_geometry, settle_up
 from utils.scene.mesh import Geometry, turn
 from utils.scene.preview import write_preview
 from utils.scene.raycast import RayCaster
@@ -102,7 +103,7 @@ def parse_args() -> argparse.Namespace:
     follows = "(default: follows from --edge_size;"
     add("--map_size", type=size, help=f"WIDTHxHEIGHT of the correspondence maps in pixels {follows} 360x240)")
     add("--latent_size", type=size, help=f"WIDTHxHEIGHT of the noise in cells that divide the maps {follows} 90x60)")
-    add("--scene_up", choices=["y", "z"], help="up axis of the mesh (default: the file's, y for glTF, else z)")
+    add("--scene_up", choices=["y", "z"], help="up axis of the mesh (default: the file's, y for glTF and OBJ, else z)")
     add("--cameras_up", choices=["y", "z"], help="up axis of the cameras' world (default: the file's `world_up`)")
     add("--camera_axes", choices=AXES, help="axes of the cameras (default: the format's; opencv has +y down)")
     add("--fov", type=positive_float, help="vertical field of view in degrees, for TUM trajectories")
@@ -213,6 +214,10 @@ def main() -> None:
     choose_sizes(args)
     geometry = load_geometry(args.scene, args.scene_up and f"+{args.scene_up}")
     path = load_path(args, geometry)
+    world_up = path.up if args.cameras and has_no_axes(args.cameras) else None
+    geometry, note = settle_up(geometry, args.scene, world_up)
+    for line in (*([note] if note else ()), *geometry.notes):
+        print(f"note: {line}", file=sys.stderr)
     geometry = turn(geometry, path.up)
     for kind, count in geometry.dropped.items():
         if count:

@@ -178,3 +178,39 @@ def test_inconsistent_winding_changes_nothing(tmp_path, boxes):
         find_lines(make_line_scene(g, RayCaster(g)), view_at(0, size=(180, 120))).brightness for g in (geometry, other)
     ]
     assert np.array_equal(*lines)
+
+
+def test_what_is_assumed_of_the_up_axis_is_said(monkeypatch, tmp_path, capsys):
+    """A Y-up OBJ stands; a mesh in the world of its keyframes is turned with them or not at all."""
+    post = write_boxes(tmp_path / "post.obj", ((0, 0, 2), (0.2, 0.2, 4)), ((0, 0, -0.5), (4, 4, 1)), up="y")
+    keyframes = {
+        "w": 108,
+        "h": 72,
+        "fov": 50,
+        "keyframes": [{"position": [x, -8, 2], "look_at": [0, 0, 2]} for x in (0, 2)],
+    }
+    found = {}
+    for name, up, flags in (("path", "+y", ()), ("one", "+z", ()), ("said", "+z", ("--scene_up", "y"))):
+        out, cameras = tmp_path / name, tmp_path / f"{name}.json"
+        cameras.write_text(json.dumps({"world_up": up, **keyframes}))
+        source = ("--path", "orbit") if name == "path" else ("--cameras", cameras)
+        assert run_main(monkeypatch, "--scene", post, *source, "--output", out, *SMALL, *flags) == 0
+        found[name] = load_geometry(out / "scene.glb"), capsys.readouterr().err
+    geometry, said = found["path"]
+    assert geometry.up == "+y" and np.ptp(geometry.vertices, axis=0)[1] == pytest.approx(5)
+    assert "post.obj is taken as +y up" in said and "--scene_up" in said
+    geometry, said = found["one"]
+    assert geometry.up == "+z" and np.ptp(geometry.vertices, axis=0)[1] == pytest.approx(5)
+    assert "taken as one world, +z up" in said
+    geometry, said = found["said"]
+    assert geometry.up == "+z" and np.ptp(geometry.vertices, axis=0)[2] == pytest.approx(5)
+    assert "up" not in said
+
+
+def test_overlaps_are_named(monkeypatch, tmp_path, capsys):
+    rows = [(-4, -4), (4, -4), (4, 4), (-4, 4), (-1, -1), (1, -1), (1, 1), (-1, 1)]
+    vertices = [f"v {x} 0 {z}\n" for x, z in rows]
+    (tmp_path / "a.obj").write_text(f"o floor\n{''.join(vertices)}f 1 4 3 2\no rug\nf 5 8 7 6\n")
+    arguments = ("--scene", tmp_path / "a.obj", "--path", "orbit", "--output", tmp_path / "out", *SMALL)
+    assert run_main(monkeypatch, *arguments) == 0
+    assert capsys.readouterr().out.count("'rug' over 'floor'") == 1

@@ -61,3 +61,18 @@ def load_geometry(path: Path, up: str | None = None) -> Geometry:
         raise InputError(f"{path} holds no triangles; export the scene with its meshes")
     geometry = assemble(path, parts, stated or CUSTOMS[kind])
     return replace(geometry, up_stated=stated is not None, notes=tuple(notes))
+
+
+def settle_up(geometry: Geometry, path: Path, world_up: str | None) -> tuple[Geometry, str | None]:
+    """The scene of the file `path` with the up axis that it is taken to have, and a note on it if the file says none.
+
+    world_up: of cameras that are in the coordinates of the mesh, else None. A mesh whose format has no axis of its own
+    is then in their world: both are turned together or neither is.
+    """
+    if geometry.up_stated:
+        return geometry, None
+    kind = path.suffix.lower()
+    if world_up is not None and kind not in (".glb", ".gltf"):
+        note = f"{path} and its cameras are taken as one world, {world_up} up; else give --scene_up"
+        return replace(geometry, up=world_up, up_stated=True), note
+    return geometry, f"{path} is taken as {geometry.up} up, as {kind[1:]} files are; if it lies down give --scene_up"
