@@ -59,7 +59,7 @@ def _notes(file: GltfFile, moving: list[str]) -> list[str]:
     if moving:
         more = f" and {len(moving) - LONGEST_LIST} more" if len(moving) > LONGEST_LIST else ""
         shown = ", ".join(moving[:LONGEST_LIST])
-        notes.append(f"{shown}{more} of {file.path} are animated: they stay at their first pose, as the nodes say")
+        notes.append(f"{file.path} animates {shown}{more}: what moves stays at its first pose, as the nodes say")
     unknown = [text(n) for n in file.tree.get("extensionsRequired", []) if n not in READ and not n.startswith(LOOKS)]
     if unknown:
         notes.append(f"{file.path} asks for {', '.join(unknown)}, which is not read: look whether the scene is whole")
