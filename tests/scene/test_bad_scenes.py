@@ -162,6 +162,17 @@ BAD_FILES = {
     "garbage.stl": (b"solid x\nfacet\nvertex 1 2 x\nendsolid", "cannot be read|no triangles"),
     "garbage.off": (b"OFF\n9 9 9\n1 2 3", "promises 9 vertices, but there are 1"),
     "cut.off": (b"OFF 3 2 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n3 0", "promises 2 faces, but there are 1"),
+    "size.off": (b"OFF\n3 2 0\n0 0 0\n1 0 0\n0 1 0\n-3 0 1 2\n3 0 1 2\n", "b'-3' is no number of corners"),
+    "size.ply": (
+        (PLAIN.replace("ascii", "binary_big_endian") + FACE.replace("uchar", "char")).encode()
+        + b"end_header\n"
+        + bytes(36)
+        + b"\3"
+        + bytes(12)
+        + b"\xfd"
+        + bytes(12),
+        "a list of face has length -3",
+    ),
     "binary.off": (b"OFF BINARY\n" + bytes(90), "save it as PLY"),
     "words.off": (b"OFF\nmany few\n", "its counts"),
 }

@@ -113,6 +113,7 @@ CUBES = {
     "after.off": off() + "that was all\n",
     "marked.off": b"\xef\xbb\xbf" + off(end="\r").encode(),
     "ascii.ply": ply_ascii(),
+    "marked.ply": b"\xef\xbb\xbf" + ply_ascii(),
     "ascii_mac.ply": ply_ascii().replace(b"\n", b"\r"),
     "ascii_stream.ply": ply_ascii().replace(b"1 1 0\n", b"1\n1 0 ").replace(b"4 3 2", b"4\n3\t2"),
     "little.ply": ply_binary(),

@@ -127,6 +127,13 @@ def _off_counts(path: Path, lines: list[list[bytes]]) -> list[int]:
     return [int(token) for token in tokens]
 
 
+def _off_size(token: bytes) -> int:
+    """The number of a face's corners."""
+    if not token.isdigit():
+        raise ValueError(f"{token[:20]!r} is no number of corners")
+    return int(token)
+
+
 def _off_stream(lines: list[list[bytes]], vertices: int, faces: int, width: int) -> tuple | None:
     """(values [V, width], corners [N], counts [F]) if nothing but these numbers follows, in any lines."""
     tokens = [token for line in lines for token in line]
@@ -136,7 +143,7 @@ def _off_stream(lines: list[list[bytes]], vertices: int, faces: int, width: int)
     try:
         for _ in range(faces):
             starts.append(position)
-            position += 1 + int(tokens[position])
+            position += 1 + _off_size(tokens[position])
         if position != len(tokens):
             return None
         numbers = np.array(tokens[: vertices * width]).astype(np.float64).reshape(-1, width)
@@ -154,7 +161,7 @@ def _off_lines(path: Path, lines: list[list[bytes]], vertices: int, faces: int, 
         for what, count in (("vertices", vertices), ("faces", faces)):
             for _ in range(count):
                 record = list(next(rest))
-                need = width if what == "vertices" else 1 + int(record[0])
+                need = width if what == "vertices" else 1 + _off_size(record[0])
                 while len(record) < need:
                     record += next(rest)
                 if what == "vertices":

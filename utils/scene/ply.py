@@ -3,6 +3,7 @@
 The file is a header and then a stream of numbers; what follows the last element that is needed is not read.
 """
 
+import codecs
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class _List:
 
 def read_ply(path: Path, data: bytes) -> list[Polygons]:
     """The one object of a file. Raises InputError for splats, points, and files shorter than their header promises."""
+    data = data.removeprefix(codecs.BOM_UTF8)
     order, elements, start = _read_header(path, data)
     faces = [one for one in elements if one.name in FACES and one.count]
     if not faces:
@@ -260,8 +262,10 @@ class _Binary:
                 size = np.dtype(count).itemsize
                 if position + size > len(self.data):
                     return None
-                length = lengths[name] = max(0, int(np.frombuffer(self.data, self.order + count, 1, position)[0]))
+                length = lengths[name] = int(np.frombuffer(self.data, self.order + count, 1, position)[0])
                 position += size
+                if length < 0:
+                    raise InputError(f"{self.path}: a list of {element.name} has length {length}; export it again")
             position += length * np.dtype(value).itemsize
         return lengths
 
