@@ -150,6 +150,10 @@ BAD_FILES = {
         (PLAIN + FACE).encode() + b"end_header\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n3 0 1 7\n",
         "vertex number 7 .*there are 3 vertices",
     ),
+    "half.ply": (
+        (PLAIN + FACE).encode() + b"end_header\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n3 0 1 1.5\n",
+        "no whole numbers",
+    ),
     "type.ply": (PLAIN.encode() + b"property colour x\nend_header\n", "'property colour x' in its header"),
     "garbage.ply": (b"garbage", "cannot be read"),
     "cut.stl": (bytes(80) + struct.pack("<I", 10**9) + bytes(50), "promises 1000000000 triangles, but there are 1"),

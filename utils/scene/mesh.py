@@ -59,10 +59,14 @@ def make_part(path: Path, name: str, vertices: np.ndarray, faces: np.ndarray, no
     if normals is not None:
         normals, _ = _without_unused(normals, faces)
     vertices, faces = _without_unused(vertices, faces)
-    if not np.isfinite(vertices).all() or np.abs(vertices).max(initial=0) > FAR:
-        raise InputError(f"{path} has vertices that are not finite numbers; repair the mesh and export it again")
+    require_finite(path, vertices)
     part = Part(name, vertices, faces, np.zeros(len(faces), bool), None)
     return part if normals is None else _add_normals(part, normals)
+
+
+def require_finite(path: Path, vertices: np.ndarray) -> None:
+    if not np.isfinite(vertices).all() or np.abs(vertices).max(initial=0) > FAR:
+        raise InputError(f"{path} has vertices that are not finite numbers; repair the mesh and export it again")
 
 
 def unique_names(names: list[str]) -> list[str]:

@@ -72,6 +72,8 @@ def _assemble(path: Path, found: dict[str, dict]) -> Polygons:
             continue
         named = [key for key in ("vertex_indices", "vertex_index") if key in lists]
         one = lists[(named or list(lists))[0]]
+        if not (np.abs(one.values) < 2**53).all() or (one.values != np.floor(one.values)).any():
+            raise InputError(f"{path} has faces of vertices that are no whole numbers; export it again")
         if name == "tristrips":
             one = _cut_strips(one)
         corners.append(one.values.astype(np.int64))

@@ -8,7 +8,7 @@ import numpy as np
 
 from utils.cli import InputError
 from utils.gltf import MAX_TRIANGLES
-from utils.scene.mesh import Part, make_part
+from utils.scene.mesh import Part, make_part, require_finite
 
 BACKWARDS = 1e-6  # share of a polygon's area by which a triangle of its fan may run backwards: rounding
 CROSSED = 1e-3  # share of a polygon's area by which its triangles may differ from it
@@ -42,7 +42,9 @@ def make_parts(path: Path, objects: list[Polygons]) -> tuple[list[Part], int]:
                 f"{path} has a face with vertex number {outside[0]} (counted from 0), but there are "
                 f"{len(one.positions)} vertices; export the scene again"
             )
-        triangles, bad = triangulate(one.positions[one.corners], one.counts)
+        points = one.positions[one.corners]
+        require_finite(path, points)
+        triangles, bad = triangulate(points, one.counts)
         parts.append(make_part(path, one.name, one.positions, one.corners[triangles], one.normals))
         crossed += bad
     return parts, crossed
@@ -68,10 +70,9 @@ def triangulate(points: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int
 def _is_bent(points: np.ndarray) -> np.ndarray:
     """Polygons that a fan around their first corner would not fill, bool [K]. points: [K, n, 3]."""
     spokes = points - points[:, :1]
-    with np.errstate(invalid="ignore", over="ignore"):
-        areas = np.cross(spokes[:, 1:-1], spokes[:, 2:])
-        whole = areas.sum(1)  # Newell's normal: twice the area of the polygon in its plane
-        return (np.einsum("kti,ki->kt", areas, whole) < -BACKWARDS * (whole * whole).sum(1)[:, None]).any(1)
+    areas = np.cross(spokes[:, 1:-1], spokes[:, 2:])
+    whole = areas.sum(1)  # Newell's normal: twice the area of the polygon in its plane
+    return (np.einsum("kti,ki->kt", areas, whole) < -BACKWARDS * (whole * whole).sum(1)[:, None]).any(1)
 
 
 def _fans(rings: np.ndarray) -> list[np.ndarray]:
