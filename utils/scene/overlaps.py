@@ -16,6 +16,7 @@ from scipy.sparse.csgraph import connected_components
 from utils.scene.mesh import Geometry, dot, weld
 
 ROUNDING = 1e-6  # share of the scene's radius: closer planes are one, and overlaps as narrow are none
+LIFT = 4e-6  # share of the scene's radius that rays surely tell apart
 NORMAL_CELLS = 1000  # per unit; faces of one plane have normals in one cell
 PLANE_GAP = 1e-4  # share of the scene's radius between planes that are told apart before any exact test
 OBLIQUE = np.array([0.618, 0.4142, 0.7321])  # normals at right angles to it are rare: it tells n from -n
@@ -28,7 +29,8 @@ class Overlaps:
     """The overlaps of a scene. P patches; sides: 0 where the plane's normal points to the viewer, else 1.
 
     upright: float64 [F + 1, 3] normals of the planes, equal for equal planes. beaten: bool [F + 1, 2], faces that
-    others cover on a side. layers: (side, indices of faces int [N]) in the order in which they cover each other.
+    others cover on a side. covers: per side the faces that cover others, int [N], and their corners,
+    float64 [N, 3, 3], each moved towards the viewer by LIFT for every face below it.
     tolerance: distance of planes that count as one. patches: int [F + 1], -1 for faces without overlaps. visible:
     (side, winner's patch, loser's patch, winner's object, loser's object) of overlaps that can be seen, int [N, 5].
     names: of the objects.
@@ -37,7 +39,7 @@ class Overlaps:
 
     upright: np.ndarray
     beaten: np.ndarray
-    layers: list[tuple[int, np.ndarray]]
+    covers: list[tuple[np.ndarray, np.ndarray]]
     tolerance: float
     patches: np.ndarray
     visible: np.ndarray
@@ -81,7 +83,7 @@ def find_overlaps(
     place = np.cumsum(met) - 1
     chosen, patch, pairs = chosen[met], np.unique(patch[met], return_inverse=True)[1], (place[f], place[g])
     rank, away = _ranks(geometry, vertices, welded, flipped, chosen, patch)
-    return _decide(geometry, upright, ROUNDING * radius, chosen, patch, pairs, rank, away)
+    return _decide(geometry, vertices, upright, radius, chosen, patch, pairs, rank, away)
 
 
 def _shared_planes(upright: np.ndarray, heights: np.ndarray, gap: float) -> tuple[np.ndarray, np.ndarray]:
@@ -180,33 +182,28 @@ def _meeting_boxes(first: Boxes, second: Boxes, margin: float) -> tuple[np.ndarr
     found = [np.zeros(0, np.int64)]
     for level in np.unique(np.concatenate(levels)):
         cell = margin * 2.0**level
-        i, j = _share_cells(first, levels[0] == level, second, levels[1] <= level, cell)
-        q, p = _share_cells(second, levels[1] == level, first, levels[0] < level, cell)
-        found += [i * len(second[0]) + j, p * len(second[0]) + q]
+        for owners, guests in (
+            (_cells(first, levels[0] == level, cell), _cells(second, levels[1] <= level, cell)),
+            (_cells(first, levels[0] < level, cell), _cells(second, levels[1] == level, cell)),
+        ):
+            i, j = _equal_pairs(*owners, *guests)
+            shared = np.minimum(first[1][i], second[1][j]) - np.maximum(first[0][i], second[0][j])
+            meet = ((shared > margin).sum(1) >= 2) & (shared > -margin).all(1) & (first[2][i] == second[2][j])
+            found.append(i[meet] * len(second[0]) + j[meet])
     pairs = np.unique(np.concatenate(found))
-    i, j = pairs // max(len(second[0]), 1), pairs % max(len(second[0]), 1)
-    shared = np.minimum(first[1][i], second[1][j]) - np.maximum(first[0][i], second[0][j])
-    meet = ((shared > margin).sum(1) >= 2) & (shared > -margin).all(1) & (first[2][i] == second[2][j])
-    return i[meet], j[meet]
+    return pairs // max(len(second[0]), 1), pairs % max(len(second[0]), 1)
 
 
-def _share_cells(
-    owners: Boxes, owning: np.ndarray, guests: Boxes, coming: np.ndarray, cell: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of an owner and a guest that touch one cell of a grid, [M] each, repeated. owning, coming: bool [N]."""
-    owning, coming = np.flatnonzero(owning), np.flatnonzero(coming)
-    coming = coming[np.isin(guests[2][coming], owners[2][owning])]
-    owner_cell, owner = _cells(owners, owning, cell)
-    guest_cell, guest = _cells(guests, coming, cell)
-    order = np.argsort(owner_cell)
-    owner_cell, owner = owner_cell[order], owner[order]
-    begin, end = (np.searchsorted(owner_cell, guest_cell, side=side) for side in ("left", "right"))
+def _equal_pairs(a_keys: np.ndarray, a: np.ndarray, b_keys: np.ndarray, b: np.ndarray) -> tuple:
+    """All pairs of an entry of `a` and one of `b` with equal keys, [M] each. The keys ascend."""
+    begin, end = (np.searchsorted(a_keys, b_keys, side=side) for side in ("left", "right"))
     hits = end - begin
-    return owner[np.repeat(begin - np.cumsum(hits) + hits, hits) + np.arange(hits.sum())], np.repeat(guest, hits)
+    return a[np.repeat(begin - np.cumsum(hits) + hits, hits) + np.arange(hits.sum())], np.repeat(b, hits)
 
 
-def _cells(boxes: Boxes, chosen: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray]:
-    """(hash of key and cell, box) for all cells of size `cell` that the chosen boxes, no larger than it, touch."""
+def _cells(boxes: Boxes, taken: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray]:
+    """(hash of key and cell, ascending; box) for all cells of size `cell` that the taken boxes, no larger, touch."""
+    chosen = np.flatnonzero(taken)
     low, high, key = (one[chosen] for one in boxes)
     first, last = (np.floor(bound / cell + SHIFT).astype(np.int64) for bound in (low, high))
     hashes, found = [], []
@@ -214,7 +211,9 @@ def _cells(boxes: Boxes, chosen: np.ndarray, cell: float) -> tuple[np.ndarray, n
         box = np.flatnonzero((first + step <= last).all(1))
         hashes.append(_mix(key[box], *(first[box] + step).T))
         found.append(chosen[box])
-    return np.concatenate(hashes), np.concatenate(found)
+    hashes, found = np.concatenate(hashes), np.concatenate(found)
+    order = np.argsort(hashes)  # searching is many times faster in order
+    return hashes[order], found[order]
 
 
 def _depth(a: np.ndarray, b: np.ndarray, normal: np.ndarray) -> np.ndarray:
@@ -285,17 +284,18 @@ def _outsides(geometry: Geometry, vertices: np.ndarray, welded: np.ndarray, want
 
 def _decide(
     geometry: Geometry,
+    vertices: np.ndarray,
     upright: np.ndarray,
-    tolerance: float,
+    radius: float,
     chosen: np.ndarray,
     patch: np.ndarray,
     pairs: tuple[np.ndarray, np.ndarray],
     rank: np.ndarray,
     away: np.ndarray,
 ) -> Overlaps:
-    beaten, layers, visible = np.zeros((len(upright) + 1, 2), bool), [], []
-    object_of = np.zeros(len(rank), np.int64)
-    object_of[patch] = geometry.objects[chosen]
+    beaten, covers, visible = np.zeros((len(upright) + 1, 2), bool), [], []
+    object_of, component_of = np.zeros((2, len(rank)), np.int64)
+    object_of[patch], component_of[patch] = geometry.objects[chosen], geometry.components[chosen]
     for side in (0, 1):
         order = rank + len(rank) * ~away[:, side]
         f, g = pairs
@@ -307,11 +307,14 @@ def _decide(
         level = np.zeros(len(rank), int)
         for k in np.argsort(order[loser]):  # all that a loser itself covers comes before it
             level[winner[k]] = max(level[winner[k]], level[loser[k]] + 1)
-        layers += [(side, chosen[level[patch] == one]) for one in range(1, level.max() + 1)]
-        plain = ~away[loser, side] & ~away[winner, side]
+        over = chosen[level[patch] > 0]
+        lift = LIFT * radius * level[patch][level[patch] > 0] * (1 - 2 * side)
+        covers.append((over, vertices[geometry.faces[over]] + (upright[over] * lift[:, None])[:, None]))
+        # Within one component nothing shows that faces overlap: they lie in one plane, and no line parts them.
+        plain = ~away[loser, side] & ~away[winner, side] & (component_of[loser] != component_of[winner])
         rows = (np.full(len(loser), side), winner, loser, object_of[winner], object_of[loser])
         visible.append(np.stack(rows, axis=1)[plain])
     patches = np.full(len(upright) + 1, -1)
     patches[chosen] = patch
     upright = np.concatenate([upright, np.zeros((1, 3))])
-    return Overlaps(upright, beaten, layers, tolerance, patches, np.concatenate(visible), geometry.names)
+    return Overlaps(upright, beaten, covers, ROUNDING * radius, patches, np.concatenate(visible), geometry.names)

@@ -31,10 +31,9 @@ class RayCaster:
         self._offsets = dot(self.normals, vertices[geometry.faces[:, 0]])
         self._first_hit = _make_hits(vertices, geometry.faces)
         self.overlaps = find_overlaps(geometry, vertices, self.normals, self._offsets)
-        self._layers = []
         if self.overlaps is not None:
-            layers, self._contested = self.overlaps.layers, self.overlaps.beaten.any(1)
-            self._layers = [(side, faces, _make_hits(vertices, geometry.faces[faces])) for side, faces in layers]
+            self._contested = self.overlaps.beaten.any(1)
+            self._covers = [_make_hits(c.reshape(-1, 3), _rows_of_three(len(c))) for _, c in self.overlaps.covers]
 
     def cast(self, origin: np.ndarray, directions: np.ndarray) -> np.ndarray:
         """First face that each ray hits: int32 [N], -1 where there is none.
@@ -47,18 +46,18 @@ class RayCaster:
         return face if self.overlaps is None else self._settle(face, origins, directions)
 
     def _settle(self, face: np.ndarray, origins: np.ndarray, directions: np.ndarray) -> np.ndarray:
-        """The face that is seen where others overlap `face` [N] in its plane: the one in the last layer."""
+        """The face that is seen where others overlap `face` [N] in its plane."""
         overlaps = self.overlaps
         contested = np.flatnonzero(self._contested[face])
         if not len(contested):
             return face
         settled = face.copy()
         sides = overlaps.side(face[contested], directions[contested])
-        for side, faces, first_hit in self._layers:
+        for side, (faces, _) in enumerate(overlaps.covers):
             ray = contested[(sides == side) & overlaps.beaten[face[contested], side]]
             if not len(ray):
                 continue
-            over = first_hit(origins[ray], directions[ray])
+            over = self._covers[side](origins[ray], directions[ray])
             ray, over = ray[over >= 0], faces[over[over >= 0]]
             depth = self.plane_depth(face[ray], origins[ray] + self._centre, directions[ray])
             points = origins[ray] + depth[:, None] * directions[ray]
@@ -78,6 +77,11 @@ class RayCaster:
         slope = dot(normals, np.asarray(directions, np.float64))
         met = (np.asarray(face) >= 0) & (slope != 0)
         return np.divide(gap, slope, out=np.full(len(gap), np.inf), where=met)
+
+
+def _rows_of_three(count: int) -> np.ndarray:
+    """Faces of triangles that share no corners, int [count, 3]."""
+    return np.arange(3 * count).reshape(-1, 3)
 
 
 def _make_hits(vertices: np.ndarray, faces: np.ndarray) -> Callable:
