@@ -28,7 +28,6 @@ from utils.cameras.path import CameraPath, to_arcs
 from utils.cameras.read import read_cameras, write_transforms
 from utils.cameras.values import AXES
 from utils.cameras.viewers import write_camera_path
-from utils.cameras.world import has_no_axes
 from utils.cli import (
     InputError,
     Parser,
@@ -132,19 +131,23 @@ def read_path(args: argparse.Namespace) -> CameraPath:
     return path.subset(*map(int, args.frames.split(":"))) if args.frames else path
 
 
-def load_path(args: argparse.Namespace, geometry: Geometry) -> CameraPath:
-    """The camera path, resampled to 45 N + 1 poses, with intrinsics for the edge frames."""
+def open_path(args: argparse.Namespace, geometry: Geometry) -> tuple[Callable[[int | None], CameraPath], str]:
+    """The camera path as a function of the number of arcs, None for as many as fit, and the up axis of its world."""
     if args.path:
         bounds = np.stack([geometry.vertices.min(0), geometry.vertices.max(0)])
         about = bounds, geometry.up
-        path_of = lambda count: builtin_path(args.path, *about, count or 1, args.fps or FPS, args.edge_size)  # noqa: E731
-    else:
-        path = read_path(args)
-        path_of = partial(to_arcs, path)
+        return lambda count: builtin_path(args.path, *about, count or 1, args.fps or FPS, args.edge_size), geometry.up
+    path = read_path(args)
+    return partial(to_arcs, path), path.up
+
+
+def sample_path(
+    args: argparse.Namespace, path_of: Callable[[int | None], CameraPath], geometry: Geometry
+) -> CameraPath:
+    """The path with 45 N + 1 poses, with intrinsics for the edge frames. geometry: in the cameras' world."""
     count = args.num_arcs
     if count == AUTO:
-        caster = RayCaster(turn(geometry, path_of(1).up))
-        count, shares = choose_num_arcs(caster, path_of, args.min_covisible, args.max_arcs)
+        count, shares = choose_num_arcs(RayCaster(geometry), path_of, args.min_covisible, args.max_arcs)
         print(f"note: {count} arcs; their anchors share {', '.join(f'{share:.0%}' for share in shares)}")
         if min(shares) < args.min_covisible:
             print(f"warning: --max_arcs {args.max_arcs} is too few for --min_covisible {args.min_covisible}")
@@ -213,12 +216,12 @@ def main() -> None:
     check_arguments(args)
     choose_sizes(args)
     geometry = load_geometry(args.scene, args.scene_up and f"+{args.scene_up}")
-    path = load_path(args, geometry)
-    world_up = path.up if args.cameras and has_no_axes(args.cameras) else None
-    geometry, note = settle_up(geometry, args.scene, world_up)
+    path_of, world_up = open_path(args, geometry)
+    geometry, note = settle_up(geometry, args.scene, args.cameras, world_up)
     for line in (*([note] if note else ()), *geometry.notes):
         print(f"note: {line}", file=sys.stderr)
-    geometry = turn(geometry, path.up)
+    geometry = turn(geometry, world_up)
+    path = sample_path(args, path_of, geometry)
     for kind, count in geometry.dropped.items():
         if count:
             print(f"note: {count} {kind} faces of {args.scene} are left out")

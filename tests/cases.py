@@ -35,7 +35,7 @@ def read(path: Path) -> str:
     try:
         if path.is_dir() or path.suffix.lower() in CAMERAS:
             return f"read: {describe_path(read_any_cameras(path))}"
-        geometry, note = settle_up(load_geometry(path), path, None)
+        geometry, note = settle_up(load_geometry(path), path)
         return "; note: ".join([f"read: {describe_scene(geometry)}", *([note] if note else []), *geometry.notes])
     except InputError as error:
         return f"refused: {error}"

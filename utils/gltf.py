@@ -219,6 +219,8 @@ class GltfFile:
             return memoryview(base64.b64decode(uri.partition(";base64,")[2], validate=True))
         path = self.inside(uri)
         try:
+            if path.exists() and not path.is_file():
+                raise Refused(f"its buffer {path} cannot be read (it is no file)")
             return memoryview(path.read_bytes())
         except FileNotFoundError as error:
             raise Refused(f"its buffer {path} is missing") from error

@@ -51,6 +51,7 @@ BAD_TREES = [
     ("buffers.0.uri", "https://example.com/a.bin", "outside its own folder"),
     ("buffers.0.uri", "C:\\a.bin", "outside its own folder"),
     ("buffers.0.uri", "missing.bin", "missing"),
+    ("buffers.0.uri", "device.bin", "no file"),
     ("nodes.0.children", [0], "reached twice"),
     ("nodes.0.scale", [1, float("nan"), 1], "finite"),
     ("nodes.0.scale", [1e30, 1, 1], "finite"),
@@ -74,6 +75,7 @@ def test_bad_gltf_is_refused(tmp_path: Path, where: str, value: object, message:
     folder = tmp_path / "scene"
     folder.mkdir()
     (tmp_path / "a.bin").write_bytes(bytes(10_000))
+    (folder / "device.bin").symlink_to("/dev/zero")
     tree, blob = gltf_tree(CUBE, CUBE_FACES, [{"mesh": 0}])
     path = write(folder / "a.glb", change(tree, where, value), blob)
     with pytest.raises(InputError, match=message) as caught:

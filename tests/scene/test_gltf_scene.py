@@ -222,6 +222,13 @@ def test_animated_objects_and_unknown_extensions_are_noted(tmp_path: Path) -> No
     assert "first pose" in built.load(tmp_path).notes[0]
 
 
+def test_splats_are_named(tmp_path: Path) -> None:
+    built = Builder()
+    built.primitive["mode"], built.tree["extensionsUsed"] = 0, ["KHR_gaussian_splatting"]
+    with pytest.raises(InputError, match="is Gaussian splats: make a mesh"):
+        built.load(tmp_path)
+
+
 def packed_draco(built: Builder) -> None:
     """Replace the cube's data by a Draco buffer view; without the library, by nonsense."""
     data, number = b"not Draco", 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.cli import InputError
 from utils.gltf import (
     FLOAT,
     FLOATS,
@@ -30,6 +31,7 @@ from utils.scene.mesh import Part, make_part, place, unique_names
 POINTS_AND_LINES, TRIANGLES, STRIP, FAN = (0, 1, 2, 3), 4, 5, 6  # modes
 DRACO = "KHR_draco_mesh_compression"
 READ = (QUANTIZATION, DRACO, *MESHOPT, INSTANCING, VISIBILITY)
+SPLATS = "KHR_gaussian_splatting"
 LOOKS = ("KHR_materials_", "KHR_texture_", "EXT_texture_", "KHR_lights_", "MSFT_texture_", "KHR_xmp")
 WEIGHTS = (FLOAT, 5121, 5123)
 LONGEST_LIST = 3  # names in a note
@@ -50,6 +52,8 @@ def read_gltf(path: Path) -> tuple[list[Part], str | None, list[str]]:
         placed = []  # only after all triangles have been counted
         for (node, parts), name in zip(found, names, strict=True):
             placed += [place(part, name, node.world) for part in parts]
+        if not placed and any(name.startswith(SPLATS) for name in file.tree.get("extensionsUsed", [])):
+            raise InputError(f"{path} is Gaussian splats: make a mesh of it first, such as with SuGaR or 2DGS")
         moving = [name for (node, _), name in zip(found, names, strict=True) if node.moves]
         return placed, file.world_up(scene), _notes(file, moving)
 

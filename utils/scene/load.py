@@ -10,6 +10,7 @@ file's buffers in the same folder, are opened.
 from dataclasses import replace
 from pathlib import Path
 
+from utils.cameras.world import has_no_axes
 from utils.cli import InputError
 from utils.scene.gltf_scene import read_gltf
 from utils.scene.mesh import UPS, Geometry, assemble
@@ -63,16 +64,18 @@ def load_geometry(path: Path, up: str | None = None) -> Geometry:
     return replace(geometry, up_stated=stated is not None, notes=tuple(notes))
 
 
-def settle_up(geometry: Geometry, path: Path, world_up: str | None) -> tuple[Geometry, str | None]:
+def settle_up(
+    geometry: Geometry, path: Path, cameras: Path | None = None, world_up: str | None = None
+) -> tuple[Geometry, str | None]:
     """The scene of the file `path` with the up axis that it is taken to have, and a note on it if the file says none.
 
-    world_up: of cameras that are in the coordinates of the mesh, else None. A mesh whose format has no axis of its own
-    is then in their world: both are turned together or neither is.
+    cameras, world_up: file of the cameras and the up axis of their world. Where neither format has an axis of its own,
+    mesh and cameras are of one world: both are turned together or neither is.
     """
     if geometry.up_stated:
         return geometry, None
     kind = path.suffix.lower()
-    if world_up is not None and kind not in (".glb", ".gltf"):
+    if cameras is not None and kind not in (".glb", ".gltf") and has_no_axes(cameras):
         note = f"{path} and its cameras are taken as one world, {world_up} up; else give --scene_up"
         return replace(geometry, up=world_up, up_stated=True), note
     return geometry, f"{path} is taken as {geometry.up} up, as {kind[1:]} files are; if it lies down give --scene_up"
