@@ -6,6 +6,7 @@ A file that holds less than it promises is refused with both numbers; bytes afte
 import codecs
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ STL_START = 84  # bytes before the first triangle of a binary STL
 STL_TRIANGLE = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
 SOLID = re.compile(rb"(?im)^[ \t]*solid\b([^\n]*?)(?=\bfacet\b|\n|\Z)")
 VERTEX = re.compile(rb"(?i)\bvertex\s+(\S+)\s+(\S+)\s+(\S+)")
+END = re.compile(rb"(?i)\bend\s*solid\b")
 LOOP = re.compile(rb"(?i)\bouter\s+loop\b")
 OFF_NAME = re.compile(r"(?:ST)?C?(N?)(4?n?)(?:OFF|off)")
 
@@ -30,14 +32,12 @@ def read_plain(path: Path) -> tuple[list[Part], list[str]]:
     kind, data = path.suffix.lower()[1:], path.read_bytes()
     readers = {"obj": read_obj, "ply": read_ply, "stl": _read_stl, "off": _read_off}
     try:
-        parts, crossed = make_parts(path, readers[kind](path, data if kind in ("ply", "stl") else _to_text(data)))
+        return make_parts(path, readers[kind](path, data if kind in ("ply", "stl") else _to_text(data)))
     except InputError:
         raise
     except (ValueError, OverflowError, MemoryError) as error:
         reason = f"{type(error).__name__}: {error}"[:120]
         raise InputError(f"{path} cannot be read as {kind.upper()} ({reason}); export the scene again") from error
-    notes = [f"{crossed} faces of {path} cross themselves: how they are filled is a guess"] if crossed else []
-    return parts, notes
 
 
 def _to_text(data: bytes) -> bytes:
@@ -90,7 +90,8 @@ def _read_ascii_stl(path: Path, text: bytes) -> list[Polygons]:
         if corners:
             name = head[1].strip().decode(errors="replace") or path.stem
             solids.setdefault(name, []).append(np.array(corners).astype(np.float64))
-    return [_triangle_soup(name, np.concatenate(corners)) for name, corners in solids.items()]
+    soups = [_triangle_soup(name, np.concatenate(corners)) for name, corners in solids.items()]
+    return [replace(soup, ended=END.search(text, heads[-1].end()) is not None) for soup in soups]
 
 
 # --- OFF ---

@@ -19,7 +19,7 @@ class Polygons:
     """The faces of one object. V vertices, P polygons with N corners in all.
 
     positions: float64 [V, 3]. corners: int64 [N], indices of vertices. counts: int64 [P], corners of each polygon.
-    normals: float64 [V, 3] or None.
+    normals: float64 [V, 3] or None. ended: False where the file lacks the end that its format asks for.
     """
 
     name: str
@@ -27,10 +27,11 @@ class Polygons:
     corners: np.ndarray
     counts: np.ndarray
     normals: np.ndarray | None = None
+    ended: bool = True
 
 
-def make_parts(path: Path, objects: list[Polygons]) -> tuple[list[Part], int]:
-    """The triangulated objects of the file `path`, and how many of their polygons cross themselves."""
+def make_parts(path: Path, objects: list[Polygons]) -> tuple[list[Part], list[str]]:
+    """The triangulated objects of the file `path`, and notes on what was guessed."""
     # n corners make n - 2 triangles: known before any memory is used for them.
     if sum(int(np.maximum(one.counts - 2, 0).sum()) for one in objects) > MAX_TRIANGLES:
         raise InputError(f"{path} has more than {MAX_TRIANGLES:,} triangles: simplify it")
@@ -47,7 +48,10 @@ def make_parts(path: Path, objects: list[Polygons]) -> tuple[list[Part], int]:
         triangles, bad = triangulate(points, one.counts)
         parts.append(make_part(path, one.name, one.positions, one.corners[triangles], one.normals))
         crossed += bad
-    return parts, crossed
+    notes = [f"{crossed} faces of {path} cross themselves: how they are filled is a guess"] if crossed else []
+    if not all(one.ended for one in objects):
+        notes.append(f"{path} has no end: look whether all of it is there")
+    return parts, notes
 
 
 def triangulate(points: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:
