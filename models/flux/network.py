@@ -23,7 +23,6 @@ from models.runtime.memory import RESIDENT, place
 
 TRAINING_STEPS, TRAINING_TOKENS = 999, 4096  # the schedule that training timesteps are drawn from
 CONTROL_STEPS = 25  # the ControlNet acts on the first 25 steps only
-CONTROL_RESIDUALS = 2  # how many of its residuals are used, a constant in the reference
 
 
 @dataclass
@@ -142,10 +141,10 @@ def velocity(
     residuals = None
     if control_weight:
         samples = control_residuals(models, tokens, timestep, text, control, guidance)
-        residuals = [control_weight * sample for sample in samples[:CONTROL_RESIDUALS]]
+        residuals = [control_weight * sample for sample in samples]
     return models.transformer(
         controlnet_block_samples=residuals,
-        controlnet_blocks_repeat=True,  # XLabs: residual k mod 2 is added after double block k
+        controlnet_blocks_repeat=True,  # XLabs: of n residuals, k mod n is added after double block k
         return_dict=False,
         **_inputs(models.transformer, tokens, timestep, text, control, guidance),
     )[0]

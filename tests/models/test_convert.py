@@ -151,6 +151,23 @@ def one_velocity(models: FluxModels) -> torch.Tensor:
         return velocity(models, torch.randn(1, 48, 64), 0.7, text, torch.rand(1, 3, 96, 128), guidance=4.0)
 
 
+def test_every_residual_of_a_controlnet_is_used():
+    """With four double blocks, whatever the last two add changes the velocity."""
+    models = load_flux()
+    torch.manual_seed(1)
+    models.controlnet = FluxControlNetModel.from_config({**models.controlnet.config, "num_layers": 4})
+    models.transformer = FluxTransformer2DModel.from_config({**models.transformer.config, "num_layers": 5})
+    for parameter in models.controlnet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    before = one_velocity(models)
+    for block in models.controlnet.controlnet_blocks[2:]:
+        torch.nn.init.zeros_(block.weight)
+        torch.nn.init.zeros_(block.bias)
+        after = one_velocity(models)
+        assert (after - before).abs().max() > 1e-3
+        before = after
+
+
 def test_loras_load_in_stock_diffusers(monkeypatch, tmp_path):
     """Converted LoRAs, and FLUX's as the reference names it, do in diffusers what ours do on fused projections."""
     paths = {
