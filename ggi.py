@@ -221,6 +221,7 @@ def fill_arcs(args: Arguments, preset: Preset, jobs: list[VideoJob], transformer
     """Generate all missing arcs, divided among the processes."""
     with heavy_imports():
         from models.inbetween.pipeline import InbetweenStage, caption_image
+        from models.loading.fit import require_fit
         from models.runtime.memory import look_up_plan
         from models.runtime.runtime import first_here, open_runtime
 
@@ -228,6 +229,7 @@ def fill_arcs(args: Arguments, preset: Preset, jobs: list[VideoJob], transformer
     uncaptioned = [job for job in jobs if job.prompt is None]
     caption_model = first_here(args, partial(caption_source, args.caption_model)) if uncaptioned else None
     paths = first_here(args, partial(locate, args, preset, GGI_STAGE))
+    require_fit(paths | {"inbetween": transformer})
     guided = args.guidance_scale != 1 and args.prompt != ""
     pixels = args.width * args.height
     plan = look_up_plan(preset.name, "ggi", pixels=pixels, frames=args.num_frames, batch=1 + guided)

@@ -102,12 +102,14 @@ def main() -> None:
 def train(args: Arguments, preset: Preset, references: list[Reference], run: Run, first_step: int) -> None:
     with heavy_imports():
         from models.flux.alignment import Alignment
+        from models.loading.fit import require_fit
         from models.runtime.memory import look_up_plan
         from models.runtime.runtime import first_here, open_training_runtime
         from models.runtime.training import fit
 
     plan = look_up_plan(preset.name, "alignment", pixels=args.resolution**2, batch=args.train_batch_size)
     paths = first_here(args, partial(locate, args, preset, FLUX_STAGE))
+    require_fit(paths)
     runtime, settings = open_training_runtime(args, preset, "alignment", plan), settings_of(AlignmentSettings, args)
     weights = runtime.weight_identity(paths)
     run.require_begun_with(weights)

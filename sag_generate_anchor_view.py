@@ -199,11 +199,13 @@ def draw_anchors(
     with heavy_imports():
         from models.flux.anchors import AnchorStage
         from models.flux.lora import read_loras
+        from models.loading.fit import require_fit
         from models.loading.networks import component_config
         from models.runtime.memory import look_up_plan
         from models.runtime.runtime import first_here, open_runtime
 
     paths = first_here(args, partial(locate, args, preset, FLUX_STAGE))
+    require_fit(paths)
     configs = [component_config(name, paths[name]) for name in ("flux_transformer", "controlnet")]
     states = read_loras({job.pfix: loras[job.pfix] for job in jobs}, configs)
     prompts = [prompt for job in jobs for prompt in job.prompts]

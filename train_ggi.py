@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.flags import add_attention_flag, add_memory_flags, add_overwrite_flag, resolve_launched_device
+from models.loading.whole import component_folder, require_kind, require_whole
 from models.precision import automatic_precision, settle_precision
 from models.settings import INBETWEEN_TRAINING, InbetweenTrainSettings, TrainSettings
 from models.weights import (
     GGI_STAGE,
     Preset,
     add_weight_flags,
-    component_folder,
     load_preset,
     locate,
     require_same_weights,
@@ -106,8 +106,10 @@ def open_dataset(args: Arguments, preset: Preset) -> ClipSource:
 def find_start(args: Arguments, preset: Preset) -> Path:
     """Find the folder of the start weights."""
     folder = args.init_from or component_folder(START, locate(args, preset, [START])[START])
-    if not (folder / "config.json").is_file() or not (args.from_scratch or any(folder.glob("*.safetensors"))):
-        raise InputError(f"{folder} holds no transformer: expected config.json and *.safetensors")
+    if args.from_scratch:
+        require_kind(START, folder)
+    else:
+        require_whole("inbetween", folder)
     return folder
 
 
@@ -149,13 +151,16 @@ def main() -> None:
 
 def train(args: Arguments, preset: Preset, source: ClipSource, run: Run, paths: dict[str, Path]) -> None:
     with heavy_imports():
-        from models.inbetween.training import InbetweenTraining, check_start, read_frozen_lora
+        from models.inbetween.training import CHANNELS, InbetweenTraining, check_start, read_frozen_lora
+        from models.loading.fit import require_fit
         from models.runtime.memory import look_up_plan
         from models.runtime.runtime import open_training_runtime
         from models.runtime.training import fit
 
     config = read_json(paths["start"] / "config.json")
     check_start(config, preset.video_size, preset.num_frames)
+    kind = "inbetween" if config["in_channels"] == CHANNELS else START
+    require_fit(paths if args.from_scratch else paths | {kind: paths["start"]})
     lora = read_frozen_lora(args.lora, config) if args.lora else {}
     (width, height), frames = preset.video_size, preset.num_frames
     plan = look_up_plan(preset.name, "training", pixels=width * height, frames=frames, batch=args.train_batch_size)

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import InputError
-from utils.files import file_sha256, known_sha256, read_json, show_bytes
+from utils.files import file_sha256, known_sha256, show_bytes
 
 SPARE = 2**30  # bytes to leave free on the cache's disk
-WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
-OPTIONAL = ("*.txt", "*.model")  # a tokenizer has one or the other
+RENAMED = ("THUDM/", "zai-org/")  # one organisation under its old and its new name
 SOURCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?")
 
 
@@ -28,6 +27,12 @@ class Source:
     repo: str
     revision: str
     file: str | None
+
+    @property
+    def names(self) -> list[str]:
+        """The repository's name, and its others, under which the cache may hold it."""
+        others = [name for name in RENAMED if self.repo.startswith(RENAMED) and not self.repo.startswith(name)]
+        return [self.repo, *(name + self.repo.partition("/")[2] for name in others)]
 
     @property
     def url(self) -> str:
@@ -53,45 +58,44 @@ def parse_source(text: str) -> Source | None:
     return Source(match["repo"], match["revision"] or "main", match["file"])
 
 
-def is_whole(folder: Path, patterns: Iterable[str]) -> bool:
-    """Whether every file that `patterns` ask for is there, shards included: a download may have been cut short."""
-    for pattern in patterns:
-        files = list(folder.glob(pattern))
-        holds_weights = pattern.startswith(WEIGHT_FOLDERS)
-        if pattern in OPTIONAL and not files:
-            continue
-        if not files or (holds_weights and not any(file.suffix == ".safetensors" for file in files)):
-            return False
-        for index in (file for file in files if file.name.endswith(".safetensors.index.json")):
-            shards = set(read_json(index)["weight_map"].values())
-            if not all((index.parent / shard).exists() for shard in shards):
-                return False
-    return True
-
-
 def find_cached(source: Source, patterns: Sequence[str]) -> Path | None:
-    """Folder, or file, of a source in the local cache, if it is complete enough to load."""
+    """Folder, or file, of a source in the local cache; it may be incomplete. Under any of the repository's names."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     wanted = source.patterns(patterns)
-    try:
-        folder = Path(
-            snapshot_download(source.repo, revision=source.revision, local_files_only=True, allow_patterns=wanted)
-        )
-    except LocalEntryNotFoundError:
-        return None
-    if not is_whole(folder, wanted):
-        return None
-    return folder / source.file if source.file else folder
+    for repo in source.names:
+        try:
+            folder = snapshot_download(repo, revision=source.revision, local_files_only=True, allow_patterns=wanted)
+        except LocalEntryNotFoundError:
+            continue
+        path = Path(folder, source.file or "")
+        if path.exists():
+            return path
+    return None
 
 
-def check_access(name: str, source: Source) -> None:
-    """Raise InputError unless this user can download the repository now. name: the flag that names another source."""
+def other_commits(source: Source) -> list[str]:
+    """`name@commit` of the snapshots that the local cache holds of a repository, whatever revision is asked for."""
+    from huggingface_hub import constants
+
+    found = []
+    for repo in source.names:
+        snapshots = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots")
+        suffix = f"/{source.file}" if source.file else ""
+        found += [f"{repo}@{path.name}{suffix}" for path in sorted(snapshots.glob("*"))]
+    return found
+
+
+def check_access(name: str, source: Source, instead: str = "") -> None:
+    """Raise InputError unless this user can download the repository now.
+
+    name: the flag that names another source. instead: what else there is, for the message.
+    """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    instead = f"or pass a local copy with --{name}"
+    instead = f"or pass a local copy with --{name}{instead}"
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         raise InputError(
             f"{name}: {source.repo} is not in the local cache and HF_HUB_OFFLINE is set; unset it, {instead}"
@@ -107,7 +111,9 @@ def check_access(name: str, source: Source) -> None:
         raise InputError(
             f"{name}: there is no repository {source.repo} on the hub, nor a local path; check the spelling"
         ) from error
-    except Exception as error:  # any exception of the HTTP library: no network, proxy, server error
+    except HfHubHTTPError as error:  # an expired or narrow token, too many requests, a server error
+        raise InputError(f"{name}: the hub does not give {source.repo}: {error}; mend that, {instead}") from error
+    except Exception as error:  # any exception of the HTTP library: no network, proxy
         raise InputError(
             f"{name}: {source.repo} is not in the local cache and {source.url} cannot be reached; go online, {instead}"
         ) from error
@@ -170,8 +176,6 @@ def download(name: str, source: Source, patterns: Sequence[str], missing: Iterab
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         raise InputError(f"{name}: {damaged[0].name} arrived damaged and was removed; run the same command again")
-    if not is_whole(folder, where["allow_patterns"]):
-        raise InputError(f"{name}: {source.repo} lacks files of {where['allow_patterns']} at {source.revision}")
     return folder / source.file if source.file else folder
 
 

@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from models.finite import require_finite
 from utils.files import atomic_path
 
 
@@ -55,10 +57,12 @@ def to_signed(images: np.ndarray) -> torch.Tensor:
 def find_or_make(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Read latents from the file `path`, or make them and write them there. On the CPU.
 
-    So a failed decode needs no second denoising. Raises OSError when they cannot be written.
+    So a failed decode needs no second denoising. A file that is damaged or not finite is made again. Raises OSError
+    when they cannot be written.
     """
     if path.exists():
-        return load_file(path)["latents"]
+        with suppress(SafetensorError, KeyError, FloatingPointError):
+            return require_finite(load_file(path)["latents"], str(path))
     latents = make().cpu().contiguous()
     try:
         with atomic_path(path) as temporary:

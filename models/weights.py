@@ -11,11 +11,21 @@ repository (`org/name/file.safetensors`), by a local folder in diffusers format,
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from models import hub
-from utils.cli import InputError, Parser, positive_int, run_script
+from models.loading.whole import (
+    COMPONENTS,
+    CONVERTIBLE,
+    IncompleteError,
+    component_folder,
+    open_weights,
+    require_whole,
+)
+from utils.cli import InputError, Parser, heavy_imports, positive_int, run_script
 from utils.files import file_sha256, known_sha256, read_json, show_bytes
 from utils.layout import ggi_transformer_folder
 from utils.runs import Run
@@ -23,34 +33,11 @@ from utils.runs import Run
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "checkpoints"  # <name>/preset.json beside each weight set
 
-FLUX_TEXT_FILES = [
-    "model_index.json",
-    "scheduler/*",
-    "tokenizer/*",
-    "tokenizer_2/*",
-    "text_encoder/*",
-    "text_encoder_2/*",
-]
-# component -> (preset entry it comes from, sub-folder in a pipeline repository, files needed from there)
-COMPONENTS = {
-    "flux_transformer": ("flux", "transformer", ["transformer/*"]),
-    "flux_vae": ("flux", "vae", ["vae/*"]),
-    "flux_text": ("flux", None, FLUX_TEXT_FILES),
-    "controlnet": ("controlnet", None, ["*.safetensors", "*.json"]),
-    "cogvideox_vae": ("cogvideox", "vae", ["vae/*"]),
-    "cogvideox_transformer": ("cogvideox", "transformer", ["transformer/*"]),
-    "cogvideox_text": ("cogvideox", None, ["model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/*"]),
-}
 FLUX_STAGE = ("flux_transformer", "flux_vae", "flux_text", "controlnet")
 GGI_STAGE = ("cogvideox_vae", "cogvideox_text")
-CONVERTIBLE = {  # component -> its kind in models.convert
-    "flux_transformer": "flux",
-    "flux_vae": "autoencoder",
-    "controlnet": "controlnet",
-    "inbetween": "ggi",
-}
 EPOCH = 1350  # the released in-between transformer's
 RELEASE = "https://drive.google.com/drive/folders/1IhI9qDv6tH5T7XzeEjx27UYw2EqZ7MKY"  # its authors' folder
+FLOW_LORA = "https://huggingface.co/Eyeline-Research/Go-with-the-Flow"  # its LoRAs on CogVideoX
 CAPTION_MODEL, CAPTION_FILES = "Salesforce/blip2-opt-2.7b", ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -118,13 +105,7 @@ def add_source_flags(group: argparse._ActionsContainer, components: Sequence[str
 
 def locate(args: argparse.Namespace, preset: Preset, components: Iterable[str]) -> dict[str, Path]:
     """Local paths of all components. Downloads missing ones, after checking access to all of them and disk space."""
-    paths = _fetch_missing({name: _source(args, preset, name) for name in components})
-    for name, path in paths.items():
-        folder = component_folder(name, path)
-        config = folder / ("model_index.json" if name.endswith("_text") else "config.json")
-        if folder.is_dir() and not config.is_file():
-            raise InputError(f"{name}: {config} is missing")
-    return paths
+    return _fetch_missing({name: _source(args, preset, name) for name in components})
 
 
 def _source(args: argparse.Namespace, preset: Preset, name: str) -> str:
@@ -148,27 +129,43 @@ def _patterns(name: str) -> list[str]:
 
 
 def find_local(name: str, text: str) -> Path | None:
-    """A component's path on this machine, if all of it is there.
+    """A component's path on this machine, None if a repository is not in the hub's cache.
 
-    Raises InputError if the source is neither a path nor a repo id.
+    Raises InputError if the source is neither a path nor a repo id, or its files are damaged; IncompleteError if some
+    are missing.
     """
-    if Path(text).exists():
-        return Path(text)
-    source = hub.parse_source(text)
-    if source is None:
-        raise InputError(f"{name}: {text} does not exist")
-    return hub.find_cached(source, _patterns(name))
+    path = Path(text)
+    if not path.exists():
+        source = hub.parse_source(text)
+        if source is None:
+            raise InputError(f"{name}: {text} does not exist")
+        path = hub.find_cached(source, _patterns(name))
+    if path is not None and name in COMPONENTS:
+        require_whole(name, component_folder(name, path), files_too=name in CONVERTIBLE)
+    return path
+
+
+def _find_or_none(name: str, text: str) -> Path | None:
+    """`find_local`, and None where a download may bring what is missing."""
+    try:
+        return find_local(name, text)
+    except IncompleteError:
+        if Path(text).exists():
+            raise
+        return None
 
 
 def _fetch_missing(texts: dict[str, str]) -> dict[str, Path]:
     """{component: local path} from {component: source}; downloads what is missing."""
-    paths = {name: find_local(name, text) for name, text in texts.items()}
+    paths = {name: _find_or_none(name, text) for name, text in texts.items()}
     sources = {name: hub.parse_source(texts[name]) for name, path in paths.items() if path is None}
     for name, source in sources.items():
-        hub.check_access(name, source)
+        hub.check_access(name, source, _other_commits(name, texts[name]))
     missing = {name: hub.list_missing(name, source, _patterns(name)) for name, source in sources.items()}
     hub.require_space(size for files in missing.values() for size in files.values())
-    return paths | {n: hub.download(n, source, _patterns(n), missing[n]) for n, source in sources.items()}
+    for name, source in sources.items():
+        hub.download(name, source, _patterns(name), missing[name])
+    return paths | {name: find_local(name, texts[name]) for name in sources}
 
 
 def find_inbetween(preset: Preset, model_path: Path | None, epoch: int) -> Path:
@@ -176,20 +173,17 @@ def find_inbetween(preset: Preset, model_path: Path | None, epoch: int) -> Path:
     if model_path is None and preset.ggi_transformer:
         if epoch != EPOCH:
             raise InputError(f"--epoch {epoch} goes with --model_path: the {preset.name} weights have one transformer")
+        require_whole("inbetween", Path(preset.ggi_transformer))
         return Path(preset.ggi_transformer)
     folder = ggi_transformer_folder(model_path or Path("checkpoints"), epoch)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise InputError(
-            f"{folder} holds no transformer: download checkpoint-{EPOCH} from {RELEASE} into checkpoints, "
-            "or pass --model_path and --epoch"
+            f"{folder} holds no transformer: download checkpoint-{EPOCH} from {RELEASE} into checkpoints, so that "
+            f"{ggi_transformer_folder(Path('checkpoints'), EPOCH)}/config.json is there, or pass --model_path and "
+            "--epoch"
         )
+    require_whole("inbetween", folder)
     return folder
-
-
-def component_folder(name: str, path: Path) -> Path:
-    """Folder of a component's config.json: the pipeline's sub-folder or `path` itself. A file is returned as is."""
-    subfolder = COMPONENTS[name][1]
-    return path / subfolder if subfolder and (path / subfolder).is_dir() else path
 
 
 def weight_hashes(paths: dict[str, Path]) -> dict[str, dict[str, str]]:
@@ -243,19 +237,62 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     preset = load_preset(args.weights)
     texts = {name: _source(args, preset, name) for name in (*FLUX_STAGE, *GGI_STAGE)}
-    paths = (_fetch_missing if args.action == "fetch" else _find_all)(texts)
-    for name, path in paths.items():
-        print(f"{name:17} {_describe(name, path) if path else f'missing: {texts[name]}'}")
-    if absent := [name for name, path in paths.items() if path is None]:
+    if args.action == "fetch":
+        _fetch_missing(texts)
+    find = {name: partial(_find_present, name, text) for name, text in texts.items()}
+    find["inbetween"] = partial(find_inbetween, preset, args.model_path, args.epoch)
+    paths, faults = _find_sound(find, args.action == "check")
+    if args.weights == "full":
+        print(f"{'by hand':17} checkpoint-{EPOCH}, the in-between transformer: {RELEASE} into checkpoints/")
+        print(f"{'':17} LoRA of Go-with-the-Flow, for train_ggi.py --lora: {FLOW_LORA}")
+    if absent := [name for name in texts if isinstance(faults.get(name), IncompleteError)]:
         raise InputError(f"{len(absent)} components are missing: python -m models.weights fetch")
+    if faults:
+        raise InputError("; ".join(str(fault) for fault in faults.values()))
     if args.hashes:
-        _require_undamaged(paths)
-    transformer = find_inbetween(preset, args.model_path, args.epoch)
-    print(f"{'inbetween':17} {_describe('inbetween', transformer)}")
+        _require_undamaged({name: paths[name] for name in texts})
 
 
-def _find_all(texts: dict[str, str]) -> dict[str, Path | None]:
-    return {name: find_local(name, text) for name, text in texts.items()}
+def _find_present(name: str, text: str) -> Path:
+    """`find_local`. Raises IncompleteError if it is not in the hub's cache, and says what is there instead."""
+    path = find_local(name, text)
+    if path is None:
+        raise IncompleteError(f"missing: {text}{_other_commits(name, text)}")
+    return path
+
+
+def _find_sound(
+    find: Mapping[str, Callable[[], Path]], thoroughly: bool
+) -> tuple[dict[str, Path], dict[str, InputError]]:
+    """Find and check all components, a line for each: ({component: path}, {component: what is wrong with it}).
+
+    thoroughly: also whether tensors fit configurations, and tokenizers their encoders.
+    """
+    if thoroughly:
+        with heavy_imports():
+            from models.loading.fit import require_fit
+
+    paths, faults = {}, {}
+    for name, find_path in find.items():
+        try:
+            paths[name] = find_path()
+            if thoroughly:
+                require_fit({name: paths[name]})
+            print(f"{name:17} {_describe(name, paths[name])}")
+        except InputError as fault:
+            faults[name] = fault
+            print(f"{name:17} {fault}")
+    return paths, faults
+
+
+def _other_commits(name: str, text: str) -> str:
+    """What to say of whole snapshots of the same repository at other commits; empty if there are none."""
+    found = []
+    for other in hub.other_commits(hub.parse_source(text)):
+        with suppress(InputError):
+            found += [other] if find_local(name, other) else []
+    flag = COMPONENTS[name][0] if name in COMPONENTS else name
+    return f" (the cache holds another commit: --{flag} {found[0]} takes it)" if found else ""
 
 
 def _weight_files(name: str, path: Path) -> list[Path]:
@@ -278,10 +315,8 @@ def _describe(name: str, path: Path) -> str:
 
 def _holds_lora(files: Sequence[Path]) -> bool:
     """Whether the files hold weights with an unmerged LoRA, as the paper's authors saved them."""
-    from safetensors import safe_open
-
     for file in files:
-        with safe_open(file, "np") as handle:
+        with open_weights(file, "np") as handle:
             if any(".lora_" in key for key in handle.keys()):  # noqa: SIM118 - not a dict
                 return True
     return False

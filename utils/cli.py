@@ -86,7 +86,7 @@ def settings_of(settings: type, args: argparse.Namespace):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Call `main` and exit: 0, 2 for bad input, 3 when the machine fails (disk full, I/O error), 130 on Ctrl-C."""
+    """Call `main` and exit: 0, 2 for bad input, 3 when the work fails (disk full, I/O error, NaN), 130 on Ctrl-C."""
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # read when the libraries are imported; errors are still raised
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     # OpenMP threads that spin while they wait are many times slower when anything else runs on the machine.
@@ -95,6 +95,8 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         _stop(error, BAD_INPUT)
+    except FloatingPointError as error:  # NaN or infinity where a number belongs
+        _stop(error, FAILED)
     except OSError as error:
         hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         where = f": {error.filename}" if error.filename else ""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from models.finite import require_finite
 from models.flux.lora import LoraState, add_lora, common_ranks, set_lora
 from models.flux.network import (
     CONTROL_STEPS,
@@ -197,7 +198,7 @@ class AnchorStage:
         texts = self.texts[anchor.prompt], self.texts[self.settings.neg_prompt]
         with self.runtime.attention():
             latents = sample_anchor(self.models, noise, control, *texts, self.settings, replacement, on_step)
-        return Drawn(latents, warped, mask)
+        return Drawn(require_finite(latents, f"the denoised latents of anchor {anchor.number}"), warped, mask)
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         """Latents [1, 16, h, w] -> picture uint8 [8 h, 8 w, 3]."""

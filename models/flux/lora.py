@@ -14,7 +14,8 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from models.loading.files import read_weights
+from models.finite import require_finite_tensors
+from models.loading.files import read_lora
 from models.loading.keymaps import MLP_RATIO, lora_from_peft, lora_to_peft
 from utils.cli import InputError
 from utils.files import atomic_path
@@ -43,7 +44,7 @@ def check_lora(path: Path, config: Mapping) -> dict[str, torch.Tensor]:
 
     Keys are peft's names. Raises InputError naming the first key that is missing, unknown or of another shape.
     """
-    tensors, _ = read_weights(path)
+    tensors, _ = read_lora(path)
     try:
         state = lora_to_peft(tensors)
     except ValueError as error:
@@ -70,8 +71,8 @@ def read_loras(
 
 
 def lora_rank(state: Mapping[str, torch.Tensor]) -> int:
-    """Rank of a LoRA under peft's names."""
-    return next(tensor.shape[0] for key, tensor in state.items() if "lora_A" in key)
+    """Rank of a LoRA under peft's names; 0 if it has no lora_A."""
+    return next((tensor.shape[0] for key, tensor in state.items() if "lora_A" in key and tensor.ndim), 0)
 
 
 def common_ranks(loras: Mapping[str, Sequence[Mapping[str, torch.Tensor]]]) -> list[int]:
@@ -160,7 +161,9 @@ def lora_state(model: FluxModel) -> dict[str, torch.Tensor]:
 def save_lora(model: FluxModel, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the LoRA as the reference does: its key names, bfloat16. Atomic."""
     with atomic_path(path) as temporary:
-        save_file({key: tensor.to("cpu", dtype) for key, tensor in lora_state(model).items()}, temporary)
+        state = {key: tensor.to("cpu", dtype) for key, tensor in lora_state(model).items()}
+        require_finite_tensors(state, "trained LoRA", f"too large for {dtype}")
+        save_file(state, temporary)
 
 
 def save_loras_only(accelerator: Accelerator, models: Sequence[FluxModel]) -> None:

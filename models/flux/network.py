@@ -17,9 +17,10 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 
+from models.finite import require_finite
 from models.latents import posterior_sample, token_positions
 from models.loading.networks import free_caches, load_encoders, load_model
-from models.runtime.memory import RESIDENT, place
+from models.runtime.memory import RESIDENT, place, place_pipeline
 
 TRAINING_STEPS, TRAINING_TOKENS = 999, 4096  # the schedule that training timesteps are drawn from
 CONTROL_STEPS = 25  # the ControlNet acts on the first 25 steps only
@@ -99,7 +100,11 @@ def decode_latents(models: FluxModels, latents: torch.Tensor) -> torch.Tensor:
 
 
 def to_bytes(images: torch.Tensor) -> np.ndarray:
-    """Images [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]. Truncates, as the reference does for FLUX."""
+    """Images [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]. Truncates, as the reference does for FLUX.
+
+    Raises FloatingPointError when they are not finite.
+    """
+    require_finite(images, "the decoded pictures")
     scaled = 127.5 * (images.float().clamp(-1, 1) + 1)
     return scaled.to(torch.uint8).movedim(1, -1).cpu().numpy()
 
@@ -194,12 +199,15 @@ def encode_flux_prompts(
     path: Path, prompts: Iterable[str], device: str, dtype: torch.dtype, max_length: int, how: str = RESIDENT
 ) -> dict[str, Text]:
     """Encode prompts with the pipeline folder `path`'s text encoders, then free them: {prompt: Text on the CPU}."""
-    pipeline = load_encoders("flux_text", FluxPipeline, path, device, dtype, how)
+    pipeline = load_encoders("flux_text", FluxPipeline, path, dtype)
+    place_pipeline(pipeline, how, device)
     texts = {}
     with torch.no_grad():
         for prompt in dict.fromkeys(prompts):
             tokens, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=max_length)
             texts[prompt] = Text(tokens.cpu(), pooled.cpu())
+            for part in (tokens, pooled):
+                require_finite(part, f"the embeddings of the prompt {prompt!r}")
     del pipeline
     free_caches()
     return texts

@@ -25,6 +25,7 @@ from diffusers import AutoencoderKLCogVideoX
 from safetensors import safe_open
 from tqdm import tqdm
 
+from models.finite import DAMAGE, PRECISION, require_finite_tensors
 from models.latents import draw_noise, to_signed
 from utils.cli import InputError
 from utils.data.clips import LATENT_SCALE, Clip, ClipSource
@@ -76,7 +77,9 @@ class ClipCache:
         clips = prefetch(self.source.load, numbers)
         for i, clip in tqdm(clips, "encode", len(numbers), unit="clip", disable=quiet):
             seed = int(hashlib.sha256(self._names[i].encode()).hexdigest()[:15], 16)
-            arrays = {name: tensor.numpy() for name, tensor in encode(clip, seed).items()}
+            tensors = encode(clip, seed)
+            require_finite_tensors(tensors, f"latents of the clip {self._names[i]}", f"{PRECISION}; {DAMAGE}")
+            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
             arrays["caption"] = np.frombuffer(clip.caption.encode(), np.uint8)
             write_arrays(self.clip_path(i), arrays, self._clip_about(i))
 

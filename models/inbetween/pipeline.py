@@ -20,11 +20,12 @@ from diffusers import (
 )
 from PIL import Image
 
+from models.finite import require_finite, require_finite_weights
 from models.inbetween.replacement import Replacement, latent_coverage
 from models.latents import draw_noise, posterior_sample, to_signed
 from models.loading.files import load_ggi_transformer
 from models.loading.networks import free_caches, load_encoders, load_model, load_pipeline
-from models.runtime.memory import ON_DEMAND, PLACEMENTS, RESIDENT, place
+from models.runtime.memory import ON_DEMAND, PLACEMENTS, RESIDENT, place, place_pipeline
 from models.runtime.rotary import use_complex_rotary
 from models.runtime.runtime import Runtime
 from models.runtime.speed import first_block_cache
@@ -157,6 +158,7 @@ class CogVideoXInbetweenPipeline(CogVideoXImageToVideoPipeline):
     def decode_video(self, latents: torch.Tensor) -> np.ndarray:
         """Latents [1, F', 16, h, w] -> frames uint8 [F, 8 h, 8 w, 3]. Rounds, as the reference does for CogVideoX."""
         video = self.decode_latents(latents.to(self._execution_device, self.vae.dtype)).float()
+        require_finite(video, "the decoded frames")
         return (video[0] / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).movedim(0, -1).cpu().numpy()
 
 
@@ -164,7 +166,8 @@ def encode_video_prompts(
     path: Path, prompts: Iterable[str], device: str, dtype: torch.dtype, max_length: int, how: str = RESIDENT
 ) -> dict[str, torch.Tensor]:
     """Encode prompts for CogVideoX, then free the text encoder: {prompt: T5 embedding [1, T, D] on the CPU}."""
-    pipeline = load_encoders("cogvideox_text", CogVideoXInbetweenPipeline, path, device, dtype, how)
+    pipeline = load_encoders("cogvideox_text", CogVideoXInbetweenPipeline, path, dtype)
+    place_pipeline(pipeline, how, device)
     with torch.no_grad():
         embeds = {
             prompt: pipeline.encode_prompt(prompt, None, False, max_sequence_length=max_length)[0].cpu()
@@ -172,6 +175,8 @@ def encode_video_prompts(
         }
     del pipeline
     free_caches()
+    for prompt, embed in embeds.items():
+        require_finite(embed, f"the T5 embeddings of the prompt {prompt!r}")
     return embeds
 
 
@@ -181,7 +186,8 @@ def caption_image(image: np.ndarray, path: Path, device: str, dtype: torch.dtype
     from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessorPil
 
     # The processor is assembled here because its own loader requires torchvision.
-    model = Blip2ForConditionalGeneration.from_pretrained(path, dtype=dtype, local_files_only=True).to(device)
+    model = Blip2ForConditionalGeneration.from_pretrained(path, dtype=dtype, local_files_only=True)
+    place(model, RESIDENT, device)
     processor = Blip2Processor(
         BlipImageProcessorPil.from_pretrained(path, local_files_only=True),
         AutoTokenizer.from_pretrained(path, local_files_only=True),
@@ -217,6 +223,8 @@ def load_inbetween(
     pipeline.scheduler = CogVideoXDDIMScheduler.from_config(pipeline.scheduler.config)  # whatever it was
     prepare_networks(**networks, tiling=tiling)
     if ON_DEMAND in kept.values():
+        for network in networks.values():
+            require_finite_weights(network)
         pipeline.enable_model_cpu_offload(device=device)
     else:
         for name in networks:
@@ -230,7 +238,8 @@ def load_video_vae(runtime: Runtime, paths: Mapping[str, Path]) -> AutoencoderKL
     vae = load_model("cogvideox_vae", AutoencoderKLCogVideoX, paths["cogvideox_vae"], runtime.dtype)
     if runtime.preset.vae_tiling:
         vae.enable_tiling()
-    return vae.to(runtime.device)
+    place(vae, RESIDENT, runtime.device)
+    return vae
 
 
 @dataclass(frozen=True)
@@ -300,7 +309,7 @@ class InbetweenStage:
         noise = blend_noise(warped, fresh, settings.degradation).to(self.pipe.transformer.dtype)
         replacement = self.replacement(arc, noise) if settings.num_replacement else None
         with self.runtime.attention(), first_block_cache(self.pipe.transformer, settings.cache):
-            return self.pipe(
+            latents = self.pipe(
                 self.conditions(arc) if conditions is None else conditions,
                 noise,
                 self.texts[arc.prompt],
@@ -309,6 +318,7 @@ class InbetweenStage:
                 guidance_scale=settings.guidance_scale,
                 on_step=replacement,
             )
+        return require_finite(latents, f"the denoised latents of arc {arc.index}")
 
     @torch.no_grad()
     def replacement(self, arc: ArcInputs, noise: torch.Tensor) -> Replacement:

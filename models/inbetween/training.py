@@ -18,10 +18,11 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox_image2video import (
     get_resize_crop_region_for_grid,
 )
 
+from models.finite import require_finite_tensors
 from models.inbetween.clip_cache import END_DRAWS, ClipCache, Tensors
 from models.inbetween.pipeline import LATENT_CHANNELS, CogVideoXInbetweenPipeline, load_video_vae
 from models.latents import draw_noise
-from models.loading.files import Shards, build, load_ggi_transformer, read_weights
+from models.loading.files import Shards, build, load_ggi_transformer, read_lora
 from models.loading.keymaps import merge_tensor, merged_names
 from models.runtime.runtime import Runtime
 from models.runtime.sharding import whole_state
@@ -91,7 +92,7 @@ def read_frozen_lora(path: Path, config: Mapping) -> Tensors:
 
     A scale (alpha / rank) is multiplied into lora_B. Raises InputError unless it fits a transformer of this config.
     """
-    tensors, _ = read_weights(path)
+    tensors, _ = read_lora(path)
     tensors = {key.removeprefix("base_model.model.").removeprefix("transformer."): t for key, t in tensors.items()}
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel.from_config({**config, "in_channels": CHANNELS})
@@ -128,6 +129,7 @@ def save_transformer(transformer: CogVideoXTransformer3DModel, folder: Path, dty
     if not (state := whole_state(transformer)):
         return
     merged = {name: merge_tensor(state, name).to("cpu", dtype, copy=True) for name in merged_names(state)}
+    require_finite_tensors(merged, "trained transformer", f"too large for {dtype}: use --dtype bfloat16")
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     build(CogVideoXTransformer3DModel, config, merged).save_pretrained(folder)
 

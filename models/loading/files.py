@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, CogVideoXTransformer3DModel, FluxControlNetModel, FluxTransformer2DModel
 from safetensors import safe_open
 
+from models.finite import require_finite_tensors
 from models.loading.keymaps import (
     StateDict,
     flux_autoencoder,
@@ -17,6 +18,7 @@ from models.loading.keymaps import (
     merge_tensor,
     merged_names,
 )
+from models.loading.whole import open_weights
 from utils.cli import InputError
 from utils.files import read_json
 
@@ -37,7 +39,10 @@ class Shards(Mapping[str, torch.Tensor]):
         self._file_of: dict[str, Path] = {}
         for file in files:
             with open_weights(file) as handle:
-                self._file_of |= dict.fromkeys(handle.keys(), file)
+                for key in handle.keys():  # noqa: SIM118 - not a dict
+                    if key in self._file_of:
+                        raise InputError(f"{self._file_of[key]} and {file} both hold {key}: leave one of them")
+                    self._file_of[key] = file
 
     def __getitem__(self, key: str) -> torch.Tensor:
         with safe_open(self._file_of[key], "pt") as handle:
@@ -81,21 +86,30 @@ def build(cls: type, config: dict, state: StateDict) -> torch.nn.Module:
     return model.eval()
 
 
-def open_weights(path: Path) -> safe_open:
-    """Open a safetensors file. Raises InputError when it is missing or damaged."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    try:
-        return safe_open(path, "pt")
-    except Exception as error:  # safetensors does not export its exception type
-        raise InputError(f"{path} is not a readable safetensors file ({error}); fetch or make it again") from error
-
-
 def read_weights(path: Path) -> tuple[StateDict, dict]:
     """Read all tensors of a safetensors file, and its metadata with JSON values decoded."""
     with open_weights(path) as handle:
         metadata = {key: _decode(value) for key, value in (handle.metadata() or {}).items()}
         return {key: handle.get_tensor(key) for key in handle.keys()}, metadata  # noqa: SIM118 - not a dict
+
+
+def read_lora(path: Path) -> tuple[StateDict, dict]:
+    """`read_weights` for a LoRA: floating-point numbers, 8-bit ones as bfloat16.
+
+    Raises InputError for integers and for rank 0, FloatingPointError for NaN and infinity.
+    """
+    tensors, metadata = read_weights(path)
+    for key, tensor in tensors.items():
+        if tensor.ndim and not tensor.is_floating_point():
+            raise InputError(
+                f"{path}: {key} holds {tensor.dtype}; quantised LoRAs are not read: convert it to bfloat16"
+            )
+        if not tensor.numel():
+            raise InputError(f"{path}: {key} is empty, {tuple(tensor.shape)}: a LoRA of rank 0 does nothing")
+        if tensor.is_floating_point() and tensor.element_size() == 1:
+            tensors[key] = tensor.to(torch.bfloat16)
+    require_finite_tensors(tensors, str(path), "its training diverged, or the file is damaged")
+    return tensors, metadata
 
 
 def _decode(value: str) -> object:
@@ -111,19 +125,24 @@ def load_reference_file(kind: str, path: Path) -> torch.nn.Module:
     source, metadata = read_weights(path)
     try:
         return build(cls, *convert(source, metadata.get(params)))
-    except (KeyError, ValueError) as error:
+    except Exception as error:  # of any kind: the file is a user's
+        raise InputError(f"{path} is not a {kind} checkpoint: {error}") from error
+
+
+def reference_layout(kind: str, path: Path) -> tuple[dict, StateDict]:
+    """The diffusers config and the tensors, on the meta device, of a reference-format file, from its header alone."""
+    with open_weights(path) as handle, torch.device("meta"):
+        shapes = {key: torch.empty(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+        params = _decode((handle.metadata() or {}).get(MODEL_KINDS[kind][2], "null"))
+    try:
+        return MODEL_KINDS[kind][1](shapes, params)
+    except Exception as error:  # of any kind: the file is a user's
         raise InputError(f"{path} is not a {kind} checkpoint: {error}") from error
 
 
 def reference_config(kind: str, path: Path) -> dict:
     """Derive the diffusers config of a reference-format file from its header alone."""
-    with open_weights(path) as handle, torch.device("meta"):
-        shapes = {key: torch.empty(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-        params = _decode((handle.metadata() or {}).get(MODEL_KINDS[kind][2], "null"))
-    try:
-        return MODEL_KINDS[kind][1](shapes, params)[0]
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path} is not a {kind} checkpoint: {error}") from error
+    return reference_layout(kind, path)[0]
 
 
 def load_ggi_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
@@ -133,5 +152,5 @@ def load_ggi_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransform
         config, _ = ggi_transformer(config, {})
         state = {name: merge_tensor(source, name).to(dtype) for name in merged_names(source)}
         return build(CogVideoXTransformer3DModel, config, state)
-    except (KeyError, ValueError) as error:
+    except Exception as error:  # of any kind: the files are a user's
         raise InputError(f"{folder} is not a GGI transformer: {error}") from error

@@ -5,6 +5,7 @@ All loading is strict: a missing, extra or misshapen key is an error.
 """
 
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
@@ -12,10 +13,11 @@ import torch
 import transformers
 
 from models.loading.files import load_reference_file, reference_config
-from models.runtime.memory import place
-from models.weights import CONVERTIBLE, component_folder
+from models.loading.whole import CONVERTIBLE, ENCODERS, component_folder
 from utils.cli import InputError
 from utils.files import read_json
+
+LACKING = ("missing_keys", "mismatched_keys", "error_msgs")  # what libraries say of files that are not whole
 
 # The scripts show their own progress bar.
 diffusers.utils.logging.disable_progress_bar()
@@ -35,11 +37,19 @@ def load_model(name: str, cls: type, path: Path, dtype: torch.dtype) -> torch.nn
     folder = component_folder(name, path)
     if folder.is_file():
         return load_reference_file(CONVERTIBLE[name], folder).to(dtype).requires_grad_(False)
+    return _load_strictly(name, cls, folder, dtype, (*LACKING, "unexpected_keys"))
+
+
+def _load_strictly(name: str, cls: type, folder: Path, dtype: torch.dtype, kinds: Sequence[str]) -> torch.nn.Module:
+    """Load a folder with a library's `from_pretrained`. kinds: of its complaints, those that are errors."""
+    options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True, "use_safetensors": True}
     try:
-        model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, info = cls.from_pretrained(folder, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any kind: the files are a user's
         raise InputError(f"{name}: {folder} cannot be loaded: {error}") from error
-    wrong = {kind: keys for kind, keys in info.items() if keys}
+    wrong = {kind: sorted(map(str, info[kind]))[:3] for kind in kinds if info.get(kind)}
     if wrong:
         raise InputError(f"{name}: {folder} does not hold a whole {cls.__name__}: {wrong}")
     return model.eval().requires_grad_(False)
@@ -50,19 +60,21 @@ def load_pipeline(name: str, cls: type, path: Path, dtype: torch.dtype, **parts)
     parts = {"transformer": None, "vae": None} | parts
     try:
         return cls.from_pretrained(path, dtype=dtype, local_files_only=True, **parts)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any kind: the files are a user's
         raise InputError(f"{name}: {path} cannot be loaded: {error}") from error
 
 
-def load_encoders(
-    name: str, cls: type, path: Path, device: str, dtype: torch.dtype, how: str
-) -> diffusers.DiffusionPipeline:
-    """Load a pipeline with only its text encoders. how: their placement (`models/runtime/memory.py`)."""
-    pipeline = load_pipeline(name, cls, path, dtype)
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            place(part, how, device)
-    return pipeline
+def load_encoders(name: str, cls: type, path: Path, dtype: torch.dtype) -> diffusers.DiffusionPipeline:
+    """Load a pipeline with only its tokenizers and text encoders, on the CPU.
+
+    Raises InputError when an encoder lacks weights, which transformers would draw at random.
+    """
+    classes = read_json(path / "model_index.json")
+    encoders = {
+        part: _load_strictly(name, getattr(transformers, classes[part][1]), path / part, dtype, LACKING)
+        for part in ENCODERS[name].values()
+    }
+    return load_pipeline(name, cls, path, dtype, **encoders)
 
 
 def free_caches() -> None:

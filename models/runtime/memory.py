@@ -12,15 +12,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
+from models.finite import require_finite_weights
 from models.flags import MEMORY_MODES
 from models.weights import WEIGHTS
 from utils.cli import InputError
 from utils.files import read_json, show_bytes
 from utils.runs import is_first_process
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 SPARE = 0.06  # share of the free memory reserved for the CUDA context and fragmentation
 BITSANDBYTES = "bitsandbytes==0.50.2"
@@ -198,7 +203,12 @@ def block_linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 
 def place(model: torch.nn.Module, how: str, device: str) -> None:
-    """Move a loaded network to `device`, or set up offloading; ON_DEMAND is left to the pipeline's own hooks."""
+    """Move a loaded network to `device`, or set up offloading; ON_DEMAND is left to the pipeline's own hooks.
+
+    Raises FloatingPointError when its weights are not finite.
+    """
+    if how != RESIDENT:  # their weights change when they are moved, or stay
+        require_finite_weights(model)
     if how == OFFLOADED:
         from diffusers import ModelMixin
         from diffusers.hooks import apply_group_offloading
@@ -215,6 +225,15 @@ def place(model: torch.nn.Module, how: str, device: str) -> None:
     elif how in (INT8, NF4):
         quantise(model, how)
     model.to(device)
+    if how == RESIDENT:
+        require_finite_weights(model)
+
+
+def place_pipeline(pipeline: "DiffusionPipeline", how: str, device: str) -> None:
+    """`place` all networks of a pipeline."""
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            place(part, how, device)
 
 
 def quantise(model: torch.nn.Module, how: str) -> None:

@@ -6,6 +6,7 @@ run, or several processes that share a global batch, draw exactly what one unint
 
 import csv
 import errno
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from models.finite import are_finite, require_finite_weights
 from models.runtime.memory import RESIDENT
 from models.runtime.optimizers import make_optimizer, page_moments
 from models.runtime.parallel import WAIT
@@ -135,6 +137,7 @@ def fit(
         for group in trained.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step)
         values = _backward(accelerator, trained.module, training, settings, step)
+        require_finite_loss(values["loss"], step + 1, settings)
         accelerator.unscale_gradients()  # they are scaled in float16
         norms = optimizer_step(trained.optimizer, groups.values(), settings.max_grad_norm)
         if trained.average:
@@ -144,9 +147,12 @@ def fit(
         accelerator.log(values | dict(zip(groups, norms, strict=True)) | rate, step + 1)
         steps.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
         last = step + 1 == total
+        checkpoint = (step + 1) % settings.checkpointing_steps == 0 or last
+        if checkpoint:
+            trained.require_finite(step + 1, settings)
         if training.sheet and ((step + 1) % settings.sheet_steps == 0 or last):
             trained.paint(accelerator, run.folder / SAMPLES_FOLDER / f"{step + 1:06d}.png")
-        if (step + 1) % settings.checkpointing_steps == 0 or last:  # after its sheet: the last ends the run
+        if checkpoint:  # after its sheet: the last ends the run
             write_checkpoint(accelerator, run, step + 1, losses, partial(trained.save, accelerator))
             if main and training.kept_states:
                 _forget_states(run, training.kept_states)
@@ -179,6 +185,7 @@ class _Trained:
         training.prepare(accelerator)
         if not accelerator.is_fsdp2:  # FSDP moves the weights itself
             objective.to(accelerator.device)
+        require_finite_weights(objective)
         parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         options = (settings.learning_rate, (0.9, settings.beta2), settings.weight_decay, moments or RESIDENT)
         module, optimizer = accelerator.prepare(objective, make_optimizer(parameters, *options))
@@ -194,6 +201,11 @@ class _Trained:
         if self.average:
             self.average.to(accelerator.device)
 
+    def require_finite(self, step: int, settings: TrainSettings) -> None:
+        """Raise FloatingPointError when a trained weight is NaN or infinite: it must not reach a checkpoint."""
+        if not all(are_finite(self.parts)):
+            raise FloatingPointError(f"the trained weights hold NaN or infinity at step {step}: {_diverged(settings)}")
+
     def save(self, accelerator, folder: Path) -> None:
         save_state(accelerator, folder / STATE_FOLDER, self.training.objective, self.optimizer, self.average)
         with averaged(self.average, self.parts):
@@ -207,6 +219,21 @@ class _Trained:
             picture = self.training.sheet()
         if accelerator.is_main_process:
             write_image(path, picture)
+
+
+def require_finite_loss(loss: float, step: int, settings: TrainSettings) -> None:
+    """Raise FloatingPointError when the loss of a step is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} at step {step}: {_diverged(settings)}")
+
+
+def _diverged(settings: TrainSettings) -> str:
+    """Likely causes of a training that is not finite, and what remains of it."""
+    fp16 = ", float16 (--mixed_precision fp16) too narrow" if settings.mixed_precision == "fp16" else ""
+    return (
+        f"--learning_rate {settings.learning_rate:g} is too high{fp16}, or a file that it reads is damaged; the "
+        "checkpoints before are kept"
+    )
 
 
 def optimizer_step(optimizer, clip_groups: Iterable[Iterable], max_norm: float = 1.0) -> list[float]:

@@ -24,7 +24,6 @@ from transformers import (
 
 from models.flags import resolve_device
 from models.flux.network import encode_flux_prompts, load_flux
-from models.hub import is_whole
 from models.inbetween.pipeline import caption_image, encode_video_prompts, load_inbetween
 from models.loading.networks import component_config, load_model
 from models.weights import (
@@ -101,21 +100,6 @@ def test_gated_repository_says_where_to_accept(monkeypatch):
 def test_a_path_that_is_nothing_is_named():
     with pytest.raises(InputError, match=r"controlnet: \./nowhere does not exist"):
         locate(parse("--controlnet", "./nowhere"), load_preset("full"), ["controlnet"])
-
-
-def test_half_a_download_is_not_taken_for_the_whole(tmp_path):
-    folder = tmp_path / "transformer"
-    folder.mkdir()
-    assert not is_whole(tmp_path, ["transformer/*"])
-    (folder / "config.json").touch()
-    assert not is_whole(tmp_path, ["transformer/*"])
-    (folder / "a.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"x": "1.safetensors", "y": "2.safetensors"}})
-    )
-    (folder / "1.safetensors").touch()
-    assert not is_whole(tmp_path, ["transformer/*"])
-    (folder / "2.safetensors").touch()
-    assert is_whole(tmp_path, ["transformer/*"])
 
 
 def test_devices():

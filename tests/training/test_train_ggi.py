@@ -118,7 +118,7 @@ def test_flags_that_do_not_go_together(refuse, tmp_path):
     refuse("--dataset", dataset, "--clips", 3, telling=("--clips",))
     refuse("--dataset", "synthetic", "--stride", 2, telling=("--stride", "synthetic"))
     refuse("--dataset", dataset, "--lora", tmp_path / "none.safetensors", telling=("none.safetensors",))
-    refuse("--dataset", dataset, "--init_from", tmp_path, telling=("holds no transformer",))
+    refuse("--dataset", dataset, "--init_from", tmp_path, telling=("config.json is missing",))
     refuse("--dataset", dataset, "--caption_dropout", 2, telling=("--caption_dropout",))
 
 
@@ -143,7 +143,7 @@ def test_start_weights_that_cannot_be_trained(refuse, tmp_path, transformer):
         ({"in_channels": 33}, "33 input channels"),
         ({"sample_width": 20}, f"160x{HEIGHT}"),
         ({"temporal_compression_ratio": 8}, "97"),
-        ({"_class_name": "Other"}, "not a CogVideoX"),
+        ({"_class_name": "Other"}, "holds Other; CogVideoXTransformer3DModel is needed"),
     ):
         config = {**transformer.config, "_class_name": "CogVideoXTransformer3DModel"} | change
         (tmp_path / "config.json").write_text(json.dumps(config))

@@ -1,0 +1,77 @@
+"""Whether a component's tensors fit its configuration, and its tokenizers their encoders, before it is loaded.
+
+Networks are built on the meta device and compared with the headers of their files: no weights are read.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import diffusers
+import transformers
+
+from models.loading.files import MODEL_KINDS, Shards, build_empty, reference_layout
+from models.loading.keymaps import ggi_transformer, merged_names, with_base
+from models.loading.whole import CONVERTIBLE, ENCODERS, NETWORKS, component_folder
+from utils.cli import InputError
+from utils.files import read_json
+
+KNOWN = 0.9  # least share of an encoder's vocabulary that its tokenizer knows: encoders are padded a little
+OLD_NAMES = ".query."  # in attention layers of an old VAE, which diffusers renames while it loads
+
+
+def require_fit(paths: Mapping[str, Path]) -> None:
+    """Raise InputError, in one line, unless each component can be loaded.
+
+    paths: as `locate` returns them, and `inbetween`: the folder of the 48-channel transformer.
+    """
+    for name, path in paths.items():
+        folder = component_folder(name, path)
+        if name in ENCODERS:
+            _require_tokenizers(name, folder)
+            continue
+        try:
+            _require_tensors(name, folder)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+        except Exception as error:  # of any kind: the files are a user's
+            raise InputError(f"{name}: {folder} is not a whole {NETWORKS[name]}: {error}") from error
+
+
+def _require_tensors(name: str, folder: Path) -> None:
+    if folder.is_file():
+        kind = CONVERTIBLE[name]
+        build_empty(MODEL_KINDS[kind][0], *reference_layout(kind, folder))
+        return
+    config, shards = read_json(folder / "config.json"), Shards(folder)
+    if config.get("quantization_config") or any(OLD_NAMES in key for key in shards):
+        return  # diffusers converts the tensors
+    if name == "inbetween":
+        plan = {key: shards.empty_like(key if key in shards else with_base(key)) for key in merged_names(shards)}
+        config, tensors = ggi_transformer(config, plan)
+    else:
+        tensors = {key: shards.empty_like(key) for key in shards}
+    build_empty(getattr(diffusers, NETWORKS[name]), config, tensors)
+
+
+def _require_tokenizers(name: str, folder: Path) -> None:
+    """Raise InputError unless each tokenizer has the vocabulary that its text encoder expects.
+
+    transformers makes an empty tokenizer, without a word, when the file of its vocabulary is missing.
+    """
+    classes = read_json(folder / "model_index.json")
+    for tokenizer, encoder in ENCODERS[name].items():
+        config, path = read_json(folder / encoder / "config.json"), folder / tokenizer
+        expected, longest = config.get("vocab_size"), config.get("max_position_embeddings")
+        if not isinstance(expected, int):
+            raise InputError(f"{name}: {folder / encoder / 'config.json'} has no vocab_size: it is damaged")
+        try:
+            found = getattr(transformers, classes[tokenizer][1]).from_pretrained(path, local_files_only=True)
+        except Exception as error:  # of any kind: the files are a user's
+            raise InputError(f"{name}: the tokenizer in {path} cannot be loaded: {error}") from error
+        if not KNOWN * expected <= len(found) <= expected:
+            raise InputError(
+                f"{name}: the tokenizer in {path} knows {len(found)} tokens, the text encoder {expected}: the file of "
+                "its vocabulary is missing, damaged or of another model"
+            )
+        if longest and found.model_max_length > longest:
+            raise InputError(f"{name}: {path / 'tokenizer_config.json'} has no model_max_length up to {longest}")
