@@ -87,19 +87,17 @@ def other_commits(source: Source) -> list[str]:
     return found
 
 
-def check_access(name: str, source: Source, instead: str = "") -> None:
+def check_access(name: str, source: Source, lack: str, instead: str = "") -> None:
     """Raise InputError unless this user can download the repository now.
 
-    name: the flag that names another source. instead: what else there is, for the message.
+    name: the flag that names another source. lack: what a download is to bring. instead: what else there is.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     instead = f"or pass a local copy with --{name}{instead}"
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        raise InputError(
-            f"{name}: {source.repo} is not in the local cache and HF_HUB_OFFLINE is set; unset it, {instead}"
-        )
+        raise InputError(f"{name}: {lack} and HF_HUB_OFFLINE is set; unset it, {instead}")
     try:
         HfApi().auth_check(source.repo)
     except GatedRepoError as error:
@@ -114,9 +112,7 @@ def check_access(name: str, source: Source, instead: str = "") -> None:
     except HfHubHTTPError as error:  # an expired or narrow token, too many requests, a server error
         raise InputError(f"{name}: the hub does not give {source.repo}: {error}; mend that, {instead}") from error
     except Exception as error:  # any exception of the HTTP library: no network, proxy
-        raise InputError(
-            f"{name}: {source.repo} is not in the local cache and {source.url} cannot be reached; go online, {instead}"
-        ) from error
+        raise InputError(f"{name}: {lack} and {source.url} cannot be reached; go online, {instead}") from error
 
 
 def list_missing(name: str, source: Source, patterns: Sequence[str]) -> dict[Path, int]:

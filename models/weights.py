@@ -140,32 +140,32 @@ def find_local(name: str, text: str) -> Path | None:
         if source is None:
             raise InputError(f"{name}: {text} does not exist")
         path = hub.find_cached(source, _patterns(name))
-    if path is not None and name in COMPONENTS:
-        require_whole(name, component_folder(name, path), files_too=name in CONVERTIBLE)
+    if path is not None:
+        require_whole(name, component_folder(name, path))
     return path
 
 
-def _find_or_none(name: str, text: str) -> Path | None:
-    """`find_local`, and None where a download may bring what is missing."""
+def _find_or_lack(name: str, text: str) -> Path | str:
+    """`find_local`, or what a download may bring: the file that is missing, or the whole repository."""
     try:
-        return find_local(name, text)
-    except IncompleteError:
+        return find_local(name, text) or f"{text} is not in the local cache"
+    except IncompleteError as error:
         if Path(text).exists():
             raise
-        return None
+        return str(error).removeprefix(f"{name}: ")
 
 
 def _fetch_missing(texts: dict[str, str]) -> dict[str, Path]:
     """{component: local path} from {component: source}; downloads what is missing."""
-    paths = {name: _find_or_none(name, text) for name, text in texts.items()}
-    sources = {name: hub.parse_source(texts[name]) for name, path in paths.items() if path is None}
+    found = {name: _find_or_lack(name, text) for name, text in texts.items()}
+    sources = {name: hub.parse_source(texts[name]) for name, path in found.items() if isinstance(path, str)}
     for name, source in sources.items():
-        hub.check_access(name, source, _other_commits(name, texts[name]))
+        hub.check_access(name, source, found[name], _other_commits(name, texts[name]))
     missing = {name: hub.list_missing(name, source, _patterns(name)) for name, source in sources.items()}
     hub.require_space(size for files in missing.values() for size in files.values())
     for name, source in sources.items():
         hub.download(name, source, _patterns(name), missing[name])
-    return paths | {name: find_local(name, texts[name]) for name in sources}
+    return found | {name: find_local(name, texts[name]) for name in sources}
 
 
 def find_inbetween(preset: Preset, model_path: Path | None, epoch: int) -> Path:
@@ -245,25 +245,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.weights == "full":
         print(f"{'by hand':17} checkpoint-{EPOCH}, the in-between transformer: {RELEASE} into checkpoints/")
         print(f"{'':17} LoRA of Go-with-the-Flow, for train_ggi.py --lora: {FLOW_LORA}")
-    if absent := [name for name in texts if isinstance(faults.get(name), IncompleteError)]:
+    absent = [name for name, text in texts.items() if name in faults and faults[name].startswith("missing: ")]
+    if absent:
         raise InputError(f"{len(absent)} components are missing: python -m models.weights fetch")
     if faults:
-        raise InputError("; ".join(str(fault) for fault in faults.values()))
+        raise InputError("; ".join(f"{name}: {fault}" for name, fault in faults.items()))
     if args.hashes:
         _require_undamaged({name: paths[name] for name in texts})
 
 
 def _find_present(name: str, text: str) -> Path:
-    """`find_local`. Raises IncompleteError if it is not in the hub's cache, and says what is there instead."""
-    path = find_local(name, text)
-    if path is None:
+    """`find_local`. Raises IncompleteError if something is missing, and says what brings it."""
+    found = _find_or_lack(name, text)
+    if isinstance(found, Path):
+        return found
+    if found.startswith(text):
         raise IncompleteError(f"missing: {text}{_other_commits(name, text)}")
-    return path
+    raise IncompleteError(f"{found}; python -m models.weights fetch brings it")
 
 
-def _find_sound(
-    find: Mapping[str, Callable[[], Path]], thoroughly: bool
-) -> tuple[dict[str, Path], dict[str, InputError]]:
+def _find_sound(find: Mapping[str, Callable[[], Path]], thoroughly: bool) -> tuple[dict[str, Path], dict[str, str]]:
     """Find and check all components, a line for each: ({component: path}, {component: what is wrong with it}).
 
     thoroughly: also whether tensors fit configurations, and tokenizers their encoders.
@@ -280,8 +281,8 @@ def _find_sound(
                 require_fit({name: paths[name]})
             print(f"{name:17} {_describe(name, paths[name])}")
         except InputError as fault:
-            faults[name] = fault
-            print(f"{name:17} {fault}")
+            faults[name] = str(fault).removeprefix(f"{name}: ")
+            print(f"{name:17} {faults[name]}")
     return paths, faults
 
 

@@ -24,7 +24,7 @@ from models.finite import require_finite, require_finite_weights
 from models.inbetween.replacement import Replacement, latent_coverage
 from models.latents import draw_noise, posterior_sample, to_signed
 from models.loading.files import load_ggi_transformer
-from models.loading.networks import free_caches, load_encoders, load_model, load_pipeline
+from models.loading.networks import free_caches, load_encoders, load_model, load_pipeline, load_strictly
 from models.runtime.memory import ON_DEMAND, PLACEMENTS, RESIDENT, place, place_pipeline
 from models.runtime.rotary import use_complex_rotary
 from models.runtime.runtime import Runtime
@@ -186,7 +186,7 @@ def caption_image(image: np.ndarray, path: Path, device: str, dtype: torch.dtype
     from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessorPil
 
     # The processor is assembled here because its own loader requires torchvision.
-    model = Blip2ForConditionalGeneration.from_pretrained(path, dtype=dtype, local_files_only=True)
+    model = load_strictly("caption_model", Blip2ForConditionalGeneration, path, dtype)
     place(model, RESIDENT, device)
     processor = Blip2Processor(
         BlipImageProcessorPil.from_pretrained(path, local_files_only=True),

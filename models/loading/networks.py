@@ -37,11 +37,13 @@ def load_model(name: str, cls: type, path: Path, dtype: torch.dtype) -> torch.nn
     folder = component_folder(name, path)
     if folder.is_file():
         return load_reference_file(CONVERTIBLE[name], folder).to(dtype).requires_grad_(False)
-    return _load_strictly(name, cls, folder, dtype, (*LACKING, "unexpected_keys"))
+    return load_strictly(name, cls, folder, dtype, (*LACKING, "unexpected_keys"))
 
 
-def _load_strictly(name: str, cls: type, folder: Path, dtype: torch.dtype, kinds: Sequence[str]) -> torch.nn.Module:
-    """Load a folder with a library's `from_pretrained`. kinds: of its complaints, those that are errors."""
+def load_strictly(
+    name: str, cls: type, folder: Path, dtype: torch.dtype, kinds: Sequence[str] = LACKING
+) -> torch.nn.Module:
+    """Load a folder with a library's `from_pretrained`, frozen. kinds: of its complaints, those that are errors."""
     options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True, "use_safetensors": True}
     try:
         model, info = cls.from_pretrained(folder, **options)
@@ -71,7 +73,7 @@ def load_encoders(name: str, cls: type, path: Path, dtype: torch.dtype) -> diffu
     """
     classes = read_json(path / "model_index.json")
     encoders = {
-        part: _load_strictly(name, getattr(transformers, classes[part][1]), path / part, dtype, LACKING)
+        part: load_strictly(name, getattr(transformers, classes[part][1]), path / part, dtype, LACKING)
         for part in ENCODERS[name].values()
     }
     return load_pipeline(name, cls, path, dtype, **encoders)

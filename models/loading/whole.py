@@ -81,17 +81,20 @@ class IncompleteError(InputError):
     """A file of a component is not there: a download may bring it."""
 
 
-def require_whole(name: str, folder: Path, *, files_too: bool = False) -> None:
+def require_whole(name: str, folder: Path) -> None:
     """Raise InputError, in one line with the file's name, unless the component's files are whole.
 
-    folder: of its config.json or, for text, of the pipeline; or a weight file, if `files_too`. IncompleteError: a
-    file is missing.
+    folder: of its config.json or, for text, of the pipeline; or a weight file in the reference's format.
+    IncompleteError: a file is missing.
     """
     try:
         if folder.is_file():
-            _require_file(folder, files_too)
+            _require_file(folder, name in CONVERTIBLE)
         elif name in ENCODERS:
             _require_text(name, folder)
+        elif name not in NETWORKS:  # of captions
+            require_json(folder / "config.json")
+            require_weights(folder, "model", pickles=True)
         else:
             require_kind(name, folder)
             require_weights(folder, "diffusion_pytorch_model", any_name=name == "inbetween")
@@ -99,10 +102,10 @@ def require_whole(name: str, folder: Path, *, files_too: bool = False) -> None:
         raise type(error)(f"{name}: {error}") from error
 
 
-def _require_file(path: Path, files_too: bool) -> None:
+def _require_file(path: Path, convertible: bool) -> None:
     if path.suffix in PICKLES:
         raise InputError(_pickle(path))
-    if not files_too:
+    if not convertible:
         raise InputError(f"{path} is a file; a folder in diffusers format, with config.json, is needed")
     open_weights(path, "np")
 
@@ -128,7 +131,7 @@ def _require_tokenizer(folder: Path, kind: str) -> None:
         return
     for file in VOCABULARIES.get(kind, (TOKENIZER,)):
         if not (folder / file).is_file():
-            raise IncompleteError(f"{folder / file} is missing, without which the tokenizer knows no words")
+            raise IncompleteError(f"{folder / file} is missing: the tokenizer would know no words")
 
 
 def require_json(path: Path) -> dict:
@@ -149,13 +152,15 @@ def require_kind(name: str, folder: Path) -> None:
             raise InputError(f"{folder / 'config.json'} says no {key}: it is damaged")
 
 
-def require_weights(folder: Path, stem: str, *, any_name: bool = False) -> None:
+def require_weights(folder: Path, stem: str, *, any_name: bool = False, pickles: bool = False) -> None:
     """Raise InputError unless the folder's weights are whole safetensors files, all shards included.
 
-    stem: of the names that the library loads. any_name: files of other names are loaded too.
+    stem: of the names that the library loads. any_name: files of other names are loaded too. pickles: they may lie
+    beside, and are not loaded.
     """
-    if pickles := sorted(path for path in folder.glob("*") if path.suffix in PICKLES):
-        raise InputError(_pickle(pickles[0]))
+    found = sorted(path for path in folder.glob("*") if path.suffix in PICKLES)
+    if found and not (pickles and any(folder.glob("*.safetensors"))):
+        raise InputError(_pickle(found[0]))
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
     if index.is_file():
         _require_shards(index)
@@ -216,5 +221,5 @@ def open_weights(path: Path, framework: str = "pt") -> safe_open:
         if kind:
             raise InputError(f"{path} is {kind}") from error
         raise InputError(
-            f"{path} is not a readable safetensors file ({error}), perhaps cut short; fetch or make it again"
+            f"{path} is not a readable safetensors file ({error}), cut short? Remove it, then fetch or make it again"
         ) from error

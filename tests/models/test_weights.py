@@ -71,7 +71,7 @@ def test_tiny_preset_points_into_its_folder(tiny):
 
 def test_absent_weights_are_named_before_anything_loads():
     with pytest.raises(
-        InputError, match=r"FLUX.1-dev is not in the local cache and HF_HUB_OFFLINE is set; .*--flux_transformer"
+        InputError, match=r"FLUX.1-dev@\w+ is not in the local cache and HF_HUB_OFFLINE is set; .*--flux_transformer"
     ):
         locate(parse(), load_preset("full"), FLUX_STAGE)
 
@@ -100,6 +100,62 @@ def test_gated_repository_says_where_to_accept(monkeypatch):
 def test_a_path_that_is_nothing_is_named():
     with pytest.raises(InputError, match=r"controlnet: \./nowhere does not exist"):
         locate(parse("--controlnet", "./nowhere"), load_preset("full"), ["controlnet"])
+
+
+def cached(hub: Path, repo: str, commit: str, tiny) -> Path:
+    """A snapshot of CogVideoX in the hub's cache."""
+    folder = hub / f"models--{repo.replace('/', '--')}" / "snapshots" / commit
+    return shutil.copytree(tiny.cogvideox, folder)
+
+
+@pytest.mark.parametrize("repo", ["THUDM/CogVideoX-5b-I2V", "zai-org/CogVideoX-5b-I2V"])
+def test_a_repository_has_two_names(tmp_path, tiny, repo):
+    full = load_preset("full")
+    folder = cached(tmp_path / "hub", repo, full.cogvideox.partition("@")[2], tiny)
+    assert locate(parse(), full, GGI_STAGE) == {name: folder for name in GGI_STAGE}
+
+
+def test_what_a_snapshot_lacks_is_named(tmp_path, tiny):
+    full = load_preset("full")
+    folder = cached(tmp_path / "hub", "THUDM/CogVideoX-5b-I2V", full.cogvideox.partition("@")[2], tiny)
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"tokenizer/spiece\.model is missing: .* and HF_HUB_OFFLINE is set"):
+        locate(parse(), full, GGI_STAGE)
+
+
+def test_another_commit_in_the_cache_is_named(tmp_path, tiny):
+    full, taken = load_preset("full"), "zai-org/CogVideoX-5b-I2V@" + "b" * 40
+    folder = cached(tmp_path / "hub", "zai-org/CogVideoX-5b-I2V", "b" * 40, tiny)
+    with pytest.raises(InputError, match=f"the cache holds another commit: --cogvideox {taken} takes it"):
+        locate(parse(), full, GGI_STAGE)
+    assert locate(parse("--cogvideox", taken), full, ["cogvideox_vae"]) == {"cogvideox_vae": folder}
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "said"),
+    [
+        (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "Invalid credentials"),
+        (
+            403,
+            {"X-Error-Message": "Your token has no access to gated repos"},
+            "Your token has no access to gated repos",
+        ),
+        (429, {"X-Error-Message": "We had to rate limit you"}, "429"),
+    ],
+)
+def test_the_hub_is_quoted(monkeypatch, status, headers, said):
+    import httpx2 as httpx
+    from huggingface_hub.utils import hf_raise_for_status
+
+    def refuse(self, repo, **_):
+        request = httpx.Request("GET", f"https://huggingface.co/api/models/{repo}/auth-check")
+        hf_raise_for_status(httpx.Response(status, headers=headers, request=request))
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("huggingface_hub.HfApi.auth_check", refuse)
+    with pytest.raises(InputError, match=said) as error:
+        locate(parse(), load_preset("full"), ["flux_transformer"])
+    assert "cannot be reached" not in str(error.value)
 
 
 def test_devices():
