@@ -56,8 +56,8 @@ def parse_args() -> Arguments:
     return parser.parse_args()
 
 
-def resume_step(args: Arguments, run: Run) -> int:
-    """Step of the checkpoint to resume from; 0 to start."""
+def resume_step(args: Arguments, run: Run) -> int | None:
+    """Step of the checkpoint to resume from; None for the newest one that is whole, 0 to start."""
     wanted, found = args.resume_from_checkpoint.removeprefix("checkpoint-"), list(find_checkpoints(run.folder))
     if run.replaces or (not found and wanted in ("latest", "none")):
         return 0
@@ -65,7 +65,7 @@ def resume_step(args: Arguments, run: Run) -> int:
         raise InputError(f"{run.folder} holds checkpoints {found}: pass --overwrite to start again")
     if wanted != "latest" and not (wanted.isdigit() and int(wanted) in found):
         raise InputError(f"--resume_from_checkpoint {wanted}: {run.folder} holds checkpoints {found or 'none'}")
-    return found[-1] if wanted == "latest" else int(wanted)
+    return None if wanted == "latest" else int(wanted)
 
 
 def main() -> None:
@@ -92,14 +92,15 @@ def main() -> None:
     )
     settle_precision(args, [run])
     first_step = resume_step(args, run)
-    if first_step >= args.max_train_steps:
+    trained = run.trained_steps if first_step is None else first_step
+    if trained >= args.max_train_steps:
         require_same_weights(run, args, preset, FLUX_STAGE)
-        print(f"{run.folder} is finished at step {first_step}; raise --max_train_steps to train on")
+        print(f"{run.folder} is finished at step {trained}; raise --max_train_steps to train on")
         return
     train(args, preset, references, run, first_step)
 
 
-def train(args: Arguments, preset: Preset, references: list[Reference], run: Run, first_step: int) -> None:
+def train(args: Arguments, preset: Preset, references: list[Reference], run: Run, first_step: int | None) -> None:
     with heavy_imports():
         from models.flux.alignment import Alignment
         from models.loading.fit import require_fit

@@ -151,7 +151,9 @@ def main() -> None:
 
 def train(args: Arguments, preset: Preset, source: ClipSource, run: Run, paths: dict[str, Path]) -> None:
     with heavy_imports():
-        from models.inbetween.training import CHANNELS, InbetweenTraining, check_start, read_frozen_lora
+        from models.inbetween.frozen_lora import read_frozen_lora
+        from models.inbetween.pipeline import CHANNELS
+        from models.inbetween.training import InbetweenTraining, check_start
         from models.loading.fit import require_fit
         from models.runtime.memory import look_up_plan
         from models.runtime.runtime import open_training_runtime

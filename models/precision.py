@@ -27,8 +27,11 @@ def computes_in_bfloat16(device: str) -> bool:
 def automatic_precision(args: argparse.Namespace, published: str, device: str) -> dict[str, str]:
     """{flag: its value on this device} for those of --dtype and --mixed_precision that are auto.
 
-    published: dtype of the weights. bfloat16 weights stay bfloat16 on every device.
+    published: dtype of the weights. bfloat16 weights stay bfloat16 on every device. Raises InputError for mixed
+    precision in float16 on a CPU.
     """
+    if getattr(args, "mixed_precision", None) == "fp16" and device == "cpu":
+        raise InputError("--mixed_precision fp16 needs a GPU, where gradients are scaled: use bf16 or no")
     low = published == "bfloat16" or computes_in_bfloat16(device)
     values = {"dtype": "bfloat16" if low else published, "mixed_precision": "bf16" if low else "no"}
     return {name: values[name] for name in _automatic(args)}

@@ -40,6 +40,7 @@ from utils.scene.carry import CarriedVideo
 from utils.scene.composite import composite, match_colours
 
 LATENT_CHANNELS = 16
+CHANNELS = 3 * LATENT_CHANNELS  # noisy latents | images | edges
 
 
 def prepare_networks(transformer: CogVideoXTransformer3DModel, vae: AutoencoderKLCogVideoX, *, tiling: bool) -> None:

@@ -20,9 +20,10 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox_image2video import (
 
 from models.finite import require_finite_tensors
 from models.inbetween.clip_cache import END_DRAWS, ClipCache, Tensors
-from models.inbetween.pipeline import LATENT_CHANNELS, CogVideoXInbetweenPipeline, load_video_vae
+from models.inbetween.frozen_lora import add_frozen_lora
+from models.inbetween.pipeline import CHANNELS, LATENT_CHANNELS, CogVideoXInbetweenPipeline, load_video_vae
 from models.latents import draw_noise
-from models.loading.files import Shards, build, load_ggi_transformer, read_lora
+from models.loading.files import Shards, build, load_ggi_transformer
 from models.loading.keymaps import merge_tensor, merged_names
 from models.runtime.runtime import Runtime
 from models.runtime.sharding import whole_state
@@ -35,7 +36,6 @@ from utils.layout import LATENT_FRAMES, resample_indices
 from utils.noise import blend_noise
 from utils.runs import derive_seed
 
-CHANNELS = 3 * LATENT_CHANNELS  # noisy latents | images | edges
 PATCH_WEIGHT = "patch_embed.proj.weight"
 SHEET_CLIPS = 2
 SHEET_COLUMNS, SHEET_STEPS, SHEET_ALPHA = 8, 10, 0.5
@@ -84,41 +84,7 @@ def new_transformer(config: Mapping, seed: int) -> CogVideoXTransformer3DModel:
     return CogVideoXTransformer3DModel.from_config({**config, "in_channels": CHANNELS})
 
 
-# --- the frozen LoRA ---
-
-
-def read_frozen_lora(path: Path, config: Mapping) -> Tensors:
-    """Read a LoRA file in diffusers' format as {module.lora_A.weight, module.lora_B.weight: tensor}.
-
-    A scale (alpha / rank) is multiplied into lora_B. Raises InputError unless it fits a transformer of this config.
-    """
-    tensors, _ = read_lora(path)
-    tensors = {key.removeprefix("base_model.model.").removeprefix("transformer."): t for key, t in tensors.items()}
-    with torch.device("meta"):
-        model = CogVideoXTransformer3DModel.from_config({**config, "in_channels": CHANNELS})
-    sizes = {name: m.weight.shape for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    state = {}
-    for name in sorted({key.rpartition(".lora_A.")[0] or key.rpartition(".lora_B.")[0] for key in tensors} - {""}):
-        down, up = (tensors.get(f"{name}.lora_{factor}.weight") for factor in "AB")
-        fits = down is not None and up is not None and (up.shape[0], down.shape[1]) == tuple(sizes.get(name, ()))
-        if not fits or up.shape[1] != down.shape[0]:
-            raise InputError(f"--lora {path} does not fit these weights at {name}")
-        scale = tensors.pop(f"{name}.alpha", down.shape[0]) / down.shape[0]
-        state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up * scale}
-    unknown = sorted(tensors.keys() - state.keys())
-    if unknown or not state:
-        raise InputError(f"--lora {path} is not a LoRA in diffusers' format ({unknown[:1] or 'it is empty'})")
-    return state
-
-
-def add_frozen_lora(transformer: CogVideoXTransformer3DModel, state: Tensors, dtype: torch.dtype) -> None:
-    """Add the LoRA's layers in `dtype`, frozen; everything else stays trainable."""
-    transformer.load_lora_adapter(state, prefix=None, adapter_name="default")
-    for name, parameter in transformer.named_parameters():
-        frozen = ".lora_" in name
-        parameter.requires_grad_(not frozen)
-        if frozen:
-            parameter.data = parameter.data.to(dtype)
+# --- what is saved ---
 
 
 def save_transformer(transformer: CogVideoXTransformer3DModel, folder: Path, dtype: torch.dtype) -> None:

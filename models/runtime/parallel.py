@@ -1,14 +1,32 @@
 """Processes that share independent work, as `accelerate launch --num_processes N` starts them."""
 
 import os
+import sys
 from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 
 from utils.cli import InputError
+from utils.runs import is_first_process
 
 WAIT = timedelta(days=7)  # how long processes wait for each other: encoding a large dataset takes hours
+
+
+def require_plain_launch() -> None:
+    """Keep out what accelerate's configuration of this user asks for and these scripts do not offer.
+
+    Raises InputError for what changes a training throughout; says that dynamo is left out.
+    """
+    asked = lambda name: os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"  # noqa: E731
+    if foreign := [name for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG") if asked(name)]:
+        raise InputError(
+            f"accelerate's configuration asks for {foreign[0]}, which these scripts do not support: pass "
+            "--config_file configs/ddp.yaml or configs/fsdp.yaml to accelerate launch"
+        )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no" and is_first_process():
+        print(f"note: accelerate's configuration asks for dynamo ({backend}); it is left out", file=sys.stderr)
 
 
 def open_processes(device: str) -> tuple[PartialState, str]:

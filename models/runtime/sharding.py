@@ -5,6 +5,7 @@ that needs full tensors gathers them itself, and every process must take part in
 """
 
 import os
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,6 +134,27 @@ def save_state(accelerator: Accelerator, folder: Path, module, optimizer, averag
     save_accelerator_state(
         str(folder), [], [], [], [], accelerator.process_index, accelerator.step, accelerator.scaler
     )  # random states
+
+
+def find_fault(folder: Path) -> str:
+    """What keeps a training from going on from a state, told from its files; empty if nothing is seen.
+
+    Random states are checked here, because accelerate goes on without them in silence.
+    """
+    if not folder.is_dir():
+        return f"{folder} is missing"
+    first = folder / "random_states_0.pkl"
+    if not first.is_file():
+        return f"{first} is missing"
+    for path in sorted(file for file in folder.iterdir() if file.suffix in (".bin", ".pkl", ".pt")):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (OSError, zipfile.BadZipFile, NotImplementedError):
+            damaged = path
+        if damaged:
+            return f"{path} is damaged"
+    return ""
 
 
 def load_state(accelerator: Accelerator, folder: Path, module, optimizer, average=None) -> None:

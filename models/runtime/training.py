@@ -8,6 +8,7 @@ import csv
 import errno
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,9 +28,10 @@ from tqdm import tqdm
 from models.finite import are_finite, require_finite_weights
 from models.runtime.memory import RESIDENT
 from models.runtime.optimizers import make_optimizer, page_moments
-from models.runtime.parallel import WAIT
+from models.runtime.parallel import WAIT, require_plain_launch
 from models.runtime.sharding import (
     checkpoint_folder,
+    find_fault,
     load_state,
     own_parts,
     require_blocks,
@@ -41,6 +43,7 @@ from models.runtime.sharding import (
     whole,
 )
 from models.settings import TrainSettings
+from utils.cli import InputError
 from utils.files import atomic_path
 from utils.images import plot_curve, write_image
 from utils.layout import LOSS_CURVE, LOSS_FILE, SAMPLES_FOLDER, STATE_FOLDER, find_checkpoints
@@ -80,6 +83,7 @@ class Training:
 
 def open_accelerator(run: Run, settings, device: str):
     """Make accelerate's Accelerator for a run. settings: TrainSettings, or any object with its fields."""
+    require_plain_launch()
     sharded = sharding_wanted()
     # sharded gradients are reduced after each batch: gradients that wait for the next batch would be full size
     accumulation = accelerate.utils.GradientAccumulationPlugin(
@@ -92,6 +96,7 @@ def open_accelerator(run: Run, settings, device: str):
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_dir=run.folder,
         cpu=device == "cpu",
+        dynamo_backend="no",  # else accelerate takes it from the launcher's configuration
         # Unused outputs, such as the text output of the ControlNet's last block, never get a gradient.
         # Gradients that are views of DDP's buckets are not held twice.
         kwargs_handlers=[
@@ -118,13 +123,11 @@ def fit(
 
     weights: hashes of what the training starts from, for the manifest; a run is not continued with others.
     moments: how AdamW's moments are stored (`optimizers.py`; default: 32 bits). resume: step of the checkpoint to
-    resume from (default: the newest one with a state). quiet: show no progress bar.
+    resume from, 0 to start again (default: the newest one whose state is whole). quiet: show no progress bar.
     """
     accelerator = open_accelerator(run, settings, device)
     trained = _Trained.prepare(accelerator, training, settings, moments)
-    first = find_resume_step(run) if resume is None else resume
-    if first:
-        trained.load(accelerator, find_checkpoints(run.folder)[first] / STATE_FOLDER)
+    first = resume_from(accelerator, trained, run, resume)
     if accelerator.is_main_process:
         run.begin(weights=weights or {})
         training.begin(run.folder)
@@ -162,10 +165,24 @@ def fit(
         run.finish(steps=settings.max_train_steps)
 
 
-def find_resume_step(run: Run) -> int:
-    """Step of the newest checkpoint that can be resumed; 0 if there is none."""
-    checkpoints = {} if run.replaces else find_checkpoints(run.folder)
-    return max((step for step, path in checkpoints.items() if (path / STATE_FOLDER).is_dir()), default=0)
+def resume_from(accelerator, trained: "_Trained", run: Run, wanted: int | None) -> int:
+    """Load the state of a checkpoint, and return its step: `wanted`, or the newest one whose state is whole.
+
+    Says why a newer one is passed over. 0: a run without checkpoints. Raises InputError when no state can be loaded:
+    to start again would replace what was trained.
+    """
+    checkpoints = {} if run.replaces or wanted == 0 else find_checkpoints(run.folder)
+    faults = []
+    for step in [wanted] if wanted else reversed(checkpoints):
+        fault = trained.try_to_load(accelerator, checkpoints[step] / STATE_FOLDER)
+        if not fault:
+            if faults and accelerator.is_main_process:
+                print(f"going on from checkpoint-{step}: {faults[0]}", file=sys.stderr, flush=True)
+            return step
+        faults.append(fault)
+    if faults:
+        raise InputError(f"{run.folder} cannot be gone on with: {faults[0]}; pass --overwrite to start again")
+    return 0
 
 
 @dataclass
@@ -200,6 +217,19 @@ class _Trained:
         page_moments(self.optimizer)
         if self.average:
             self.average.to(accelerator.device)
+
+    def try_to_load(self, accelerator, folder: Path) -> str:
+        """`load`; returns what is wrong in any of the processes, empty if nothing is."""
+        fault = find_fault(folder)
+        if not fault:
+            try:
+                self.load(accelerator, folder)
+            except (InputError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # of any kind: files may be damaged in any way
+                fault = f"{folder} is damaged ({error})"
+        elsewhere = accelerator.gather(torch.tensor([bool(fault)], device=accelerator.device)).any()
+        return fault or ("its state is not whole in another process" if elsewhere else "")
 
     def require_finite(self, step: int, settings: TrainSettings) -> None:
         """Raise FloatingPointError when a trained weight is NaN or infinite: it must not reach a checkpoint."""
@@ -291,7 +321,7 @@ def write_checkpoint(accelerator, run: Run, step: int, losses: list[float], save
     losses: of all steps so far, written beside it. Call it in every process; the first one writes, or all if sharded.
     """
     if accelerator.is_main_process:
-        write_losses(run.folder, losses)  # first: a kill in between leaves too many rows, not too few
+        write_losses(run.folder, losses, step)  # first: a kill in between leaves too many rows, not too few
     checkpoint = run.folder / f"checkpoint-{step}"
     try:
         with checkpoint_folder(accelerator, checkpoint) as temporary:
@@ -323,15 +353,21 @@ def _forget_states(run: Run, kept: int) -> None:
 
 
 def read_losses(folder: Path, steps: int) -> list[float]:
-    """The losses of the first `steps` steps of an interrupted run."""
+    """The losses of the first `steps` steps of an interrupted run; none if its file is missing, short or damaged."""
     path = folder / LOSS_FILE
     if not steps or not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)][:steps]
+    try:
+        with path.open(newline="") as file:
+            found = [float(row["loss"]) for row in csv.DictReader(file)][:steps]
+    except (KeyError, TypeError, ValueError, csv.Error):
+        found = []
+    return found if len(found) == steps else []
 
 
-def write_losses(folder: Path, losses: list[float]) -> None:
+def write_losses(folder: Path, losses: list[float], last: int) -> None:
+    """losses: of the steps up to `last`."""
+    rows = enumerate(losses, start=last - len(losses) + 1)
     with atomic_path(folder / LOSS_FILE) as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([("step", "loss"), *enumerate(losses, start=1)])
+        csv.writer(file).writerows([("step", "loss"), *rows])
     write_image(folder / LOSS_CURVE, plot_curve(losses, "loss"))

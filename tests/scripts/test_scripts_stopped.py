@@ -49,7 +49,7 @@ def long_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_losses_stay_complete_when_stopped_between_files(tmp_path: Path, loras: Path, monkeypatch: pytest.MonkeyPatch):
     from models.runtime import training
 
-    def stop(folder: Path, losses: list[float]) -> None:
+    def stop(folder: Path, losses: list[float], last: int) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -1,5 +1,6 @@
 """Training of the in-between transformer: clips from folders, the cache, the objective, and what is saved."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from models.inbetween.clip_cache import END_DRAWS, ClipCache, ClipEncoder
+from models.inbetween.frozen_lora import add_frozen_lora, read_frozen_lora
 from models.inbetween.pipeline import CogVideoXInbetweenPipeline
 from models.inbetween.training import (
     InbetweenObjective,
-    add_frozen_lora,
     draw_batch,
     load_start,
     mix_channels,
     new_transformer,
-    read_frozen_lora,
     rotary_positions,
     save_transformer,
 )
@@ -159,6 +160,44 @@ def test_gradients_reach_everything_but_the_lora(transformer, scheduler, tmp_pat
     assert {name for name, p in transformer.named_parameters() if p.grad is None} == {
         name for name, _ in transformer.named_parameters() if ".lora_" in name
     }
+
+
+@pytest.mark.parametrize("where", ["header", "beside", "nowhere"])
+def test_alpha_of_a_whole_lora(transformer, tmp_path, where, capsys):
+    """As diffusers writes it into the header, and peft into a file beside; module patterns go before the rest."""
+    path = write_lora(tmp_path / "adapter_model.safetensors", transformer)
+    plain = load_file(path)
+    rank = plain["transformer.transformer_blocks.0.attn1.to_q.lora_A.weight"].shape[0]
+    adapter = {"r": rank, "lora_alpha": 2 * rank, "alpha_pattern": {"attn1.to_q": 5 * rank}}
+    if where == "header":
+        header = {f"transformer.{key}": value for key, value in adapter.items()}
+        save_file(plain, path, {"format": "pt", "lora_adapter_metadata": json.dumps(header)})
+    elif where == "beside":
+        path.with_name("adapter_config.json").write_text(json.dumps(adapter))
+    found = read_frozen_lora(path, transformer.config)
+    for name, scale in (("to_q", 5), ("to_out.0", 2)):
+        key = f"transformer_blocks.0.attn1.{name}.lora_B.weight"
+        wanted = plain[f"transformer.{key}"] * (1 if where == "nowhere" else scale)
+        torch.testing.assert_close(found[key], wanted)
+    assert ("says no alpha" in capsys.readouterr().err) == (where == "nowhere")
+
+
+def test_what_diffusers_writes_is_read_with_its_scale(transformer, tmp_path):
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q"], init_lora_weights=False)
+    transformer.add_adapter(config)
+    transformer.save_lora_adapter(tmp_path)
+    path = next(tmp_path.glob("*.safetensors"))
+    found, plain = read_frozen_lora(path, transformer.config), load_file(path)
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, plain[key] * (3 if "lora_B" in key else 1))
+
+
+@pytest.mark.parametrize("damage", [{"lora_alpha": "x"}, {"lora_alpha": 1, "alpha_pattern": [1]}, [1]])
+def test_a_damaged_header_is_refused(transformer, tmp_path, damage):
+    path = write_lora(tmp_path / "lora.safetensors", transformer)
+    save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps(damage)})
+    with pytest.raises(InputError, match=r"--lora .* damaged"):
+        read_frozen_lora(path, transformer.config)
 
 
 @pytest.mark.parametrize("wrong", ["name", "shape", "half", "unknown", "empty"])

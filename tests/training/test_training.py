@@ -1,6 +1,8 @@
 """The training loop: what it learns, averages and keeps, and that it goes on exactly where it was interrupted."""
 
 import csv
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +195,76 @@ def test_only_the_newest_states_are_kept(tmp_path: Path):
     assert list(found) == [1, 2, 3, 4, 5, 6]
     assert all((path / toy.WEIGHTS).is_file() for path in found.values())
     assert [step for step, path in found.items() if (path / STATE_FOLDER).exists()] == [5, 6]
+
+
+def cut_short(state: Path, name: str) -> None:
+    path = state / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change_a_byte(state: Path, name: str) -> None:
+    """In the largest entry of the archive; between entries there is only filling."""
+    with zipfile.ZipFile(state / name) as archive:
+        entry = archive.read(max(archive.infolist(), key=lambda info: info.file_size))
+    data = bytearray((state / name).read_bytes())
+    data[data.index(entry)] ^= 1
+    (state / name).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl", STATE_FOLDER]
+)
+@pytest.mark.parametrize("damage", ["gone", "cut short", "another byte"])
+def test_a_damaged_state_is_passed_over(
+    tmp_path: Path, line: Path, name: str, damage: str, capsys: pytest.CaptureFixture
+):
+    if damage == "another byte" and name.endswith("safetensors"):
+        pytest.skip("has no check sum")
+    shutil.copytree(line, tmp_path, dirs_exist_ok=True)
+    state = tmp_path / "checkpoint-6" / STATE_FOLDER
+    if name == STATE_FOLDER:
+        shutil.rmtree(state)
+    elif damage == "gone":
+        (state / name).unlink()
+    else:
+        (cut_short if damage == "cut short" else change_a_byte)(state, name)
+    train(tmp_path, "--max_train_steps", 9)
+    assert f"going on from checkpoint-3: {state}" in capsys.readouterr().err
+    train(tmp_path.with_name("whole"), "--max_train_steps", 9)
+    assert torch.equal(flat(tmp_path, 9), flat(tmp_path.with_name("whole"), 9))
+    assert losses(tmp_path) == losses(tmp_path.with_name("whole"))
+    shutil.rmtree(tmp_path.with_name("whole"))
+
+
+def test_without_any_whole_state_nothing_is_trained_again(tmp_path: Path, line: Path):
+    shutil.copytree(line, tmp_path, dirs_exist_ok=True)
+    for state in tmp_path.glob(f"checkpoint-*/{STATE_FOLDER}"):
+        shutil.rmtree(state)
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="state is missing; pass --overwrite to start again"):
+        train(tmp_path, "--max_train_steps", 9)
+    assert_same(contents(tmp_path), before)
+
+
+@pytest.mark.parametrize("content", [None, b"step,loss\n1,", b"\xff\x00", b"step,loss\n1,0.5\n"])
+def test_losses_without_their_beginning_keep_their_steps(tmp_path: Path, line: Path, content: bytes | None):
+    shutil.copytree(line, tmp_path, dirs_exist_ok=True)
+    (tmp_path / LOSS_FILE).unlink() if content is None else (tmp_path / LOSS_FILE).write_bytes(content)
+    train(tmp_path, "--max_train_steps", 9)
+    with (tmp_path / LOSS_FILE).open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["7", "8", "9"]
+
+
+def test_dynamo_of_the_launcher_is_left_out(
+    tmp_path: Path, line: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    train(tmp_path / "run")
+    assert "asks for dynamo (inductor); it is left out" in capsys.readouterr().err
+    assert torch.equal(flat(tmp_path / "run", 6), flat(line, 6))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match="DEEPSPEED, which these scripts do not support"):
+        train(tmp_path / "other")
 
 
 def test_an_older_state_serves_when_the_newest_is_gone(tmp_path: Path, line: Path):

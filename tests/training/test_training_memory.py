@@ -19,7 +19,8 @@ from benchmarks.memory.training_plan import (
     update_bytes,
 )
 from models.flags import MEMORY_MODES
-from models.inbetween.training import InbetweenObjective, add_frozen_lora, load_start, read_frozen_lora
+from models.inbetween.frozen_lora import add_frozen_lora, read_frozen_lora
+from models.inbetween.training import InbetweenObjective, load_start
 from models.runtime.memory import (
     EIGHT_BITS,
     PAGED,
