@@ -42,12 +42,13 @@ from utils.cli import (
     add_settings,
     heavy_imports,
     positive_int,
+    prompt_text,
     run_script,
     settings_of,
 )
 from utils.edges import resize_edges
 from utils.files import files_sha256, read_json
-from utils.images import read_image, write_image
+from utils.images import find_ffmpeg, read_image, write_image
 from utils.layout import (
     ARC_FRAMES,
     ARC_STEPS,
@@ -89,7 +90,11 @@ def parse_args() -> Arguments:
     where(
         "--scene", type=Path, help="scene folder (default: the one that RUN lies in, else the one RUN was drawn for)"
     )
-    add("--prompt", help="what the video shows; may be empty (default: a caption of the first anchor by BLIP-2)")
+    add(
+        "--prompt",
+        type=prompt_text,
+        help="what the video shows; may be empty (default: a caption of the first anchor by BLIP-2)",
+    )
     add("--caption_model", metavar="REPO|PATH", help="BLIP-2 for the caption (default: Salesforce/blip2-opt-2.7b)")
     add("--model_path", type=Path, help="folder with checkpoint-<epoch>/transformer (default: checkpoints for full)")
     add("--epoch", type=positive_int, default=EPOCH, help="training step of the in-between transformer")
@@ -192,6 +197,7 @@ def open_job(args: Arguments, preset: Preset, target: Path) -> VideoJob:
 
 def main() -> None:
     args = parse_args()
+    find_ffmpeg()  # needed at the end: told at the start
     preset = load_preset(args.weights)
     args.width, args.height = args.width or preset.video_size[0], args.height or preset.video_size[1]
     args.num_frames = args.num_frames or preset.num_frames

@@ -27,6 +27,7 @@ from utils.cli import (
     folder_name,
     heavy_imports,
     positive_int,
+    prompt_text,
     run_script,
     settings_of,
 )
@@ -41,7 +42,8 @@ def parse_args() -> Arguments:
     parser = Parser(__doc__)
     add, where = parser.add_argument, partial(parser.add_argument, decides=False)
     where("--path_image", type=Path, nargs="+", required=True, metavar="PNG", help="reference picture(s)")
-    add("--prompt", nargs="+", default=[], help="identifier prompt of each picture, in order (default: empty)")
+    about = "identifier prompt of each picture, in order (default: empty)"
+    add("--prompt", type=prompt_text, nargs="+", default=[], help=about)
     add("--pfix", type=folder_name, required=True, metavar="NAME", help="name of the LoRA: the folder in --output_dir")
     where("--path_edges", type=Path, nargs="+", default=[], metavar="PNG", help="ready edge picture of each reference")
     add("--edges", choices=["hed", "lines"], help="edge detector (default: hed for full, lines for tiny weights)")

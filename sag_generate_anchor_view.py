@@ -32,6 +32,7 @@ from utils.cli import (
     folder_name,
     heavy_imports,
     positive_int,
+    prompt_text,
     run_script,
     seed_or_draw,
     settings_of,
@@ -86,6 +87,7 @@ def parse_args() -> Arguments:
     where("--loras", type=Path, default=Path("loras"), help="folder of all LoRAs")
     add(
         "--prompt",
+        type=prompt_text,
         nargs="+",
         default=[""],
         help="prompt of each anchor; the last one serves the rest (default: empty)",

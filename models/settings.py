@@ -16,6 +16,7 @@ from utils.cli import (
     non_negative_int,
     positive_float,
     positive_int,
+    prompt_text,
     seed,
     unit_float,
 )
@@ -84,7 +85,9 @@ class AnchorSettings:
     """Stage 2: one anchor view, kept consistent with the one before."""
 
     lora_weight: float = flag(1.0, "multiplies both LoRA factors: the strength is its square", type=finite_float)
-    neg_prompt: str = flag("", "negative prompt; equal prompts make true CFG a no-op, which is skipped")
+    neg_prompt: str = flag(
+        "", "negative prompt; equal prompts make true CFG a no-op, which is skipped", type=prompt_text
+    )
     num_steps: int = flag(25, "denoising steps; the ControlNet acts on the first 25", type=positive_int)
     num_replacement: int = flag(12, "steps guided by the warped previous anchor", type=non_negative_int)
     guidance: float = flag(4.0, "distilled guidance scale of FLUX.1-dev", type=finite_float)

@@ -37,7 +37,7 @@ FLUX_STAGE = ("flux_transformer", "flux_vae", "flux_text", "controlnet")
 GGI_STAGE = ("cogvideox_vae", "cogvideox_text")
 EPOCH = 1350  # the released in-between transformer's
 RELEASE = "https://drive.google.com/drive/folders/1IhI9qDv6tH5T7XzeEjx27UYw2EqZ7MKY"  # its authors' folder
-FLOW_LORA = "https://huggingface.co/Eyeline-Research/Go-with-the-Flow"  # its LoRAs on CogVideoX
+FLOW_LORA = "I2V5B_final_i38800_nearest_lora_weights.safetensors of https://huggingface.co/Eyeline-Labs/Go-with-the-Flow"
 CAPTION_MODEL, CAPTION_FILES = "Salesforce/blip2-opt-2.7b", ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 

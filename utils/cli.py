@@ -168,6 +168,15 @@ def folder_name(text: str) -> str:
     return text
 
 
+def prompt_text(text: str) -> str:
+    """argparse type: text that can be written as UTF-8: no bytes of another encoding, no halves of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text: save or type it as UTF-8") from error
+    return text
+
+
 def finite_float(text: str) -> float:
     """argparse type: a number that is not NaN or infinite."""
     value = _number(float, text)

@@ -1,6 +1,7 @@
 """Pictures and videos on disk: PNG in and out, H.264, contact sheets, curves. Arrays are uint8 RGB [H, W, 3]."""
 
 import errno
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -37,11 +38,26 @@ def resize_image(image: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((width, height)))
 
 
+def find_ffmpeg() -> str:
+    """Path of the ffmpeg binary that videos are read and written with. Raises InputError when there is none."""
+    try:
+        path = imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError:
+        path = "on this machine"
+    if shutil.which(path) is None:
+        raise InputError(
+            f"there is no ffmpeg {path}: pip install --force-reinstall imageio-ffmpeg brings one, or let "
+            "IMAGEIO_FFMPEG_EXE name it"
+        )
+    return path
+
+
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> None:
     """Write frames as H.264, yuv420p, ready for streaming in a browser; atomic, and the same bytes every time.
 
     frames: uint8 [H, W, 3] of one size with even sides. fps: frames per second.
     """
+    find_ffmpeg()
     # One thread: with several, x264's output sometimes differs, for example 1 time in 120 on a busy machine.
     flags = ["-crf", "16", "-threads", "1", "-movflags", "+faststart", "-fflags", "+bitexact", "-flags:v", "+bitexact"]
     with atomic_path(path) as temporary:

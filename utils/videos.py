@@ -16,7 +16,7 @@ from PIL import Image
 
 from utils.cli import InputError
 from utils.files import read_json
-from utils.images import read_image
+from utils.images import find_ffmpeg, read_image
 from utils.layout import ARC_FRAMES, ARC_STEPS
 from utils.runs import MANIFEST
 
@@ -98,7 +98,7 @@ def _numbered_pictures(folder: Path) -> dict[int, Path]:
 def _decode(path: Path) -> np.ndarray:
     """All frames of a video file: uint8 [F, H, W, 3]."""
     width, height = _video_size(path)
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *STRICT, "-i", str(path), "-map", "0:v:0"]
+    command = [find_ffmpeg(), "-v", "error", *STRICT, "-i", str(path), "-map", "0:v:0"]
     command += [*AS_STORED, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     done = subprocess.run(command, capture_output=True, check=False, stdin=subprocess.DEVNULL)
     size = width * height * 3
@@ -115,6 +115,7 @@ def _video_size(path: Path) -> tuple[int, int]:
             raise InputError(f"{path} is a picture ({picture.format}): give a folder of frames or a video file")
     except OSError:  # expected for a video, which Pillow cannot open
         pass
+    find_ffmpeg()
     reader = imageio_ffmpeg.read_frames(str(path))
     try:
         return next(reader)["source_size"]

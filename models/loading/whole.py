@@ -57,6 +57,11 @@ ENCODERS = {
     "flux_text": {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     "cogvideox_text": {"tokenizer": "text_encoder"},
 }
+SNR = ("prediction_type", "rescale_betas_zero_snr", "snr_shift_scale")
+SCHEDULES = {  # entries of scheduler_config.json, which diffusers would replace by other values in silence
+    "flux_text": (),  # FLUX's schedule is computed (`models/flux/network.py`)
+    "cogvideox_text": ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", *SNR, "timestep_spacing"),
+}
 # A tokenizer is one file, or those of its kind (the last word of its class in transformers).
 TOKENIZER = "tokenizer.json"
 VOCABULARIES = {"CLIPTokenizer": ("vocab.json", "merges.txt"), "T5Tokenizer": ("spiece.model",)}
@@ -112,7 +117,9 @@ def _require_file(path: Path, convertible: bool) -> None:
 
 def _require_text(name: str, folder: Path) -> None:
     index = require_json(folder / "model_index.json")
-    require_json(folder / "scheduler" / "scheduler_config.json")
+    schedule = require_json(folder / "scheduler" / "scheduler_config.json")
+    if lost := [key for key in SCHEDULES[name] if key not in schedule]:
+        raise InputError(f"{folder / 'scheduler' / 'scheduler_config.json'} says no {lost[0]}: it is damaged")
     for tokenizer, encoder in ENCODERS[name].items():
         for part in (tokenizer, encoder):
             if not (isinstance(index.get(part), list) and len(index[part]) == 2 and isinstance(index[part][1], str)):

@@ -294,7 +294,8 @@ def test_streamed_networks_compute_the_same_and_take_other_loras(tmp_path: Path,
 
 
 def test_streamed_text_encoders_compute_the_same(tiny_paths: dict[str, Path]):
-    encoders = load_encoders("flux_text", FluxPipeline, tiny_paths["flux_text"], "cpu", torch.float32, OFFLOADED)
+    encoders = load_encoders("flux_text", FluxPipeline, tiny_paths["flux_text"], torch.float32)
+    place_pipeline(encoders, OFFLOADED, "cpu")
     for encoder in (encoders.text_encoder, encoders.text_encoder_2):
         assert any(getattr(module, "_diffusers_hook", None) for module in encoder.modules())
     arguments = tiny_paths["flux_text"], ["a town", ""], "cpu", torch.float32, 32

@@ -196,9 +196,15 @@ def test_full_weights_stay_in_bfloat16(tmp_path: Path, machine, work, monkeypatc
 
 
 def test_networks_follow_the_training_where_that_is_given(tmp_path: Path, machine, work):
+    machine(False)
+    assert call(ALIGN, *commands(tmp_path)[ALIGN], "--mixed_precision", "bf16") == 0
+    assert work == [{"dtype": "bfloat16", "mixed_precision": "bf16"}]
+
+
+def test_float16_is_not_trained_on_a_cpu(tmp_path: Path, machine, work, capfd):
     machine(True)
-    assert call(ALIGN, *commands(tmp_path)[ALIGN], "--mixed_precision", "fp16") == 0
-    assert work == [{"dtype": "float16", "mixed_precision": "fp16"}]
+    assert call(ALIGN, *commands(tmp_path)[ALIGN], "--mixed_precision", "fp16") == 2
+    assert capfd.readouterr().err.startswith("error: --mixed_precision fp16 needs a GPU") and not work
 
 
 def test_an_unfinished_run_is_found_whatever_its_precision(tmp_path: Path, machine, work):

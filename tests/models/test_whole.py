@@ -166,6 +166,15 @@ def test_files_and_folders_of_other_parts(tmp_path: Path, check):
     assert "flux.pt is a pickle" in check("--flux_transformer", tmp_path / "flux.pt")[2]
 
 
+def test_a_schedule_says_all_that_it_decides(tmp_path: Path, check):
+    folder = shutil.copytree(small_checkpoints() / "tiny" / "cogvideox", tmp_path / "cogvideox")
+    path = folder / "scheduler" / "scheduler_config.json"
+    schedule = json.loads(path.read_text())
+    del schedule["prediction_type"]
+    path.write_text(json.dumps(schedule))
+    assert f"{path} says no prediction_type" in check("--cogvideox", folder)[2]
+
+
 @pytest.mark.parametrize("lost", [MODEL, "config.json"])
 def test_the_inbetween_transformer(tmp_path: Path, lost: str, check):
     folder = tmp_path / "checkpoint-7" / "transformer"

@@ -105,6 +105,7 @@ def test_captions_that_do_not_fit(refuse, tmp_path):
         ("[1]", "must be {id: caption}"),
         ('{"x": 1}', "must be {id: caption}"),
         ("{", "not valid JSON"),
+        ('{"x": "\\ud83d"}', "half a character"),
     ):
         captions.write_text(text)
         refuse("--dataset", dataset, "--captions", captions, telling=(telling,))

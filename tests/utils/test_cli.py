@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from models.settings import AlignmentSettings, AnchorSettings, InbetweenSettings, TrainSettings
-from utils.cli import InputError, Parser, add_settings, positive_int, settings_of
+from utils.cli import InputError, Parser, add_settings, positive_int, prompt_text, settings_of
 from utils.files import read_json
 from utils.layout import MANIFEST
 from utils.runs import find_unfinished, open_run
@@ -33,6 +33,17 @@ def test_flags_of_a_subcommand_say_so_too():
     sub.add_argument("--folder", decides=False)
     args = made.parse_args(["train", "--folder", "out"])
     assert args.identity() == {"stage": "train", "rate": 1} and args.defaults()["rate"] == 1
+
+
+@pytest.mark.parametrize("text", [b"caf\xe9".decode("utf-8", "surrogateescape"), "\ud83d"])
+def test_prompts_are_utf8(text: str):
+    made = Parser("A script.")
+    made.add_argument("--prompt", type=prompt_text)
+    add_settings(made, AnchorSettings)
+    assert made.parse_args(["--prompt", "café 🏠"]).prompt == "café 🏠"
+    for flag in ("--prompt", "--neg_prompt"):
+        with pytest.raises(InputError, match=f"{flag}: .* is not UTF-8 text"):
+            made.parse_args([flag, text])
 
 
 @pytest.mark.parametrize("settings", [AlignmentSettings, AnchorSettings, InbetweenSettings, TrainSettings])

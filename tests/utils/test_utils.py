@@ -133,6 +133,13 @@ def test_video_plays_and_is_reproducible(tmp_path):
     assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(shown, frames, strict=True)) < 6
 
 
+def test_no_ffmpeg_is_not_a_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "ffmpeg"))
+    with pytest.raises(InputError, match=r"there is no ffmpeg .*pip install"):
+        write_video(tmp_path / "a.mp4", [np.zeros((32, 48, 3), np.uint8)], 12)
+    assert not list(tmp_path.iterdir())
+
+
 def test_video_with_an_odd_side_is_refused(tmp_path):
     with pytest.raises(ValueError, match="63x48"):
         write_video(tmp_path / "a.mp4", [np.zeros((48, 63, 3), np.uint8)], fps=12)

@@ -30,7 +30,7 @@ from PIL import Image
 from utils.cli import InputError
 from utils.data.flow import Flow, check_flow, flow_correspondence, flow_estimator
 from utils.edges import check_edge_detector, edge_detector, resize_edges
-from utils.images import read_image
+from utils.images import find_ffmpeg, read_image
 from utils.layout import ARC_FRAMES, ARC_STEPS, latent_frame_numbers
 from utils.particles import warp_noise
 
@@ -111,6 +111,7 @@ class VideoFile:
 
     @functools.cached_property
     def _count(self) -> int:
+        find_ffmpeg()
         try:
             return imageio_ffmpeg.count_frames_and_secs(str(self.path))[0]
         except RuntimeError as error:
@@ -279,6 +280,11 @@ def read_captions(path: Path) -> dict[str, str]:
         raise InputError(f"captions {path} are not valid JSON ({error})") from error
     if not isinstance(captions, dict) or not all(isinstance(caption, str) for caption in captions.values()):
         raise InputError(f"captions {path} must be {{id: caption}}")
+    for clip, caption in captions.items():
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"captions {path}: that of {clip} holds half a character ({caption!r})") from error
     return captions
 
 
