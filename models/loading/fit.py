@@ -15,7 +15,7 @@ from models.loading.whole import CONVERTIBLE, ENCODERS, NETWORKS, component_fold
 from utils.cli import InputError
 from utils.files import read_json
 
-KNOWN = 0.9  # least share of an encoder's vocabulary that its tokenizer knows: encoders are padded a little
+SLACK = 0.1  # share by which a tokenizer and its encoder may differ: encoders are padded, tokens are added
 OLD_NAMES = ".query."  # in attention layers of an old VAE, which diffusers renames while it loads
 
 
@@ -68,7 +68,7 @@ def _require_tokenizers(name: str, folder: Path) -> None:
             found = getattr(transformers, classes[tokenizer][1]).from_pretrained(path, local_files_only=True)
         except Exception as error:  # of any kind: the files are a user's
             raise InputError(f"{name}: the tokenizer in {path} cannot be loaded: {error}") from error
-        if not KNOWN * expected <= len(found) <= expected:
+        if abs(len(found) - expected) > SLACK * expected:
             raise InputError(
                 f"{name}: the tokenizer in {path} knows {len(found)} tokens, the text encoder {expected}: the file of "
                 "its vocabulary is missing, damaged or of another model"

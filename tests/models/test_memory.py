@@ -44,6 +44,7 @@ from models.runtime.memory import (
     look_up_plan,
     lossy_placements,
     place,
+    place_pipeline,
     placement_on,
     quantise,
 )
