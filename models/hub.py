@@ -11,9 +11,13 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.cli import InputError
 from utils.files import file_sha256, known_sha256, show_bytes
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 SPARE = 2**30  # bytes to leave free on the cache's disk
 RENAMED = ("THUDM/", "zai-org/")  # one organisation under its old and its new name
@@ -103,7 +107,7 @@ def check_access(name: str, source: Source, lack: str, instead: str = "") -> Non
     except GatedRepoError as error:
         raise InputError(
             f"{name}: {source.repo} is gated: accept its licence at {source.url}, run `hf auth login`, then try "
-            f"again, {instead}"
+            f"again, {instead}{_quoted(error)}"
         ) from error
     except RepositoryNotFoundError as error:
         raise InputError(
@@ -113,6 +117,11 @@ def check_access(name: str, source: Source, lack: str, instead: str = "") -> Non
         raise InputError(f"{name}: the hub does not give {source.repo}: {error}; mend that, {instead}") from error
     except Exception as error:  # any exception of the HTTP library: no network, proxy
         raise InputError(f"{name}: {lack} and {source.url} cannot be reached; go online, {instead}") from error
+
+
+def _quoted(error: "HfHubHTTPError") -> str:
+    """What the hub itself says of a refusal; it may be the token that lacks a right."""
+    return f" (the hub: {error.server_message})" if getattr(error, "server_message", None) else ""
 
 
 def list_missing(name: str, source: Source, patterns: Sequence[str]) -> dict[Path, int]:

@@ -11,6 +11,7 @@ repository (`org/name/file.safetensors`), by a local folder in diffusers format,
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -37,7 +38,9 @@ FLUX_STAGE = ("flux_transformer", "flux_vae", "flux_text", "controlnet")
 GGI_STAGE = ("cogvideox_vae", "cogvideox_text")
 EPOCH = 1350  # the released in-between transformer's
 RELEASE = "https://drive.google.com/drive/folders/1IhI9qDv6tH5T7XzeEjx27UYw2EqZ7MKY"  # its authors' folder
-FLOW_LORA = "I2V5B_final_i38800_nearest_lora_weights.safetensors of https://huggingface.co/Eyeline-Labs/Go-with-the-Flow"
+FLOW_LORA = (
+    "I2V5B_final_i38800_nearest_lora_weights.safetensors of https://huggingface.co/Eyeline-Labs/Go-with-the-Flow"
+)
 CAPTION_MODEL, CAPTION_FILES = "Salesforce/blip2-opt-2.7b", ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -161,6 +164,8 @@ def _fetch_missing(texts: dict[str, str]) -> dict[str, Path]:
     sources = {name: hub.parse_source(texts[name]) for name, path in found.items() if isinstance(path, str)}
     for name, source in sources.items():
         hub.check_access(name, source, found[name], _other_commits(name, texts[name]))
+        if other := _other_commits(name, texts[name]):
+            print(f"{name}: {found[name]}{other}", file=sys.stderr)
     missing = {name: hub.list_missing(name, source, _patterns(name)) for name, source in sources.items()}
     hub.require_space(size for files in missing.values() for size in files.values())
     for name, source in sources.items():

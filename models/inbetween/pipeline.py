@@ -23,7 +23,7 @@ from PIL import Image
 from models.finite import require_finite, require_finite_weights
 from models.inbetween.replacement import Replacement, latent_coverage
 from models.latents import draw_noise, posterior_sample, to_signed
-from models.loading.files import load_ggi_transformer
+from models.loading.files import blaming, load_ggi_transformer
 from models.loading.networks import free_caches, load_encoders, load_model, load_pipeline, load_strictly
 from models.runtime.memory import ON_DEMAND, PLACEMENTS, RESIDENT, place, place_pipeline
 from models.runtime.rotary import use_complex_rotary
@@ -187,13 +187,14 @@ def caption_image(image: np.ndarray, path: Path, device: str, dtype: torch.dtype
     from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessorPil
 
     # The processor is assembled here because its own loader requires torchvision.
-    model = load_strictly("caption_model", Blip2ForConditionalGeneration, path, dtype)
+    model = load_strictly("caption_model", Blip2ForConditionalGeneration, path, dtype, ("mismatched_keys",))
     place(model, RESIDENT, device)
-    processor = Blip2Processor(
-        BlipImageProcessorPil.from_pretrained(path, local_files_only=True),
-        AutoTokenizer.from_pretrained(path, local_files_only=True),
-        num_query_tokens=model.config.num_query_tokens,
-    )
+    with blaming(f"caption_model: {path} cannot be loaded"):
+        processor = Blip2Processor(
+            BlipImageProcessorPil.from_pretrained(path, local_files_only=True),
+            AutoTokenizer.from_pretrained(path, local_files_only=True),
+            num_query_tokens=model.config.num_query_tokens,
+        )
     torch.manual_seed(seed)
     inputs = processor(images=Image.fromarray(image), return_tensors="pt").to(device, dtype)
     tokens = model.generate(**inputs, max_new_tokens=40)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -119,14 +120,26 @@ def _decode(value: str) -> object:
         return value
 
 
+@contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Turn any exception of a library in the block into an InputError: the files that it reads are a user's.
+
+    Those that have a message of their own, and running out of memory, stay as they are.
+    """
+    try:
+        yield
+    except (InputError, FloatingPointError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {error}") from error
+
+
 def load_reference_file(kind: str, path: Path) -> torch.nn.Module:
     """Build the diffusers model of a reference-format file. kind: flux, autoencoder or controlnet."""
     cls, convert, params = MODEL_KINDS[kind]
     source, metadata = read_weights(path)
-    try:
+    with blaming(f"{path} is not a {kind} checkpoint"):
         return build(cls, *convert(source, metadata.get(params)))
-    except Exception as error:  # of any kind: the file is a user's
-        raise InputError(f"{path} is not a {kind} checkpoint: {error}") from error
 
 
 def reference_layout(kind: str, path: Path) -> tuple[dict, StateDict]:
@@ -134,10 +147,8 @@ def reference_layout(kind: str, path: Path) -> tuple[dict, StateDict]:
     with open_weights(path) as handle, torch.device("meta"):
         shapes = {key: torch.empty(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
         params = _decode((handle.metadata() or {}).get(MODEL_KINDS[kind][2], "null"))
-    try:
+    with blaming(f"{path} is not a {kind} checkpoint"):
         return MODEL_KINDS[kind][1](shapes, params)
-    except Exception as error:  # of any kind: the file is a user's
-        raise InputError(f"{path} is not a {kind} checkpoint: {error}") from error
 
 
 def reference_config(kind: str, path: Path) -> dict:
@@ -148,9 +159,7 @@ def reference_config(kind: str, path: Path) -> dict:
 def load_ggi_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """Load the 48-channel transformer of a folder in either layout, merging and casting tensor by tensor."""
     config, source = read_json(folder / "config.json"), Shards(folder)
-    try:
+    with blaming(f"{folder} is not a GGI transformer"):
         config, _ = ggi_transformer(config, {})
         state = {name: merge_tensor(source, name).to(dtype) for name in merged_names(source)}
         return build(CogVideoXTransformer3DModel, config, state)
-    except Exception as error:  # of any kind: the files are a user's
-        raise InputError(f"{folder} is not a GGI transformer: {error}") from error

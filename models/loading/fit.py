@@ -9,7 +9,7 @@ from pathlib import Path
 import diffusers
 import transformers
 
-from models.loading.files import MODEL_KINDS, Shards, build_empty, reference_layout
+from models.loading.files import MODEL_KINDS, Shards, blaming, build_empty, reference_layout
 from models.loading.keymaps import ggi_transformer, merged_names, with_base
 from models.loading.whole import CONVERTIBLE, ENCODERS, NETWORKS, component_folder
 from utils.cli import InputError
@@ -29,12 +29,8 @@ def require_fit(paths: Mapping[str, Path]) -> None:
         if name in ENCODERS:
             _require_tokenizers(name, folder)
             continue
-        try:
+        with blaming(f"{name}: {folder} is not a whole {NETWORKS[name]}"):
             _require_tensors(name, folder)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from error
-        except Exception as error:  # of any kind: the files are a user's
-            raise InputError(f"{name}: {folder} is not a whole {NETWORKS[name]}: {error}") from error
 
 
 def _require_tensors(name: str, folder: Path) -> None:
@@ -64,10 +60,8 @@ def _require_tokenizers(name: str, folder: Path) -> None:
         expected, longest = config.get("vocab_size"), config.get("max_position_embeddings")
         if not isinstance(expected, int):
             raise InputError(f"{name}: {folder / encoder / 'config.json'} has no vocab_size: it is damaged")
-        try:
+        with blaming(f"{name}: the tokenizer in {path} cannot be loaded"):
             found = getattr(transformers, classes[tokenizer][1]).from_pretrained(path, local_files_only=True)
-        except Exception as error:  # of any kind: the files are a user's
-            raise InputError(f"{name}: the tokenizer in {path} cannot be loaded: {error}") from error
         if abs(len(found) - expected) > SLACK * expected:
             raise InputError(
                 f"{name}: the tokenizer in {path} knows {len(found)} tokens, the text encoder {expected}: the file of "

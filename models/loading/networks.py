@@ -12,7 +12,7 @@ import diffusers
 import torch
 import transformers
 
-from models.loading.files import load_reference_file, reference_config
+from models.loading.files import blaming, load_reference_file, reference_config
 from models.loading.whole import CONVERTIBLE, ENCODERS, component_folder
 from utils.cli import InputError
 from utils.files import read_json
@@ -45,12 +45,8 @@ def load_strictly(
 ) -> torch.nn.Module:
     """Load a folder with a library's `from_pretrained`, frozen. kinds: of its complaints, those that are errors."""
     options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True, "use_safetensors": True}
-    try:
+    with blaming(f"{name}: {folder} cannot be loaded"):
         model, info = cls.from_pretrained(folder, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of any kind: the files are a user's
-        raise InputError(f"{name}: {folder} cannot be loaded: {error}") from error
     wrong = {kind: sorted(map(str, info[kind]))[:3] for kind in kinds if info.get(kind)}
     if wrong:
         raise InputError(f"{name}: {folder} does not hold a whole {cls.__name__}: {wrong}")
@@ -60,10 +56,8 @@ def load_strictly(
 def load_pipeline(name: str, cls: type, path: Path, dtype: torch.dtype, **parts) -> diffusers.DiffusionPipeline:
     """Load the pipeline in the folder `path`, without transformer and VAE unless they are among `parts`."""
     parts = {"transformer": None, "vae": None} | parts
-    try:
+    with blaming(f"{name}: {path} cannot be loaded"):
         return cls.from_pretrained(path, dtype=dtype, local_files_only=True, **parts)
-    except Exception as error:  # of any kind: the files are a user's
-        raise InputError(f"{name}: {path} cannot be loaded: {error}") from error
 
 
 def load_encoders(name: str, cls: type, path: Path, dtype: torch.dtype) -> diffusers.DiffusionPipeline:

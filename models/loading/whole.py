@@ -94,7 +94,7 @@ def require_whole(name: str, folder: Path) -> None:
     """
     try:
         if folder.is_file():
-            _require_file(folder, name in CONVERTIBLE)
+            _require_file(folder, name in CONVERTIBLE and name != "inbetween")
         elif name in ENCODERS:
             _require_text(name, folder)
         elif name not in NETWORKS:  # of captions

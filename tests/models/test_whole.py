@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from models import weights
 from tests.support.helpers import ANCHORS, GGI, call, exit_code
+from tests.support.mutations import damage_many
 from tests.support.small import small_checkpoints, small_weights
 from tests.support.stages import QUICK_VIDEO, draw, new_scene
 
@@ -191,6 +193,13 @@ def test_two_files_with_one_tensor(tmp_path: Path, check):
     shutil.copy(folder / MODEL, folder / "older.safetensors")
     code, _, err = check("--model_path", tmp_path, "--epoch", 7)
     assert code == 2 and "older.safetensors" in err and "both hold" in err
+
+
+@pytest.mark.slow
+def test_no_damaged_file_ends_in_a_traceback():
+    """`python -m tests.support.mutations` draws more."""
+    outcomes = Counter(outcome.split(":")[0] for _, outcome in damage_many(small_checkpoints() / "tiny", 60, seed=0))
+    assert outcomes.keys() == {"InputError", "FloatingPointError", "loaded"}
 
 
 # The stages say the same, before they load the text encoders

@@ -1,6 +1,6 @@
 """Copies of weight, tokenizer and LoRA files with one thing damaged: each loads, or ends in one line.
 
-    python -m tests.models.mutations --count 200 --seed 1
+    python -m tests.support.mutations --count 200 --seed 1
 
 draws that many damages and says what came of each. Anything but success, InputError (bad input) and FloatingPointError
 (NaN) is a traceback for a user.
@@ -172,7 +172,7 @@ def damage_many(weights: Path, count: int, seed: int) -> Iterator[tuple[str, str
 
 
 def main() -> None:
-    parser = Parser(__doc__, "python -m tests.models.mutations")
+    parser = Parser(__doc__, "python -m tests.support.mutations")
     parser.add_argument("--count", type=positive_int, default=200, help="damages")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the damages")
     args = parser.parse_args()
