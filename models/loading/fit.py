@@ -22,15 +22,15 @@ OLD_NAMES = ".query."  # in attention layers of an old VAE, which diffusers rena
 def require_fit(paths: Mapping[str, Path]) -> None:
     """Raise InputError, in one line, unless each component can be loaded.
 
-    paths: as `locate` returns them, and `inbetween`: the folder of the 48-channel transformer.
+    paths: as `locate` returns them, and `inbetween`: the 48-channel transformer's folder. Other names are left out.
     """
     for name, path in paths.items():
         folder = component_folder(name, path)
         if name in ENCODERS:
             _require_tokenizers(name, folder)
-            continue
-        with blaming(f"{name}: {folder} is not a whole {NETWORKS[name]}"):
-            _require_tensors(name, folder)
+        elif name in NETWORKS:
+            with blaming(f"{name}: {folder} is not a whole {NETWORKS[name]}"):
+                _require_tensors(name, folder)
 
 
 def _require_tensors(name: str, folder: Path) -> None:
