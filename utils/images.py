@@ -1,30 +1,125 @@
 """Pictures and videos on disk: PNG in and out, H.264, contact sheets, curves. Arrays are uint8 RGB [H, W, 3]."""
 
 import errno
+import functools
 import shutil
-from collections.abc import Iterable, Sequence
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v2 as imageio
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from utils.cli import InputError
 from utils.files import atomic_path
 
 LABEL_HEIGHT = 18  # pixels above each row of a contact sheet
+MOST_ASPECT = 16  # long side / short side of a picture
+ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read a picture as uint8 RGB [H, W, 3]. Raises InputError when it is missing or unreadable."""
+    """Read a picture as uint8 RGB [H, W, 3]: upright, its transparent parts on white, 16 bits brought to 8.
+
+    Raises InputError when it is missing or unreadable, larger than Pillow opens without a warning, longer than
+    `MOST_ASPECT`, or holds no 8 or 16 bits per channel. What is left out is noted on stderr, once per folder.
+    """
+    with open_picture(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(_to_rgb(image, path))
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(width, height) of what `read_image` returns, in pixels; reads no more than the header. Raises InputError."""
+    with open_picture(path) as image:
+        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION) in range(5, 9)  # Pillow turns a TIFF's
+        return image.size[::-1] if turned else image.size
+
+
+@contextmanager
+def open_picture(path: Path) -> Iterator[Image.Image]:
+    """Open a picture of anyone's. Whatever goes wrong in the block is an InputError that names the file."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, not a picture")
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of damaged metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if max(image.size) > MOST_ASPECT * min(image.size):
+                    raise InputError(
+                        f"{path} is {image.width}x{image.height}: sides of more than {MOST_ASPECT} to 1 are no picture"
+                    )
+                yield image
+    except InputError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        limit = Image.MAX_IMAGE_PIXELS // 10**6
+        raise InputError(f"{path} has more than {limit} million pixels: make it smaller") from error
+    except Image.UnidentifiedImageError as error:
+        raise InputError(f"{path} cannot be read as an image ({_describe(path)}): save it as PNG or JPEG") from error
+    except Exception as error:  # decoders raise anything for a damaged file
         raise InputError(f"{path} cannot be read as an image ({error})") from error
+
+
+def _describe(path: Path) -> str:
+    """What a file is that Pillow does not know."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    kinds = {
+        b"v/1\x01": "OpenEXR: high dynamic range, to be tone-mapped to 8 bits",
+        b"#?": "Radiance HDR: high dynamic range, to be tone-mapped to 8 bits",
+        b"II*\0": "TIFF with floating-point or otherwise unusual pixels",
+        b"MM\0*": "TIFF with floating-point or otherwise unusual pixels",
+        b"": "unknown format" if head else "empty file",
+    }
+    return next(kind for magic, kind in kinds.items() if head.startswith(magic))
+
+
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    """An upright picture as 8-bit RGB. Raises InputError for pixels without a known white."""
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # cameras put a preview beside the picture
+        _note(path.parent, "of files with several pictures, the first is used")
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
+        return _from_16_bits(image)
+    if image.mode in ("I", "F"):
+        kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+        raise InputError(f"{path} holds {kind}, which have no known white: tone-map it, and save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        return _on_white(image.convert("RGBA"), path)
+    return image.convert("RGB")
+
+
+def _on_white(image: Image.Image, path: Path) -> Image.Image:
+    """Composite RGBA on white."""
+    if image.getextrema()[3][0] == 255:
+        return image.convert("RGB")
+    _note(path.parent, "transparent parts of pictures are white")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Grey values of up to 16 bits as RGB. A TIFF says how many bits there are, and whether 0 is white."""
+    tags = getattr(image, "tag_v2", {})
+    full = 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+    values = np.asarray(image).astype(np.float32)
+    if (clear := image.info.get("transparency")) is not None:
+        values[values == clear] = full
+    if tags.get(PHOTOMETRIC) == 0:
+        values = full - values
+    return Image.fromarray(np.rint(255 / full * values).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+@functools.cache
+def _note(folder: Path, about: str) -> None:
+    """Say on stderr what was done to pictures of a folder; once."""
+    print(f"note: {folder}: {about}", file=sys.stderr, flush=True)
 
 
 def write_image(path: Path, image: np.ndarray) -> None:

@@ -25,12 +25,11 @@ import cv2
 import imageio.v2 as imageio
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image
 
 from utils.cli import InputError
 from utils.data.flow import Flow, check_flow, flow_correspondence, flow_estimator
 from utils.edges import check_edge_detector, edge_detector, resize_edges
-from utils.images import find_ffmpeg, read_image
+from utils.images import find_ffmpeg, picture_size, read_image
 from utils.layout import ARC_FRAMES, ARC_STEPS, latent_frame_numbers
 from utils.particles import warp_noise
 
@@ -87,7 +86,7 @@ class FrameFolder:
 
     def size(self, numbers: Sequence[int]) -> tuple[int, int]:
         """(width, height) of the frames; reads their headers only. Raises InputError if they differ."""
-        sizes = {n: _picture_size(self.paths[n]) for n in numbers}
+        sizes = {n: picture_size(self.paths[n]) for n in numbers}
         first = sizes[numbers[0]]
         for n, size in sizes.items():
             if size != first:
@@ -254,14 +253,6 @@ def _walk(folder: Path, root: Path) -> Iterator[FrameFolder | VideoFile]:
 def _natural(name: str) -> list:
     """Sort key that puts frame_2 before frame_10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
-
-
-def _picture_size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image ({error})") from error
 
 
 def read_captions(path: Path) -> dict[str, str]:
