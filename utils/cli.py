@@ -14,6 +14,7 @@ from pathlib import Path
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
 LARGEST_SIDE = 16384  # pixels; limit of the sizes that flags accept
+LONGEST_NAME = 200  # bytes of a folder's name: file systems take 255, and names of runs are longer than their LoRA's
 
 
 class InputError(ValueError):
@@ -161,11 +162,13 @@ def seed_or_draw(text: str) -> int:
     return -1 if text == "-1" else seed(text)
 
 
-def folder_name(text: str) -> str:
+def folder_name(name: str) -> str:
     """argparse type: one plain folder name."""
-    if text in ("", ".", "..") or any(c in text for c in "/\\\0"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one plain folder name")
-    return text
+    if prompt_text(name) in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        raise argparse.ArgumentTypeError(f"{name!r} is not one plain folder name")
+    if len(name.encode()) > LONGEST_NAME:
+        raise argparse.ArgumentTypeError(f"{name[:20]!r}… is longer than {LONGEST_NAME} bytes")
+    return name
 
 
 def prompt_text(text: str) -> str:

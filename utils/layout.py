@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.cli import InputError
+from utils.cli import LONGEST_NAME, InputError
 from utils.correspondence import read_map
 from utils.files import read_json
 
@@ -238,7 +238,13 @@ def anchor_run_name(pfix: str, prompts: Sequence[str], epoch: int, seed: int, nu
     """Folder name of a set of anchors. prompts: one per anchor (`pad_prompts`)."""
     shown = re.sub(r"[^\w.-]", "_", prompts[0])[:60]
     digest = hashlib.sha256("".join(prompts).encode()).hexdigest()[:8]
-    return f"{pfix}_p{shown}-{digest}_e{epoch:03d}_s{seed:06d}_r{num_replacement:02d}_ip1"
+    start, end = f"{pfix}_p", f"-{digest}_e{epoch:03d}_s{seed:06d}_r{num_replacement:02d}_ip1"
+    return start + cut_name(shown, max(0, LONGEST_NAME - len((start + end).encode()))) + end
+
+
+def cut_name(text: str, most: int = LONGEST_NAME) -> str:
+    """The beginning of a text in at most this many bytes of UTF-8, without half a character."""
+    return text.encode()[:most].decode(errors="ignore")
 
 
 def anchor_path(run: Path, k: int) -> Path:

@@ -33,7 +33,7 @@ from models.runtime.training import Training
 from models.settings import AlignmentSettings
 from utils.data.references import Reference, crop_size, draw_aspect, draw_crop
 from utils.images import write_image
-from utils.layout import checkpoint_lora_paths
+from utils.layout import checkpoint_lora_paths, cut_name
 from utils.runs import derive_seed
 
 GUIDANCE = 1.0  # distilled guidance during training
@@ -188,6 +188,6 @@ class Alignment(Training):
     def begin(self, folder: Path) -> None:
         """Copy the references and their edges beside the LoRAs."""
         for i, reference in enumerate(self.references):
-            copy = folder / "references" / f"{i:02d}_{reference.path.stem}"
+            copy = folder / "references" / f"{i:02d}_{cut_name(reference.path.stem)}"
             write_image(copy.with_name(f"{copy.name}.png"), reference.image)
             write_image(copy.with_name(f"{copy.name}.edges.png"), reference.edges)

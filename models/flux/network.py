@@ -20,6 +20,7 @@ from diffusers import (
 from models.finite import require_finite
 from models.latents import posterior_sample, token_positions
 from models.loading.networks import free_caches, load_encoders, load_model
+from models.prompts import warn_of_cuts
 from models.runtime.memory import RESIDENT, place, place_pipeline
 
 TRAINING_STEPS, TRAINING_TOKENS = 999, 4096  # the schedule that training timesteps are drawn from
@@ -201,9 +202,11 @@ def encode_flux_prompts(
     """Encode prompts with the pipeline folder `path`'s text encoders, then free them: {prompt: Text on the CPU}."""
     pipeline = load_encoders("flux_text", FluxPipeline, path, dtype)
     place_pipeline(pipeline, how, device)
-    texts = {}
+    prompts, texts = list(dict.fromkeys(prompts)), {}
+    warn_of_cuts("CLIP", pipeline.tokenizer, prompts, pipeline.tokenizer_max_length)
+    warn_of_cuts("T5", pipeline.tokenizer_2, prompts, max_length)
     with torch.no_grad():
-        for prompt in dict.fromkeys(prompts):
+        for prompt in prompts:
             tokens, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=max_length)
             texts[prompt] = Text(tokens.cpu(), pooled.cpu())
             for part in (tokens, pooled):

@@ -25,6 +25,7 @@ from models.inbetween.replacement import Replacement, latent_coverage
 from models.latents import draw_noise, posterior_sample, to_signed
 from models.loading.files import blaming, load_ggi_transformer
 from models.loading.networks import free_caches, load_encoders, load_model, load_pipeline, load_strictly
+from models.prompts import warn_of_cuts
 from models.runtime.memory import ON_DEMAND, PLACEMENTS, RESIDENT, place, place_pipeline
 from models.runtime.rotary import use_complex_rotary
 from models.runtime.runtime import Runtime
@@ -169,10 +170,12 @@ def encode_video_prompts(
     """Encode prompts for CogVideoX, then free the text encoder: {prompt: T5 embedding [1, T, D] on the CPU}."""
     pipeline = load_encoders("cogvideox_text", CogVideoXInbetweenPipeline, path, dtype)
     place_pipeline(pipeline, how, device)
+    prompts = list(dict.fromkeys(prompts))
+    warn_of_cuts("T5", pipeline.tokenizer, prompts, max_length)
     with torch.no_grad():
         embeds = {
             prompt: pipeline.encode_prompt(prompt, None, False, max_sequence_length=max_length)[0].cpu()
-            for prompt in dict.fromkeys(prompts)
+            for prompt in prompts
         }
     del pipeline
     free_caches()

@@ -30,7 +30,7 @@ from utils.cli import InputError
 from utils.data.flow import Flow, check_flow, flow_correspondence, flow_estimator
 from utils.edges import check_edge_detector, edge_detector, resize_edges
 from utils.images import find_ffmpeg, picture_size, read_image
-from utils.layout import ARC_FRAMES, ARC_STEPS, latent_frame_numbers
+from utils.layout import ARC_FRAMES, ARC_STEPS, cut_name, latent_frame_numbers
 from utils.particles import warp_noise
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -196,7 +196,7 @@ class FolderClips:
         return {"source": "folder", "size": list(self._size), "edges": self._edges, "flow": self._flow}
 
     def name(self, i: int) -> str:
-        readable = re.sub(r"[^\w.-]", "_", self._windows[i].source.id)[-60:]
+        readable = cut_name(re.sub(r"[^\w.-]", "_", self._windows[i].source.id)[-60:], 180)
         return f"{readable}-{self._digest(i)[:16]}"
 
     def _digest(self, i: int) -> str:
