@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from models.flags import add_attention_flag, add_compile_flag, add_memory_flags, add_overwrite_flag, resolve_device
+from models.foreign import require_cogvideox, require_video_transformer
 from models.precision import automatic_precision, settle_precision
 from models.settings import InbetweenSettings
 from models.weights import (
@@ -204,6 +205,7 @@ def main() -> None:
     if len(args.target) > 1 and (args.output_dir or args.scene):
         raise InputError("--output_dir and --scene go with a single --target")
     transformer = find_inbetween(preset, args.model_path, args.epoch)
+    require_video_transformer(transformer)
     check_size(args, read_json(transformer / "config.json"))
     check_carrying(args)
     jobs = [open_job(args, preset, target) for target in args.target]
@@ -235,6 +237,7 @@ def fill_arcs(args: Arguments, preset: Preset, jobs: list[VideoJob], transformer
     uncaptioned = [job for job in jobs if job.prompt is None]
     caption_model = first_here(args, partial(caption_source, args.caption_model)) if uncaptioned else None
     paths = first_here(args, partial(locate, args, preset, GGI_STAGE))
+    require_cogvideox(paths, transformer)
     require_fit(paths | {"inbetween": transformer})
     guided = args.guidance_scale != 1 and args.prompt != ""
     pixels = args.width * args.height

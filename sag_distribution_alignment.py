@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from models.flags import add_attention_flag, add_memory_flags, add_overwrite_flag, resolve_launched_device
+from models.foreign import require_flux
 from models.precision import MIXED, automatic_precision, settle_precision
 from models.settings import AlignmentSettings
 from models.weights import FLUX_STAGE, Preset, add_weight_flags, load_preset, locate, require_same_weights
@@ -112,6 +113,7 @@ def train(args: Arguments, preset: Preset, references: list[Reference], run: Run
 
     plan = look_up_plan(preset.name, "alignment", pixels=args.resolution**2, batch=args.train_batch_size)
     paths = first_here(args, partial(locate, args, preset, FLUX_STAGE))
+    require_flux(paths, args.control_mode)
     require_fit(paths)
     runtime, settings = open_training_runtime(args, preset, "alignment", plan), settings_of(AlignmentSettings, args)
     weights = runtime.weight_identity(paths)

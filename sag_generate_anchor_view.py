@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from models.flags import add_attention_flag, add_compile_flag, add_memory_flags, add_overwrite_flag, resolve_device
+from models.foreign import require_flux
 from models.precision import automatic_precision, settle_precision
 from models.settings import AnchorSettings
 from models.weights import FLUX_STAGE, Preset, add_weight_flags, load_preset, locate, require_same_weights
@@ -207,6 +208,7 @@ def draw_anchors(
         from models.runtime.runtime import first_here, open_runtime
 
     paths = first_here(args, partial(locate, args, preset, FLUX_STAGE))
+    require_flux(paths, args.control_mode)
     require_fit(paths)
     configs = [component_config(name, paths[name]) for name in ("flux_transformer", "controlnet")]
     states = read_loras({job.pfix: loras[job.pfix] for job in jobs}, configs)

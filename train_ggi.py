@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.flags import add_attention_flag, add_memory_flags, add_overwrite_flag, resolve_launched_device
+from models.foreign import require_cogvideox
 from models.loading.whole import component_folder, require_kind, require_whole
 from models.precision import automatic_precision, settle_precision
 from models.settings import INBETWEEN_TRAINING, InbetweenTrainSettings, TrainSettings
@@ -159,6 +160,7 @@ def train(args: Arguments, preset: Preset, source: ClipSource, run: Run, paths: 
         from models.runtime.runtime import open_training_runtime
         from models.runtime.training import fit
 
+    require_cogvideox(paths, paths["start"])
     config = read_json(paths["start"] / "config.json")
     check_start(config, preset.video_size, preset.num_frames)
     kind = "inbetween" if config["in_channels"] == CHANNELS else START

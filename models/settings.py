@@ -4,7 +4,7 @@ Defaults are the paper's, and are defined only here. Nothing heavy is imported h
 """
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 
 from models.precision import MIXED
 from utils.cli import (
@@ -23,6 +23,24 @@ from utils.cli import (
 
 LOGS = ["tensorboard", "none"]
 AUTO = "auto: bf16 for full weights, and for tiny ones where the device computes in it, else no"
+
+
+CONTROL_MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "lq")  # InstantX' and Shakker's numbers of them
+
+
+def control_mode(text: str) -> int:
+    """argparse type: the number of a mode, or its name."""
+    if text in CONTROL_MODES:
+        return CONTROL_MODES.index(text)
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor one of {', '.join(CONTROL_MODES)}")
+    return int(text)
+
+
+def control_mode_flag() -> Field:
+    """A field: which kind of picture a ControlNet for several kinds is given."""
+    about = f"mode of a ControlNet that has several (Union): a number, or {', '.join(CONTROL_MODES)}"
+    return flag(None, about, type=control_mode, metavar="MODE")
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,7 @@ class AlignmentSettings:
     checkpointing_steps: int = flag(100, "steps between checkpoints", type=positive_int, decides=False)
     learning_rate: float = flag(1e-4, "constant learning rate of AdamW", type=positive_float)
     rank: int = flag(16, "LoRA rank", type=positive_int)
+    control_mode: int | None = control_mode_flag()
     train_batch_size: int = flag(1, "crops per process and step", type=positive_int)
     gradient_accumulation_steps: int = flag(1, "batches per optimizer step", type=positive_int)
     mixed_precision: str = flag(
@@ -76,7 +95,8 @@ class AlignmentSettings:
 
     def training(self) -> TrainSettings:
         """As TrainSettings: AdamW with the reference's settings, a constant learning rate, no averaging."""
-        shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rank"}
+        shared = {field.name: getattr(self, field.name) for field in fields(self)}
+        del shared["rank"], shared["control_mode"]
         return TrainSettings(**shared, warmup_steps=0, ema_decay=0.0)
 
 
@@ -94,6 +114,7 @@ class AnchorSettings:
     true_gs: float = flag(3.5, "scale of true classifier-free guidance; 1 switches it off", type=finite_float)
     timestep_to_start_cfg: int = flag(1, "first step with true CFG", type=non_negative_int)
     control_weight: float = flag(0.8, "strength of the edge ControlNet", type=finite_float)
+    control_mode: int | None = control_mode_flag()
     use_else_noise: bool = flag(False, "a different noise for every anchor: seed, seed + 1, …", action="store_true")
 
 

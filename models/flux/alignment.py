@@ -18,6 +18,7 @@ from models.flux.lora import add_lora, save_lora, save_loras_only, train_loras
 from models.flux.network import (
     FluxModels,
     Text,
+    encode_control,
     encode_flux_prompts,
     encode_image,
     load_flux,
@@ -63,7 +64,7 @@ class FlowObjective(torch.nn.Module):
         self._models = models
 
     def forward(self, sample: FlowSample, text: Text, control: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`loss`: the predicted velocity's mean squared error, float32. control: edges [B, 3, H, W] in [-1, 1]."""
+        """`loss`: the predicted velocity's mean squared error, float32. control: from `encode_control`."""
         prediction = velocity(self._models, sample.tokens, sample.t, text, control, guidance=GUIDANCE)
         return {"loss": F.mse_loss(prediction.float(), sample.target.float())}
 
@@ -163,6 +164,7 @@ class Alignment(Training):
         prompts, length = [reference.prompt for reference in references], preset.max_sequence_length
         self.texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, length, runtime.placement["text"])
         self.models, self.loras = load_trainable(paths, device, dtype, settings.rank, settings.seed, runtime.placement)
+        self.models.control_mode = settings.control_mode
         super().__init__(FlowObjective(self.models), self.draw_inputs, self.save_loras, None, runtime.attention)
 
     @property
@@ -173,7 +175,9 @@ class Alignment(Training):
     def draw_inputs(self, step_seed: Sequence[int], items: Iterable[int]) -> dict:
         batch = draw_batch(self.references, step_seed, items, self.resolution, self.multiple)
         text = stack_texts([self.texts[batch.prompt]] * len(batch.t))
-        return {"sample": batch_flow_sample(self.models, batch), "text": text, "control": batch.control}
+        with torch.no_grad():
+            control = encode_control(self.models, batch.control)
+        return {"sample": batch_flow_sample(self.models, batch), "text": text, "control": control}
 
     def clip_groups(self) -> dict[str, list[torch.nn.Parameter]]:
         return dict(zip(("grad_norm/flux", "grad_norm/controlnet"), self.loras, strict=True))

@@ -19,6 +19,7 @@ from models.flux.network import (
     Text,
     anchor_schedule,
     decode_latents,
+    encode_control,
     encode_flux_prompts,
     encode_image,
     guided_velocity,
@@ -86,7 +87,7 @@ def sample_anchor(
 ) -> torch.Tensor:
     """Denoise one anchor; returns float32 latents [1, 16, h, w].
 
-    noise: x_0 ~ N(0, 1), float32 [1, 16, h, w], h and w even. control: edges [1, 3, 8 h, 8 w] in [-1, 1]. True CFG
+    noise: x_0 ~ N(0, 1), float32 [1, 16, h, w], h and w even. control: from `encode_control`. True CFG
     changes nothing if the prompts are equal or its scale is 1: the negative branch is then skipped. Otherwise both
     branches go in one batch, whose activations are smaller than the decoder's (`plan_anchors`).
     """
@@ -166,6 +167,7 @@ class AnchorStage:
         device, dtype, length = runtime.device, runtime.dtype, runtime.preset.max_sequence_length
         self.texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, length, runtime.placement["text"])
         self.models = load_flux(paths, device, dtype)
+        self.models.control_mode = settings.control_mode
         for network, rank in zip(self.networks, common_ranks(loras) if loras else (None, None), strict=True):
             if rank:
                 add_lora(network, rank)
@@ -188,7 +190,7 @@ class AnchorStage:
 
     def draw(self, anchor: Anchor, on_step: Callable[[Step], None] | None = None) -> Drawn:
         """Denoise one anchor."""
-        control = to_signed(anchor.edges)[None]
+        control = self._control(anchor.edges)
         noise = self._noise(anchor, anchor.number)
         warped = mask = replacement = None
         if anchor.previous is not None:
@@ -203,6 +205,10 @@ class AnchorStage:
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         """Latents [1, 16, h, w] -> picture uint8 [8 h, 8 w, 3]."""
         return decode_anchor(self.models, latents)
+
+    @torch.no_grad()
+    def _control(self, edges: np.ndarray) -> torch.Tensor:
+        return encode_control(self.models, to_signed(edges)[None])
 
     def _noise(self, anchor: Anchor, number: int) -> torch.Tensor:
         """N(0, 1) [1, 16, h, w] for the anchor with this number; the same for all anchors unless `use_else_noise`."""

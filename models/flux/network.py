@@ -1,4 +1,4 @@
-"""FLUX with its HED ControlNet: the schedule, one velocity with true CFG, and the autoencoder's two directions.
+"""FLUX with its ControlNet: the schedule, one velocity with true CFG, and the autoencoder's two directions.
 
 The reference runs the ControlNet for both branches of true CFG; diffusers' ControlNet pipeline reuses the positive
 residuals. The numbers must agree with the reference, so this is a thin layer over diffusers' models instead.
@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from models.finite import require_finite
-from models.latents import posterior_sample, token_positions
+from models.latents import pack, posterior_sample, token_positions
 from models.loading.networks import free_caches, load_encoders, load_model
 from models.prompts import warn_of_cuts
 from models.runtime.memory import RESIDENT, place, place_pipeline
@@ -35,6 +35,7 @@ class FluxModels:
     controlnet: FluxControlNetModel
     vae: AutoencoderKL
     device: str = "cpu"  # where they compute; offloaded weights are elsewhere
+    control_mode: int | None = None  # of a ControlNet for several kinds of pictures (`num_mode`): the one it is given
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,16 @@ def decode_latents(models: FluxModels, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode(latents.to(models.device, vae.dtype)).sample.float()
 
 
+def encode_control(models: FluxModels, edges: torch.Tensor) -> torch.Tensor:
+    """What the ControlNet reads of edge images [B, 3, H, W] in [-1, 1].
+
+    XLabs' reads them as they are. InstantX's and Shakker's, which have no layers for pictures, read their latents,
+    [B, 16, H/8, W/8]: the mean of the posterior, so that no draw decides where an edge is.
+    """
+    reads_pictures = models.controlnet.input_hint_block is not None
+    return edges if reads_pictures else encode_image(models, edges, None)
+
+
 def to_bytes(images: torch.Tensor) -> np.ndarray:
     """Images [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]. Truncates, as the reference does for FLUX.
 
@@ -117,15 +128,22 @@ def control_residuals(
     text: Text,
     control: torch.Tensor,
     guidance: float | torch.Tensor,
-) -> list[torch.Tensor]:
-    """Unscaled ControlNet residuals, one [B, L, hidden] per ControlNet block. Arguments as for `velocity`."""
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """Unscaled ControlNet residuals for double and for single blocks, one [B, L, hidden] per block of the ControlNet.
+
+    Arguments as for `velocity`.
+    """
     network = models.controlnet
-    samples, _ = network(
-        controlnet_cond=control.to(tokens.device, network.dtype),
+    mode = None
+    if models.control_mode is not None:
+        mode = torch.full((len(tokens), 1), models.control_mode, device=tokens.device)
+    double, single = network(
+        controlnet_cond=(control if is_picture(control) else pack(control)).to(tokens.device, network.dtype),
+        controlnet_mode=mode,
         return_dict=False,
         **_inputs(network, tokens, timestep, text, control, guidance),
     )
-    return samples
+    return double or (), single or ()
 
 
 def velocity(
@@ -141,16 +159,17 @@ def velocity(
     """Predicted velocity (noise minus image) of one branch, in the transformer's dtype, [B, L, 64].
 
     tokens: packed latents [B, L, 64]. timestep in [0, 1], one or [B]. control: edge images [B, 3, H, W] in [-1, 1], H
-    W = 256 L. guidance: distilled guidance scale, one or [B] (4 at inference, 1 in training). control_weight: 0
-    leaves the ControlNet out.
+    W = 256 L, or their latents (`encode_control`). guidance: distilled guidance scale, one or [B] (4 at inference, 1
+    in training). control_weight: 0 leaves the ControlNet out.
     """
-    residuals = None
+    double, single = (), ()
     if control_weight:
-        samples = control_residuals(models, tokens, timestep, text, control, guidance)
-        residuals = [control_weight * sample for sample in samples]
+        double, single = control_residuals(models, tokens, timestep, text, control, guidance)
     return models.transformer(
-        controlnet_block_samples=residuals,
-        controlnet_blocks_repeat=True,  # XLabs: of n residuals, k mod n is added after double block k
+        controlnet_block_samples=[control_weight * residual for residual in double] or None,
+        controlnet_single_block_samples=[control_weight * residual for residual in single] or None,
+        # XLabs: of n residuals, k mod n is added after double block k; InstantX: each after several blocks in a row
+        controlnet_blocks_repeat=is_picture(control),
         return_dict=False,
         **_inputs(models.transformer, tokens, timestep, text, control, guidance),
     )[0]
@@ -163,16 +182,22 @@ def guided_velocity(positive: torch.Tensor, negative: torch.Tensor | None, true_
     return negative.float() + true_guidance * (positive.float() - negative.float())
 
 
+def is_picture(control: torch.Tensor) -> bool:
+    """Whether what a ControlNet reads is a picture, not latents."""
+    return control.shape[1] == 3
+
+
 def _inputs(network, tokens, timestep, text, control, guidance) -> dict:
     """The arguments that transformer and ControlNet share."""
     device, dtype = tokens.device, network.dtype
     batch = tokens.shape[0]
+    height, width = (side // 8 if is_picture(control) else side for side in control.shape[-2:])
     return {
         "hidden_states": tokens.to(dtype),
         "encoder_hidden_states": text.tokens.to(device, dtype),
         "pooled_projections": text.pooled.to(device, dtype),
         "timestep": torch.as_tensor(timestep, dtype=torch.float32).expand(batch).to(device, dtype),
-        "img_ids": token_positions(control.shape[-2] // 8, control.shape[-1] // 8, device),
+        "img_ids": token_positions(height, width, device),
         "txt_ids": torch.zeros(text.tokens.shape[1], 3, device=device),
         "guidance": torch.as_tensor(guidance, dtype=torch.float32).expand(batch).to(device, dtype)
         if network.config.guidance_embeds

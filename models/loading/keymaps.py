@@ -123,6 +123,25 @@ def _split_rows(tensor: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
     return tensor.split([hidden, hidden, hidden, tensor.shape[0] - 3 * hidden])
 
 
+_WRAPPED = re.compile(r"(?:model\.)?diffusion_model\.")  # before the names of a transformer in files for ComfyUI
+_SCALES = (".scale_weight", ".weight_scale")  # one number per matrix of 8 bits
+_NO_WEIGHTS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")  # of no use for products of 16 bits
+
+
+def unwrapped(source: Mapping[str, torch.Tensor]) -> StateDict:
+    """The transformer of a single file: without prefix and what lies beside it; 8-bit floats become bfloat16."""
+    if any(_WRAPPED.match(key) for key in source):  # the others are text encoders and a VAE
+        source = {_WRAPPED.sub("", key, count=1): tensor for key, tensor in source.items() if _WRAPPED.match(key)}
+    state = {key: tensor for key, tensor in source.items() if not key.endswith((*_SCALES, *_NO_WEIGHTS))}
+    scales = {f"{key.rpartition('.')[0]}.weight": source[key] for key in source if key.endswith(_SCALES)}
+    for key, tensor in state.items():
+        if key in scales:
+            state[key] = (tensor.float() * scales[key].float()).to(torch.bfloat16)
+        elif tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
+            state[key] = tensor.to(torch.bfloat16)
+    return state
+
+
 def _count(source: Mapping[str, torch.Tensor], pattern: str) -> int:
     """Number of consecutive blocks; the group of `pattern` captures a block's index."""
     found = {int(m[1]) for key in source if (m := re.match(pattern, key))}
@@ -157,6 +176,7 @@ def flux_transformer(source: Mapping[str, torch.Tensor], params: dict | None = N
 
     params: the file's `flux_params` metadata, if it has any (`axes_dim`).
     """
+    source = unwrapped(source)
     state = rename(source, FLUX_RULES)
     for part in ("weight", "bias"):  # the original stores (shift, scale), diffusers (scale, shift)
         shift, scale = state[f"norm_out.linear.{part}"].chunk(2)

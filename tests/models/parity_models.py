@@ -151,7 +151,7 @@ def _image(golden, path: Path, models: FluxModels, wanted: dict, meta: dict) -> 
         yield "mask", largest(replacement.mask, wanted["mask"]), 0.0
 
     positive, negative = Text(wanted["txt"], wanted["vec"]), Text(wanted["neg_txt"], wanted["neg_vec"])
-    first = control_residuals(
+    first, _ = control_residuals(
         models, pack(wanted["noise"]), wanted["timesteps"][0], positive, wanted["controlnet_cond"], meta["guidance"]
     )
     yield (
@@ -256,7 +256,7 @@ def _forward(models: FluxModels, wanted: dict, meta: dict) -> Iterator[tuple]:
     yield "x_t", largest(sample.tokens, wanted["x_t"]), LATENT
     yield "target", largest(sample.target, wanted["target"]), LATENT
     with torch.no_grad():
-        residuals = control_residuals(models, sample.tokens, t, text, batch.control, meta["guidance"])
+        residuals, _ = control_residuals(models, sample.tokens, t, text, batch.control, meta["guidance"])
         prediction = velocity(models, sample.tokens, t, text, batch.control, guidance=meta["guidance"])
     for i, residual in enumerate(residuals):
         if f"cn_res_{i}" in wanted:

@@ -1,0 +1,189 @@
+"""Networks of others: whether each is what it is taken for, and whether they fit together, before any is loaded.
+
+Only configurations and the headers of files are read. Every function raises InputError that says in one line what a
+network is and what is needed instead.
+"""
+
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from models.settings import CONTROL_MODES
+from models.weights import CONVERTIBLE, component_folder
+from utils.cli import InputError
+from utils.files import read_json
+from utils.runs import is_first_process
+
+CLASSES = {  # component -> its class in diffusers
+    "flux_transformer": "FluxTransformer2DModel",
+    "flux_vae": "AutoencoderKL",
+    "controlnet": "FluxControlNetModel",
+    "cogvideox_vae": "AutoencoderKLCogVideoX",
+    "transformer": "CogVideoXTransformer3DModel",
+}
+FLUX_CHANNELS, LATENT_CHANNELS = 64, 16  # of packed latents, and of both VAEs
+KNOWN_CHANNELS = {384: "FLUX.1 Fill-dev", 128: "FLUX.1 Canny-dev or Depth-dev", 132: "FLUX.1 Canny-dev with a mask"}
+# what lies in a file, by a key that only such files have
+CONTENTS = {
+    ".quant_state.": "weights quantised by bitsandbytes",
+    "._data": "weights quantised by quanto",
+    "lora_": "a LoRA",
+    "input_hint_block.14.weight": "controlnet",
+    "double_blocks.0.img_attn.qkv.weight": "flux",
+    "encoder.down.0.block.0.norm1.weight": "autoencoder",
+    "transformer_blocks.0.": "a network under diffusers' names, which belongs into a folder with its config.json",
+    "encoder.down_blocks.0.": "a VAE under diffusers' names, which belongs into a folder with its config.json",
+}
+NUMBERS = (
+    "in_channels",
+    "num_attention_heads",
+    "attention_head_dim",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "patch_size",
+    "num_layers",
+)
+KIND_NAMES = {"flux": "a FLUX transformer", "autoencoder": "a FLUX VAE", "controlnet": "an XLabs ControlNet"}
+
+
+def require_flux(paths: Mapping[str, Path], control_mode: int | None = None) -> None:
+    """Make sure that the components of FLUX_STAGE are FLUX.1 and fit together. control_mode: `--control_mode`."""
+    transformer, vae, control = (read_config(n, paths[n]) for n in ("flux_transformer", "flux_vae", "controlnet"))
+    t5, clip = (read_encoder("flux_text", paths["flux_text"], part) for part in ("text_encoder_2", "text_encoder"))
+    channels = transformer["in_channels"]
+    if channels != FLUX_CHANNELS or transformer.get("out_channels") not in (None, FLUX_CHANNELS):
+        kind = KNOWN_CHANNELS.get(channels, "no FLUX.1-dev")
+        raise InputError(
+            f"flux_transformer: {paths['flux_transformer']} is {kind} (in_channels {channels}, out_channels "
+            f"{transformer.get('out_channels')}); needed: FLUX.1-dev or a fine-tune of it, in_channels {FLUX_CHANNELS}"
+        )
+    require_equal("flux_vae", paths, "latent_channels", vae.get("latent_channels"), LATENT_CHANNELS)
+    for name, config in (("flux_transformer", transformer), ("controlnet", control)):
+        require_equal(
+            name, paths, "joint_attention_dim (T5's width)", config["joint_attention_dim"], t5.get("d_model")
+        )
+        pooled = config["pooled_projection_dim"]
+        require_equal(name, paths, "pooled_projection_dim (CLIP's width)", pooled, clip.get("hidden_size"))
+    require_control(paths, control, transformer, control_mode)
+    if not transformer["guidance_embeds"] and is_first_process():
+        print(
+            f"note: flux_transformer: {paths['flux_transformer']} has no distilled guidance, as FLUX.1-schnell has "
+            "none: --guidance is without effect, and the number of steps is not its own",
+            file=sys.stderr,
+        )
+
+
+def require_control(paths: Mapping[str, Path], control: Mapping, transformer: Mapping, mode: int | None) -> None:
+    """Make sure that a ControlNet of this config fits the transformer's, and that it has this mode."""
+    width = lambda config: config["num_attention_heads"] * config["attention_head_dim"]  # noqa: E731
+    require_equal("controlnet", paths, "width", width(control), width(transformer))
+    require_equal("controlnet", paths, "in_channels", control["in_channels"], FLUX_CHANNELS)
+    if hint := control.get("conditioning_embedding_channels"):
+        hint *= control["patch_size"] ** 2
+        require_equal("controlnet", paths, "conditioning_embedding_channels x patch_size²", hint, FLUX_CHANNELS)
+    count = control.get("num_mode")
+    if count is None and mode is not None:
+        raise InputError(f"--control_mode {mode}: the ControlNet {paths['controlnet']} has no modes; leave it out")
+    if count is not None and mode is None:
+        raise InputError(f"the ControlNet {paths['controlnet']} has {count} modes: choose one by --control_mode canny")
+    if count is not None and mode >= count:
+        known = ", ".join(f"{i} {name}" for i, name in enumerate(CONTROL_MODES[:count]))
+        raise InputError(f"--control_mode {mode}: the ControlNet {paths['controlnet']} has {count} modes ({known}, …)")
+
+
+def require_cogvideox(paths: Mapping[str, Path], transformer: Path) -> None:
+    """Make sure that the components of GGI_STAGE fit the transformer in this folder, and that it is CogVideoX-5B."""
+    require_video_transformer(transformer)
+    config, vae = read_config("transformer", transformer), read_config("cogvideox_vae", paths["cogvideox_vae"])
+    require_equal("cogvideox_vae", paths, "latent_channels", vae.get("latent_channels"), LATENT_CHANNELS)
+    wide = read_encoder("cogvideox_text", paths["cogvideox_text"], "text_encoder").get("d_model")
+    require_equal("transformer", {"transformer": transformer}, "text_embed_dim", config["text_embed_dim"], wide)
+
+
+def require_video_transformer(folder: Path) -> None:
+    """Make sure that the config in this folder is that of a transformer of CogVideoX-5B. Imports nothing heavy."""
+    config = read_folder_config("transformer", folder)
+    if config.get("patch_size_t") is not None or config.get("ofs_embed_dim") is not None:
+        raise InputError(
+            f"transformer: {folder} is CogVideoX 1.5 (patch_size_t {config.get('patch_size_t')}, ofs_embed_dim "
+            f"{config.get('ofs_embed_dim')}); needed: one made from CogVideoX-5B-I2V, where both are null"
+        )
+    where = {"transformer": folder}
+    require_equal("transformer", where, "out_channels", config.get("out_channels", LATENT_CHANNELS), LATENT_CHANNELS)
+
+
+def read_encoder(name: str, path: Path, part: str) -> dict:
+    """The config of one text encoder of a pipeline's folder."""
+    if path.is_file():
+        raise InputError(f"{name}: {path} is a file; needed: a pipeline's folder with tokenizers and text encoders")
+    config = read_json(path / part / "config.json")
+    require_plain(name, path / part, config)
+    return config
+
+
+def read_config(name: str, path: Path) -> dict:
+    """A network's config; of a file in the original format, derived from its tensors' shapes."""
+    import diffusers
+
+    folder = component_folder(name, path) if name != "transformer" else path
+    if folder.is_file():
+        return read_file_config(name, folder)
+    config = read_folder_config(name, folder)
+    parameters = inspect.signature(getattr(diffusers, CLASSES[name]).__init__).parameters
+    config = {key: p.default for key, p in parameters.items() if p.default is not p.empty} | config
+    if wrong := [key for key in NUMBERS if key in config and type(config[key]) is not int]:
+        raise InputError(f"{name}: {folder / 'config.json'}: {wrong[0]} is {config[wrong[0]]!r}, not a whole number")
+    return config
+
+
+def read_folder_config(name: str, folder: Path) -> dict:
+    """The config as it is written."""
+    config = read_json(folder / "config.json")
+    found = config.get("_class_name", CLASSES[name])
+    if found != CLASSES[name]:
+        raise InputError(f"{name}: {folder} holds {found}; needed: {CLASSES[name]}")
+    require_plain(name, folder, config)
+    return config
+
+
+def require_plain(name: str, folder: Path, config: Mapping) -> None:
+    """Raise InputError for quantised weights: LoRA is added to plain ones, and `--memory` quantises by itself."""
+    if quantisation := config.get("quantization_config"):
+        method = quantisation.get("quant_method", "unknown method") if isinstance(quantisation, dict) else quantisation
+        raise InputError(
+            f"{name}: {folder} is quantised ({method}); needed: weights of 16 or 32 bits, of which --memory keeps "
+            "fewer bits if need be"
+        )
+
+
+def read_file_config(name: str, path: Path) -> dict:
+    """The config of a network in a single file, from its header."""
+    from models.loading.files import reference_config
+
+    wanted, found = CONVERTIBLE.get(name), find_content(path)
+    if wanted is None:
+        raise InputError(f"{name}: {path} is a file ({KIND_NAMES.get(found, found)}); needed: a folder of diffusers")
+    if found != wanted:
+        raise InputError(f"{name}: {path} holds {KIND_NAMES.get(found, found)}; needed: {KIND_NAMES[wanted]}")
+    return reference_config(wanted, path)
+
+
+def find_content(path: Path) -> str:
+    """What a file of weights holds: a kind of `KIND_NAMES`, or a description."""
+    from models.loading.files import open_weights
+
+    with path.open("rb") as file:
+        if file.read(4) == b"GGUF":
+            return "weights in GGUF, which are quantised"
+    with open_weights(path) as handle:
+        keys = list(handle.keys())
+        content = next((kind for key, kind in CONTENTS.items() if any(key in k for k in keys)), "unknown weights")
+        types = {handle.get_slice(key).get_dtype() for key in keys if key.endswith("weight")}
+    integers = ", ".join(sorted(kind for kind in types if kind[0] in "IU"))
+    return f"weights quantised to integers ({integers})" if integers and content in KIND_NAMES else content
+
+
+def require_equal(name: str, paths: Mapping[str, Path], what: str, found: object, wanted: object) -> None:
+    if found != wanted:
+        raise InputError(f"{name}: {paths[name]} has {what} {found}; the networks beside it need {wanted}")
