@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from models.flags import add_attention_flag, add_compile_flag, add_memory_flags, add_overwrite_flag, resolve_device
+from models.flags import (
+    add_attention_flag,
+    add_compile_flag,
+    add_lora_flag,
+    add_memory_flags,
+    add_overwrite_flag,
+    resolve_device,
+)
 from models.foreign import require_flux
 from models.precision import automatic_precision, settle_precision
 from models.settings import AnchorSettings
@@ -53,6 +60,7 @@ from utils.layout import (
     find_lora,
     floor_to,
     load_scene,
+    lora_sources,
     mask_path,
     pad_prompts,
     warped_path,
@@ -85,6 +93,7 @@ def parse_args() -> Arguments:
     where("--target", type=Path, nargs="+", required=True, metavar="SCENE", help="scene folders with arc0, arc1, …")
     add("--pfix", type=folder_name, nargs="+", required=True, metavar="NAME", help="names of LoRAs, all of one rank")
     add("--epoch", type=positive_int, default=400, help="training step of the LoRA's checkpoint")
+    add_lora_flag(parser)
     where("--loras", type=Path, default=Path("loras"), help="folder of all LoRAs")
     add(
         "--prompt",
@@ -141,6 +150,7 @@ def result_arguments(
     """The arguments, and hashes of the files, that decide the pictures, except the seed."""
     inputs = [*scene.anchor_edge_paths, *(arc.corres_end_path for arc in scene.arcs)]
     hashes = {"scene_sha256": files_sha256(inputs), "loras_sha256": files_sha256(loras)}
+    hashes["lora"] = [{"sha256": files_sha256(lora_sources(path)), "weight": weight} for path, weight in args.lora]
     return args.identity() | {"pfix": pfix, "prompt": prompts, "width": size[0], "height": size[1]} | hashes
 
 
@@ -202,6 +212,7 @@ def draw_anchors(
     with heavy_imports():
         from models.flux.anchors import AnchorStage
         from models.flux.lora import read_loras
+        from models.flux.other_loras import read_other_lora
         from models.loading.fit import require_fit
         from models.loading.networks import component_config
         from models.runtime.memory import look_up_plan
@@ -211,6 +222,8 @@ def draw_anchors(
     require_flux(paths, args.control_mode)
     require_fit(paths)
     configs = [component_config(name, paths[name]) for name in ("flux_transformer", "controlnet")]
+    added = {"lora": [str(path) for path, _ in args.lora]} if args.lora else {}
+    others = [read_other_lora(*lora, configs[0]) for lora in args.lora]
     states = read_loras({job.pfix: loras[job.pfix] for job in jobs}, configs)
     prompts = [prompt for job in jobs for prompt in job.prompts]
     guided = args.true_gs != 1 and {*prompts} != {args.neg_prompt}
@@ -221,13 +234,13 @@ def draw_anchors(
     for job in jobs:
         job.run.require_begun_with(weights)
     with runtime.advise_on_oom():
-        stage = AnchorStage(runtime, paths, states, prompts, settings_of(AnchorSettings, args))
+        stage = AnchorStage(runtime, paths, states, prompts, settings_of(AnchorSettings, args), others)
         mine = runtime.share(jobs)
         steps = sum(len(job.prompts) for job in mine) * args.num_steps
         with tqdm(total=steps, desc="anchors", unit="step", disable=not runtime.is_main) as progress:
             for job in mine:
                 stage.put_on(job.pfix)
-                job.run.begin(weights=weights, scene=str(job.scene.folder.resolve()))
+                job.run.begin(weights=weights, scene=str(job.scene.folder.resolve()), **added)
                 draw_job(stage, job, progress)
     runtime.wait()
 

@@ -1,6 +1,9 @@
 """Flags that say how a stage runs, shared by the scripts. Nothing heavy is imported here."""
 
-from utils.cli import InputError, Parser
+import argparse
+from pathlib import Path
+
+from utils.cli import InputError, Parser, finite_float
 
 MEMORY_MODES = ("full", "balanced", "low")  # from fastest and largest to slowest and smallest
 ATTENTION_KERNELS = ("cudnn", "flash", "efficient")  # torch's kernels (`models/runtime/speed.py`)
@@ -49,6 +52,28 @@ def add_attention_flag(parser: Parser) -> None:
         choices=ATTENTION_KERNELS,
         help="torch's attention kernel for the transformers: other speed and rounding (default: torch chooses)",
     )
+
+
+def add_lora_flag(parser: Parser) -> None:
+    parser.add_argument(
+        "--lora",
+        type=weighted_file,
+        nargs="+",
+        default=[],
+        decides=False,  # its content does, not where it lies
+        metavar="FILE[:WEIGHT]",
+        help="LoRAs of other programs (kohya, ai-toolkit, XLabs, BFL …) to add to FLUX; weight 1 if not given",
+    )
+
+
+def weighted_file(text: str) -> tuple[Path, float]:
+    """argparse type: an existing file, and the weight behind a colon, or 1."""
+    path, _, weight = text.rpartition(":")
+    found = (Path(text), 1.0) if Path(text).exists() or not path else (Path(path), finite_float(weight))
+    if not found[0].is_file():
+        kind = "is a folder: name the file in it" if found[0].is_dir() else "does not exist"
+        raise argparse.ArgumentTypeError(f"{found[0]} {kind}")
+    return found
 
 
 def resolve_device(name: str) -> str:

@@ -345,3 +345,9 @@ def find_lora(loras: Path, pfix: str, epoch: int) -> tuple[Path, Path]:
 
 def ggi_transformer_folder(model_path: Path, epoch: int) -> Path:
     return model_path / f"checkpoint-{epoch}" / "transformer"
+
+
+def lora_sources(path: Path) -> list[Path]:
+    """The files that decide what a LoRA of another program does: itself, and peft's configuration of it."""
+    config = path.with_name("adapter_config.json")
+    return [path, config] if path.name == "adapter_model.safetensors" and config.is_file() else [path]

@@ -29,6 +29,7 @@ from models.flux.network import (
     to_bytes,
     velocity,
 )
+from models.flux.other_loras import OtherLora, merge_lora
 from models.latents import draw_noise, pack, to_signed, unpack
 from models.runtime.rotary import use_complex_rotary
 from models.runtime.runtime import Runtime
@@ -151,7 +152,7 @@ class AnchorStage:
     """Stage 2, ready to draw: FLUX and its ControlNet with the LoRAs of every style, and every prompt encoded.
 
     paths: components of FLUX_STAGE. loras: {style: LoRAs of both networks, from `read_loras`}; if empty, none are
-    added. prompts: every prompt that an anchor will use.
+    added. prompts: every prompt that an anchor will use. others: LoRAs of other programs, added under every style's.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class AnchorStage:
         loras: Mapping[str, Sequence[LoraState]],
         prompts: Sequence[str],
         settings: AnchorSettings,
+        others: Sequence[OtherLora] = (),
     ):
         self.runtime, self.settings, self.loras = runtime, settings, loras
         prompts = [*prompts, settings.neg_prompt]
@@ -168,6 +170,8 @@ class AnchorStage:
         self.texts = encode_flux_prompts(paths["flux_text"], prompts, device, dtype, length, runtime.placement["text"])
         self.models = load_flux(paths, device, dtype)
         self.models.control_mode = settings.control_mode
+        for lora in others:
+            merge_lora(self.models.transformer, lora)
         for network, rank in zip(self.networks, common_ranks(loras) if loras else (None, None), strict=True):
             if rank:
                 add_lora(network, rank)

@@ -44,15 +44,23 @@ def check_lora(path: Path, config: Mapping) -> dict[str, torch.Tensor]:
 
     Keys are peft's names. Raises InputError naming the first key that is missing, unknown or of another shape.
     """
-    tensors, _ = read_lora(path)
+    tensors, _ = read_factors(path)
     try:
         state = lora_to_peft(tensors)
     except ValueError as error:
-        raise InputError(f"{path} is not a LoRA of this project: {error}") from error
-    if not state:
-        raise InputError(f"{path} holds no LoRA")
+        raise InputError(
+            f"{path} is not a LoRA of this project ({error}): LoRAs of other programs go with --lora"
+        ) from error
     require_fit(path, state, config)
     return state
+
+
+def read_factors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """`read_lora` without `module.` in front of names. Raises InputError when it holds nothing."""
+    tensors, metadata = read_lora(path)
+    if not tensors:
+        raise InputError(f"{path} holds no LoRA")
+    return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}, metadata
 
 
 def read_loras(
@@ -86,6 +94,8 @@ def common_ranks(loras: Mapping[str, Sequence[Mapping[str, torch.Tensor]]]) -> l
 
 def require_fit(source: object, state: Mapping[str, torch.Tensor], config: Mapping) -> None:
     """Raise InputError unless `state` (peft's names) is a complete LoRA for a model of this config."""
+    if not any("lora_A" in key and tensor.ndim for key, tensor in state.items()):
+        raise InputError(f"{source} holds no LoRA")
     rank, wanted = lora_rank(state), {}
     for name, (features, out) in lora_targets(config).items():
         wanted |= {f"{name}.lora_A.weight": (rank, features), f"{name}.lora_B.weight": (out, rank)}

@@ -254,7 +254,7 @@ def flux_autoencoder(source: Mapping[str, torch.Tensor], params: dict | None = N
 
 # --- LoRA: the reference's names <-> peft's names on the fused projections ---
 
-_LORA_MODULES = {
+LORA_MODULES = {
     r"double_blocks.{}.processor.qkv_lora1": "transformer_blocks.{}.attn.to_qkv",
     r"double_blocks.{}.processor.proj_lora1": "transformer_blocks.{}.attn.to_out.0",
     r"double_blocks.{}.processor.qkv_lora2": "transformer_blocks.{}.attn.to_added_qkv",
@@ -262,6 +262,7 @@ _LORA_MODULES = {
     r"single_blocks.{}.processor.qkv_lora": "single_transformer_blocks.{}.attn.to_qkv",
     r"single_blocks.{}.processor.proj_lora": "single_transformer_blocks.{}.proj_out",
 }
+SEPARATE = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
 _LORA_FACTORS = {"down": "lora_A", "up": "lora_B"}
 
 
@@ -275,13 +276,13 @@ def _lora_rules(names: Iterable[tuple[str, str]], factors: Iterable[tuple[str, s
 
 def lora_to_peft(source: Mapping[str, torch.Tensor]) -> StateDict:
     """The reference's LoRA names -> peft's, for models whose q, k, v are fused (`to_qkv`, `to_added_qkv`)."""
-    return rename(source, _lora_rules(_LORA_MODULES.items(), _LORA_FACTORS.items()))
+    return rename(source, _lora_rules(LORA_MODULES.items(), _LORA_FACTORS.items()))
 
 
 def lora_from_peft(source: Mapping[str, torch.Tensor]) -> StateDict:
     """Inverse of `lora_to_peft`."""
     flip = lambda table: [(b, a) for a, b in table.items()]  # noqa: E731
-    return rename(source, _lora_rules(flip(_LORA_MODULES), flip(_LORA_FACTORS)))
+    return rename(source, _lora_rules(flip(LORA_MODULES), flip(_LORA_FACTORS)))
 
 
 def unfuse_lora(fused: Mapping[str, torch.Tensor]) -> StateDict:
@@ -289,15 +290,14 @@ def unfuse_lora(fused: Mapping[str, torch.Tensor]) -> StateDict:
 
     q, k and v share one `lora_A`; the rows of `lora_B` are divided among them.
     """
-    parts = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
     result = {}
     for key, tensor in fused.items():
-        name = next((name for name in parts if f".{name}." in key), None)
+        name = next((name for name in SEPARATE if f".{name}." in key), None)
         if name is None:
             result[key] = tensor
             continue
         factors = [tensor.clone() for _ in range(3)] if "lora_A" in key else [t.contiguous() for t in tensor.chunk(3)]
-        result |= {key.replace(name, part): factor for part, factor in zip(parts[name], factors, strict=True)}
+        result |= {key.replace(name, part): factor for part, factor in zip(SEPARATE[name], factors, strict=True)}
     return result
 
 
