@@ -58,6 +58,7 @@ def add_lora_flag(parser: Parser) -> None:
     parser.add_argument(
         "--lora",
         type=weighted_file,
+        action="extend",
         nargs="+",
         default=[],
         decides=False,  # its content does, not where it lies

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from utils.cli import LONGEST_NAME, InputError
 from utils.correspondence import read_map
 from utils.files import read_json
+from utils.images import open_picture
 
 ARC_STEPS = 45  # steps between the two anchors of an arc
 ARC_FRAMES = ARC_STEPS + 1
@@ -195,12 +195,9 @@ def _check_numbering(arc: Arc) -> None:
 
 
 def _edge_size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            size = image.size
-            image.verify()  # checksums only: pixels are decoded when they are used
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as an image ({error}); make the file again") from error
+    with open_picture(path) as image:
+        size = image.size
+        image.verify()  # checksums only: pixels are decoded when they are used
     return size
 
 

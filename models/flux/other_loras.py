@@ -25,7 +25,7 @@ from utils.runs import is_first_process
 # FILE's name of a factor: module, which of the two
 _FACTOR = re.compile(r"(.+?)[._](?:lora[._])?(A|B|down|up)(?:\.default)?\.weight")
 _PREFIX = re.compile(r"^(base_model\.model\.|transformer\.|(model\.)?diffusion_model\.|lora_(unet|transformer)_)+")
-_SHIFT_FIRST = "final_layer"  # the original stores (shift, scale), diffusers (scale, shift)
+_SHIFT_FIRST = "adaLN_modulation"  # the original stores (shift, scale), diffusers (scale, shift)
 METADATA = "lora_adapter_metadata"  # of diffusers: peft's configuration, its keys behind `transformer.`
 
 Spellings = Mapping[str, list[str]]  # a layer's name -> the layers of diffusers among which its rows are divided
@@ -40,6 +40,21 @@ class OtherLora:
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 
+@dataclass(frozen=True)
+class Alphas:
+    """peft's: {pattern of layers: alpha}, that of the other layers (None: the rank), and how ranks divide them."""
+
+    layers: Mapping[re.Pattern, float]
+    others: float | None
+    by_root: bool
+
+    def scale(self, layer: str, rank: int) -> float:
+        """What an update of this rank is multiplied by."""
+        found = (alpha for pattern, alpha in self.layers.items() if pattern.fullmatch(layer))
+        alpha = next(found, rank if self.others is None else self.others)
+        return alpha / (rank**0.5 if self.by_root else rank)
+
+
 def read_other_lora(path: Path, weight: float, config: Mapping) -> OtherLora:
     """Read a LoRA for a transformer of this config; no model is needed.
 
@@ -50,7 +65,7 @@ def read_other_lora(path: Path, weight: float, config: Mapping) -> OtherLora:
     with torch.device("meta"):
         model = FluxTransformer2DModel.from_config(config)
     sizes = {name: m.weight.shape for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    settings = peft_settings(path, metadata)
+    alphas = read_alphas(path, metadata)
     factors, used = {}, set()
     for module, targets, keys in find_modules(tensors, spell(config, sizes)):
         down, up = tensors[keys["down"]], tensors[keys["up"]]
@@ -60,7 +75,8 @@ def read_other_lora(path: Path, weight: float, config: Mapping) -> OtherLora:
             continue
         if _SHIFT_FIRST in module:
             up = torch.cat(up.chunk(2)[::-1])
-        scale = find_scale(tensors.get(keys["alpha"]), settings, targets[0], len(down))
+        alpha = tensors.get(keys["alpha"])
+        scale = alphas.scale(targets[0], len(down)) if alpha is None else alpha.reshape(-1)[0].item() / len(down)
         factors |= {target: (scale * down.float(), part) for target, part in zip(targets, up.split(rows), strict=True)}
         used |= {*keys.values()} & tensors.keys()
     report_fit(path, sorted(tensors.keys() - used), len(tensors))
@@ -106,22 +122,20 @@ def find_modules(
             yield module, targets, keys
 
 
-def peft_settings(path: Path, metadata: Mapping) -> Mapping:
-    """peft's configuration from the file's header or from beside it; empty if there is none."""
-    found = metadata.get(METADATA)
-    if isinstance(found, dict):
-        return {key.removeprefix("transformer."): value for key, value in found.items()}
-    return read_json(lora_sources(path)[-1]) if len(lora_sources(path)) == 2 else {}
-
-
-def find_scale(alpha: torch.Tensor | None, settings: Mapping, layer: str, rank: int) -> float:
-    """alpha / rank, from a tensor or from peft's configuration; 1 without either."""
-    if alpha is not None:
-        return alpha.reshape(-1)[0].item() / rank
-    patterns = settings.get("alpha_pattern") or {}
-    found = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", layer))
-    value = next(found, settings.get("lora_alpha", rank))
-    return value / (rank**0.5 if settings.get("use_rslora") else rank)
+def read_alphas(path: Path, metadata: Mapping) -> Alphas:
+    """Those of peft's configuration in the file's header or beside it; none if there is neither."""
+    settings = metadata.get(METADATA)
+    if not isinstance(settings, dict):
+        config = lora_sources(path)[1:]
+        settings = read_json(config[0]) if config else {}
+    settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
+    try:
+        patterns = settings.get("alpha_pattern") or {}
+        layers = {re.compile(rf"(.*\.)?({key})"): float(alpha) for key, alpha in patterns.items()}
+        others = float(settings["lora_alpha"]) if settings.get("lora_alpha") is not None else None
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise InputError(f"--lora {path}: its header names no usable alpha ({error})") from error
+    return Alphas(layers, others, bool(settings.get("use_rslora")))
 
 
 def report_fit(path: Path, left: list[str], count: int) -> None:

@@ -1,5 +1,6 @@
 """LoRAs of other programs: every program's names give the same weights, and what diffusers makes of them."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ LAYERS = {
     ],
     "single_blocks.0.linear2": ["single_transformer_blocks.0.proj_out"],
     "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+    "final_layer.linear": ["proj_out"],
     "img_in": ["x_embedder"],
 }
 
@@ -67,7 +69,7 @@ def original(transformer: FluxTransformer2DModel) -> dict[str, tuple[torch.Tenso
 
 def swapped(name: str, up: torch.Tensor) -> torch.Tensor:
     """diffusers' order of (scale, shift)."""
-    return torch.cat(up.chunk(2)[::-1]) if name.startswith("final_layer") else up
+    return torch.cat(up.chunk(2)[::-1]) if name.startswith("final_layer.ada") else up
 
 
 def separate(model: FluxTransformer2DModel, pairs: dict) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -180,7 +182,7 @@ def test_kohya_s_are_converted_as_diffusers_does(tmp_path: Path):
     assert {key.split(".lora_")[0] for key in converted} == {prefixes[name] + name for name in found.factors}
     for name, (down, up) in found.factors.items():
         theirs = [converted[f"{prefixes[name]}{name}.lora_{factor}.weight"] for factor in "BA"]
-        scale = 2.0 if name == "norm_out.linear" else 1.0
+        scale = 2.0 if name in ("norm_out.linear", "proj_out") else 1.0
         torch.testing.assert_close(scale * (up @ down)[:64], (theirs[0] @ theirs[1])[:64])
 
 
@@ -237,6 +239,16 @@ def test_diffusers_pipeline_s_header_is_read(transformer, original: dict, tmp_pa
     found = updates(read_other_lora(tmp_path / "pytorch_lora_weights.safetensors", 1.0, transformer.config))
     for name, (down, up) in pairs.items():
         torch.testing.assert_close(found[name], 3 * up @ down)
+
+
+@pytest.mark.parametrize(
+    "header", [{"lora_alpha": "much"}, {"alpha_pattern": [1]}, {"alpha_pattern": {"(": 1}}, {"lora_alpha": []}]
+)
+def test_a_header_without_a_usable_alpha_is_refused(transformer, original: dict, header: dict, tmp_path: Path):
+    state = write_names(separate(transformer, original), lambda name: f"transformer.{name}", AB, None)
+    path = save(tmp_path / "a.safetensors", state, {"lora_adapter_metadata": json.dumps(header)})
+    with pytest.raises(InputError, match="no usable alpha"):
+        read_other_lora(path, 1.0, transformer.config)
 
 
 def test_peft_s_configuration_beside_the_file_is_read(transformer, tmp_path: Path):
@@ -335,7 +347,7 @@ def test_anchors_with_loras_of_others(original: dict, tmp_path: Path, capfd: pyt
 
     for folder, flags in {
         "none": (), "zero": ("--lora", f"{path}:0"), "one": ("--lora", path),
-        "half": ("--lora", f"{path}:0.5"), "halves": ("--lora", f"{path}:0.25", f"{path}:0.25"),
+        "half": ("--lora", f"{path}:0.5"), "halves": ("--lora", f"{path}:0.25", "--lora", f"{path}:0.25"),
     }.items():  # fmt: skip
         assert draw(folder, *flags) == 0, capfd.readouterr().err
     assert (picture("none") == picture("zero")).all() and (picture("half") - picture("halves")).abs().max() <= 1
