@@ -7,6 +7,7 @@ network is and what is needed instead.
 import inspect
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from models.settings import CONTROL_MODES
@@ -23,7 +24,7 @@ CLASSES = {  # component -> its class in diffusers
     "transformer": "CogVideoXTransformer3DModel",
 }
 FLUX_CHANNELS, LATENT_CHANNELS = 64, 16  # of packed latents, and of both VAEs
-KNOWN_CHANNELS = {384: "FLUX.1 Fill-dev", 128: "FLUX.1 Canny-dev or Depth-dev", 132: "FLUX.1 Canny-dev with a mask"}
+KNOWN_CHANNELS = {384: "FLUX.1 Fill-dev", 128: "FLUX.1 Canny-dev or Depth-dev"}
 # what lies in a file, by a key that only such files have
 CONTENTS = {
     ".quant_state.": "weights quantised by bitsandbytes",
@@ -114,11 +115,14 @@ def require_video_transformer(folder: Path) -> None:
 
 
 def read_encoder(name: str, path: Path, part: str) -> dict:
-    """The config of one text encoder of a pipeline's folder."""
+    """The config of one text encoder of a pipeline's folder; transformers reads those that bitsandbytes quantised."""
     if path.is_file():
         raise InputError(f"{name}: {path} is a file; needed: a pipeline's folder with tokenizers and text encoders")
     config = read_json(path / part / "config.json")
-    require_plain(name, path / part, config)
+    if quantisation_of(config) != "bitsandbytes":
+        require_plain(name, path / part, config)
+    elif find_spec("bitsandbytes") is None:
+        raise InputError(f"{name}: {path / part} is quantised by bitsandbytes: pip install bitsandbytes")
     return config
 
 
@@ -149,12 +153,17 @@ def read_folder_config(name: str, folder: Path) -> dict:
 
 def require_plain(name: str, folder: Path, config: Mapping) -> None:
     """Raise InputError for quantised weights: LoRA is added to plain ones, and `--memory` quantises by itself."""
-    if quantisation := config.get("quantization_config"):
-        method = quantisation.get("quant_method", "unknown method") if isinstance(quantisation, dict) else quantisation
+    if method := quantisation_of(config):
         raise InputError(
             f"{name}: {folder} is quantised ({method}); needed: weights of 16 or 32 bits, of which --memory keeps "
             "fewer bits if need be"
         )
+
+
+def quantisation_of(config: Mapping) -> str | None:
+    """The method by which weights were quantised."""
+    entry = config.get("quantization_config")
+    return str(entry.get("quant_method", "unknown method") if isinstance(entry, dict) else entry) if entry else None
 
 
 def read_file_config(name: str, path: Path) -> dict:

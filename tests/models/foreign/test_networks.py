@@ -8,7 +8,9 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig, T5EncoderModel
 
+from models.flux.network import encode_flux_prompts
 from models.foreign import require_cogvideox, require_flux
 from models.loading.networks import load_model
 from models.weights import FLUX_STAGE, GGI_STAGE
@@ -84,6 +86,20 @@ def test_modes_are_refused_where_there_are_none_or_fewer(flux: dict[str, Path], 
     change(tmp_path / "controlnet", num_mode=2)
     with pytest.raises(InputError, match=r"--control_mode 2: .* has 2 modes \(0 canny, 1 tile"):
         require_flux(flux, 2)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_text_encoders_that_bitsandbytes_quantised_are_read(flux: dict[str, Path], tmp_path: Path, bits: int):
+    pytest.importorskip("bitsandbytes")
+    plain = encode_flux_prompts(tmp_path / "flux", ["a town"], "cpu", torch.float32, 32)["a town"]
+    folder = tmp_path / "flux" / "text_encoder_2"
+    options = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
+    quantised = T5EncoderModel.from_pretrained(folder, quantization_config=options)
+    shutil.rmtree(folder)
+    quantised.save_pretrained(folder)
+    require_flux(flux)
+    found = encode_flux_prompts(tmp_path / "flux", ["a town"], "cpu", torch.float32, 32)["a town"]
+    assert 1e-4 < (found.tokens - plain.tokens).norm() / plain.tokens.norm() < {4: 0.2, 8: 0.03}[bits]
 
 
 def test_a_transformer_without_guidance_is_noted(flux: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture):
