@@ -160,9 +160,9 @@ def train(args: Arguments, preset: Preset, source: ClipSource, run: Run, paths: 
         from models.runtime.runtime import open_training_runtime
         from models.runtime.training import fit
 
-    require_cogvideox(paths, paths["start"])
     config = read_json(paths["start"] / "config.json")
     check_start(config, preset.video_size, preset.num_frames)
+    require_cogvideox(paths, paths["start"])
     kind = "inbetween" if config["in_channels"] == CHANNELS else START
     require_fit(paths if args.from_scratch else paths | {kind: paths["start"]})
     lora = read_frozen_lora(args.lora, config) if args.lora else {}

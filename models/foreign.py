@@ -10,19 +10,12 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from models.loading.whole import CONVERTIBLE, NETWORKS, component_folder
 from models.settings import CONTROL_MODES
-from models.weights import CONVERTIBLE, component_folder
 from utils.cli import InputError
 from utils.files import read_json
 from utils.runs import is_first_process
 
-CLASSES = {  # component -> its class in diffusers
-    "flux_transformer": "FluxTransformer2DModel",
-    "flux_vae": "AutoencoderKL",
-    "controlnet": "FluxControlNetModel",
-    "cogvideox_vae": "AutoencoderKLCogVideoX",
-    "transformer": "CogVideoXTransformer3DModel",
-}
 FLUX_CHANNELS, LATENT_CHANNELS = 64, 16  # of packed latents, and of both VAEs
 KNOWN_CHANNELS = {384: "FLUX.1 Fill-dev", 128: "FLUX.1 Canny-dev or Depth-dev"}
 # what lies in a file, by a key that only such files have
@@ -96,22 +89,22 @@ def require_control(paths: Mapping[str, Path], control: Mapping, transformer: Ma
 def require_cogvideox(paths: Mapping[str, Path], transformer: Path) -> None:
     """Make sure that the components of GGI_STAGE fit the transformer in this folder, and that it is CogVideoX-5B."""
     require_video_transformer(transformer)
-    config, vae = read_config("transformer", transformer), read_config("cogvideox_vae", paths["cogvideox_vae"])
+    config, vae = read_config("inbetween", transformer), read_config("cogvideox_vae", paths["cogvideox_vae"])
     require_equal("cogvideox_vae", paths, "latent_channels", vae.get("latent_channels"), LATENT_CHANNELS)
     wide = read_encoder("cogvideox_text", paths["cogvideox_text"], "text_encoder").get("d_model")
-    require_equal("transformer", {"transformer": transformer}, "text_embed_dim", config["text_embed_dim"], wide)
+    require_equal("inbetween", {"inbetween": transformer}, "text_embed_dim", config["text_embed_dim"], wide)
 
 
 def require_video_transformer(folder: Path) -> None:
     """Make sure that the config in this folder is that of a transformer of CogVideoX-5B. Imports nothing heavy."""
-    config = read_folder_config("transformer", folder)
+    config = read_folder_config("inbetween", folder)
     if config.get("patch_size_t") is not None or config.get("ofs_embed_dim") is not None:
         raise InputError(
-            f"transformer: {folder} is CogVideoX 1.5 (patch_size_t {config.get('patch_size_t')}, ofs_embed_dim "
+            f"inbetween: {folder} is CogVideoX 1.5 (patch_size_t {config.get('patch_size_t')}, ofs_embed_dim "
             f"{config.get('ofs_embed_dim')}); needed: one made from CogVideoX-5B-I2V, where both are null"
         )
-    where = {"transformer": folder}
-    require_equal("transformer", where, "out_channels", config.get("out_channels", LATENT_CHANNELS), LATENT_CHANNELS)
+    where = {"inbetween": folder}
+    require_equal("inbetween", where, "out_channels", config.get("out_channels", LATENT_CHANNELS), LATENT_CHANNELS)
 
 
 def read_encoder(name: str, path: Path, part: str) -> dict:
@@ -130,11 +123,11 @@ def read_config(name: str, path: Path) -> dict:
     """A network's config; of a file in the original format, derived from its tensors' shapes."""
     import diffusers
 
-    folder = component_folder(name, path) if name != "transformer" else path
+    folder = component_folder(name, path)
     if folder.is_file():
         return read_file_config(name, folder)
     config = read_folder_config(name, folder)
-    parameters = inspect.signature(getattr(diffusers, CLASSES[name]).__init__).parameters
+    parameters = inspect.signature(getattr(diffusers, NETWORKS[name]).__init__).parameters
     config = {key: p.default for key, p in parameters.items() if p.default is not p.empty} | config
     if wrong := [key for key in NUMBERS if key in config and type(config[key]) is not int]:
         raise InputError(f"{name}: {folder / 'config.json'}: {wrong[0]} is {config[wrong[0]]!r}, not a whole number")
@@ -144,9 +137,9 @@ def read_config(name: str, path: Path) -> dict:
 def read_folder_config(name: str, folder: Path) -> dict:
     """The config as it is written."""
     config = read_json(folder / "config.json")
-    found = config.get("_class_name", CLASSES[name])
-    if found != CLASSES[name]:
-        raise InputError(f"{name}: {folder} holds {found}; needed: {CLASSES[name]}")
+    found = config.get("_class_name", NETWORKS[name])
+    if found != NETWORKS[name]:
+        raise InputError(f"{name}: {folder} holds {found}; needed: {NETWORKS[name]}")
     require_plain(name, folder, config)
     return config
 

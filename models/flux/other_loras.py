@@ -5,7 +5,6 @@ and tells what does not fit; diffusers' own converters, whose results are the sa
 is added to the weights themselves, so that it costs nothing afterwards and goes with every memory mode.
 """
 
-import errno
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -58,8 +57,7 @@ class Alphas:
 def read_other_lora(path: Path, weight: float, config: Mapping) -> OtherLora:
     """Read a LoRA for a transformer of this config; no model is needed.
 
-    Prints a warning with the number of tensors that do not fit. Raises InputError if none fits, and OSError if a value
-    is not finite.
+    Prints a warning with the number of tensors that do not fit. Raises InputError if none fits.
     """
     tensors, metadata = read_factors(path)
     with torch.device("meta"):
@@ -80,8 +78,6 @@ def read_other_lora(path: Path, weight: float, config: Mapping) -> OtherLora:
         factors |= {target: (scale * down.float(), part) for target, part in zip(targets, up.split(rows), strict=True)}
         used |= {*keys.values()} & tensors.keys()
     report_fit(path, sorted(tensors.keys() - used), len(tensors))
-    if not all(part.isfinite().all() for pair in factors.values() for part in pair):
-        raise OSError(errno.EILSEQ, "LoRA with values that are not finite (damaged, or trained in fp16?)", str(path))
     return OtherLora(path, weight, factors)
 
 
