@@ -298,7 +298,7 @@ def test_8_bit_floats_are_read_and_integers_are_not(transformer, original: dict,
     error = torch.cat([(plain[name] - rounded[name]).flatten() for name in plain])
     assert 0 < error.std() < 0.1 * torch.cat([update.flatten() for update in plain.values()]).std()
     bad = {
-        "quantised to int8": {key: t.to(torch.int8) if t.ndim == 2 else t for key, t in state.items()},
+        "int8": {key: t.to(torch.int8) if t.ndim == 2 else t for key, t in state.items()},
         "rank 0": {key: t[:0] if "down" in key else t for key, t in state.items()},
         "holds no LoRA": {},
     }
