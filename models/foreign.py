@@ -76,6 +76,8 @@ def require_control(paths: Mapping[str, Path], control: Mapping, transformer: Ma
     if hint := control.get("conditioning_embedding_channels"):
         hint *= control["patch_size"] ** 2
         require_equal("controlnet", paths, "conditioning_embedding_channels x patch_size²", hint, FLUX_CHANNELS)
+    extra = control.get("extra_condition_channels") or 0
+    require_equal("controlnet", paths, "extra_condition_channels (a mask, for inpainting)", extra, 0)
     count = control.get("num_mode")
     if count is None and mode is not None:
         raise InputError(f"--control_mode {mode}: the ControlNet {paths['controlnet']} has no modes; leave it out")
@@ -183,7 +185,8 @@ def find_content(path: Path) -> str:
         content = next((kind for key, kind in CONTENTS.items() if any(key in k for k in keys)), "unknown weights")
         types = {handle.get_slice(key).get_dtype() for key in keys if key.endswith("weight")}
     integers = ", ".join(sorted(kind for kind in types if kind[0] in "IU"))
-    return f"weights quantised to integers ({integers})" if integers and content in KIND_NAMES else content
+    known = content.startswith("weights quantised")
+    return f"weights quantised to integers ({integers})" if integers and not known else content
 
 
 def require_equal(name: str, paths: Mapping[str, Path], what: str, found: object, wanted: object) -> None:

@@ -70,6 +70,7 @@ def test_networks_that_fit_are_taken(flux: dict[str, Path], video: dict[str, Pat
         ("controlnet", {"in_channels": 16}, "in_channels 16"),
         ("controlnet", {"conditioning_embedding_channels": 32}, "conditioning_embedding_channels"),
         ("controlnet", {"pooled_projection_dim": 32}, "pooled_projection_dim"),
+        ("controlnet", {"extra_condition_channels": 4}, "a mask, for inpainting"),
         ("controlnet", {"num_mode": 7}, "7 modes: choose one by --control_mode"),
     ],
 )
@@ -140,6 +141,7 @@ def weights(**changes: object) -> dict[str, torch.Tensor]:
         ({"lora_unet_double_blocks_0_img_mod_lin.lora_up.weight": torch.zeros(2, 2)}, "holds a LoRA"),
         (weights(**{"x.weight.quant_state.bitsandbytes__nf4": torch.zeros(2)}), "bitsandbytes"),
         (weights(**{"x.weight": torch.zeros(2, dtype=torch.int8)}), "quantised to integers .I8"),
+        ({"transformer_blocks.0.qkv_proj.qweight": torch.zeros(2, dtype=torch.uint8)}, "quantised to integers .U8"),
         ({"model.weight": torch.zeros(2)}, "unknown weights"),
         (b"<html>", "a.safetensors is "),
     ],
