@@ -164,7 +164,8 @@ def train(args: Arguments, preset: Preset, source: ClipSource, run: Run, paths: 
     check_start(config, preset.video_size, preset.num_frames)
     require_cogvideox(paths, paths["start"])
     kind = "inbetween" if config["in_channels"] == CHANNELS else START
-    require_fit(paths if args.from_scratch else paths | {kind: paths["start"]})
+    start = {} if args.from_scratch else {kind: paths["start"]}
+    require_fit({name: paths[name] for name in GGI_STAGE} | start)
     lora = read_frozen_lora(args.lora, config) if args.lora else {}
     (width, height), frames = preset.video_size, preset.num_frames
     plan = look_up_plan(preset.name, "training", pixels=width * height, frames=frames, batch=args.train_batch_size)
