@@ -28,6 +28,7 @@ from utils.cameras.path import CameraPath, to_arcs
 from utils.cameras.read import read_cameras, write_transforms
 from utils.cameras.values import AXES
 from utils.cameras.viewers import write_camera_path
+from utils.cameras.world import settle_up
 from utils.cli import (
     InputError,
     Parser,
@@ -56,18 +57,18 @@ from utils.layout import (
     latent_frame_numbers,
     same_aspect,
 )
+from utils.meshes.load import load_geometry
+from utils.meshes.mesh import Geometry, turn
+from utils.meshes.write import write_glb
 from utils.noise import write_noise
 from utils.particles import elements_per_cell, warp_noise
 from utils.runs import Run, open_run
 from utils.scene.arcs import choose_num_arcs
 from utils.scene.lines import find_lines, make_line_scene, shade, soften
-from utils.scene.load import load_geometry, settle_up
-from utils.scene.mesh import Geometry, turn
 from utils.scene.preview import write_preview
 from utils.scene.raycast import RayCaster
 from utils.scene.survey import survey
 from utils.scene.views import View, correspondence, make_views
-from utils.scene.write import write_glb
 
 MANIFEST = "preprocess.json"
 FPS = 24  # default for animated cameras

@@ -22,10 +22,10 @@ import numpy as np
 
 from utils.cameras.read import read_cameras
 from utils.cli import Parser, positive_int, run_script
+from utils.meshes.load import load_geometry
+from utils.meshes.mesh import Geometry, turn
 from utils.particles import warp_noise
 from utils.scene.lines import find_lines, make_line_scene, soften
-from utils.scene.load import load_geometry
-from utils.scene.mesh import Geometry, turn
 from utils.scene.raycast import RayCaster
 from utils.scene.views import correspondence, make_views
 

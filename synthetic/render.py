@@ -11,8 +11,8 @@ import numpy as np
 
 from synthetic.scenes import Part
 from synthetic.styles import CLASSES, Style, sky_colours, surface_colours
+from utils.meshes.mesh import Geometry, build_geometry
 from utils.scene.lines import LineScene, find_lines, make_line_scene, soften
-from utils.scene.mesh import Geometry, build_geometry
 from utils.scene.raycast import RayCaster
 from utils.scene.survey import survey
 from utils.scene.views import View

@@ -15,9 +15,10 @@ import numpy as np
 
 from utils.cameras.path import CameraPath
 from utils.cameras.read import read_cameras
+from utils.cameras.world import settle_up
 from utils.cli import InputError, Parser, run_script
-from utils.scene.load import load_geometry, settle_up
-from utils.scene.mesh import Geometry
+from utils.meshes.load import load_geometry
+from utils.meshes.mesh import Geometry
 from utils.scene.raycast import RayCaster
 
 CAMERAS = (".json", ".txt", ".tum")

@@ -29,9 +29,9 @@ from utils.cli import InputError, Parser, run_script
 from utils.correspondence import read_map, source_positions
 from utils.images import read_image
 from utils.layout import Arc, latent_frame_numbers
+from utils.meshes.load import load_geometry
+from utils.meshes.mesh import Geometry, turn
 from utils.scene.lines import LineScene, find_lines, make_line_scene
-from utils.scene.load import load_geometry
-from utils.scene.mesh import Geometry, turn
 from utils.scene.raycast import RayCaster
 from utils.scene.views import View, correspondence, make_views
 

@@ -7,8 +7,8 @@ from tests.evaluation.metrics_common import EDGE_SIZE, SAMPLE, SIZE
 from utils.cameras.read import read_cameras
 from utils.evaluation.covisibility import Covisibility, make_covisibility
 from utils.layout import CAMERAS_FILE, SCENE_FILE
-from utils.scene.load import load_geometry
-from utils.scene.mesh import turn
+from utils.meshes.load import load_geometry
+from utils.meshes.mesh import turn
 from utils.scene.views import View, make_views, resize_view
 
 

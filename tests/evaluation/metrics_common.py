@@ -3,7 +3,7 @@
 import numpy as np
 
 from tests.support.helpers import ROOT
-from utils.scene.mesh import build_geometry
+from utils.meshes.mesh import build_geometry
 from utils.scene.raycast import RayCaster
 from utils.scene.views import View
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.scene.preprocess_common import BOXES, write_boxes, write_path
-from utils.scene.load import load_geometry
-from utils.scene.mesh import Geometry, turn
+from utils.meshes.load import load_geometry
+from utils.meshes.mesh import Geometry, turn
 from utils.scene.raycast import RayCaster
 
 

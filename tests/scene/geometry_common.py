@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.scene.mesh import Geometry
+from utils.meshes.mesh import Geometry
 
 CUBE = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)], np.float32)
 

@@ -17,8 +17,8 @@ from bpy_extras.object_utils import world_to_camera_view  # noqa: E402
 from mathutils import Matrix, Vector  # noqa: E402
 
 from utils.cameras.read import read_cameras  # noqa: E402
-from utils.scene.load import load_geometry  # noqa: E402
-from utils.scene.mesh import Geometry, turn  # noqa: E402
+from utils.meshes.load import load_geometry  # noqa: E402
+from utils.meshes.mesh import Geometry, turn  # noqa: E402
 
 TOOL = Path(__file__).parents[2] / "tools" / "blender_export.py"
 FRAMES = 46

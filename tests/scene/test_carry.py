@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from utils.cameras.path import look_at
+from utils.meshes.mesh import build_geometry
 from utils.scene.carry import Picture, carry, carry_anchors, fill_holes
 from utils.scene.composite import composite, match_colours
-from utils.scene.mesh import build_geometry
 from utils.scene.raycast import RayCaster
 from utils.scene.views import View
 

@@ -17,9 +17,9 @@ from utils.cameras.read import read_cameras
 from utils.correspondence import VISIBLE, encode_map, read_map, write_map
 from utils.images import read_image
 from utils.layout import CAMERAS_FILE, SCENE_FILE, load_scene
+from utils.meshes.load import load_geometry
+from utils.meshes.mesh import turn
 from utils.scene.lines import find_lines, make_line_scene, soften
-from utils.scene.load import load_geometry
-from utils.scene.mesh import turn
 from utils.scene.raycast import RayCaster
 from utils.scene.survey import survey
 from utils.scene.views import correspondence, make_views

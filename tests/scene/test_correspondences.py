@@ -9,8 +9,8 @@ from scipy.spatial.transform import Rotation
 
 from tests.scene.preprocess_common import view_at
 from utils.correspondence import VISIBLE, encode_map, source_positions
-from utils.scene.load import load_geometry
-from utils.scene.mesh import Geometry
+from utils.meshes.load import load_geometry
+from utils.meshes.mesh import Geometry
 from utils.scene.raycast import RayCaster
 from utils.scene.views import View, correspondence
 

@@ -8,8 +8,8 @@ import trimesh
 
 from benchmarks.preprocess import subdivide
 from tests.scene.preprocess_common import BOXES, view_at
+from utils.meshes.load import load_geometry
 from utils.scene.lines import find_lines, make_line_scene, soften
-from utils.scene.load import load_geometry
 from utils.scene.raycast import RayCaster
 
 

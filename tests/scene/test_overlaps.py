@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.scene.preprocess_common import view_at
+from utils.meshes.mesh import Geometry, build_geometry
 from utils.scene.lines import find_lines, make_line_scene
-from utils.scene.mesh import Geometry, build_geometry
 from utils.scene.raycast import RayCaster
 from utils.scene.survey import survey
 from utils.scene.views import View, correspondence

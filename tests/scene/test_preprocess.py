@@ -12,10 +12,10 @@ from tests.scene.preprocess_common import BOXES, SMALL, run_main, view_at, write
 from utils.cameras.read import read_cameras
 from utils.images import read_image
 from utils.layout import load_scene
+from utils.meshes.load import load_geometry
+from utils.meshes.mesh import turn
 from utils.noise import read_noise
 from utils.scene.lines import find_lines, make_line_scene, soften
-from utils.scene.load import load_geometry
-from utils.scene.mesh import turn
 from utils.scene.raycast import RayCaster
 from utils.scene.survey import survey
 from utils.scene.views import correspondence, make_views

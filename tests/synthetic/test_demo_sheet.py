@@ -15,9 +15,9 @@ from tests.support.scenes import make_scene
 from utils.files import write_json
 from utils.images import read_image, write_image
 from utils.layout import ARC_FRAMES, CAMERAS_FILE, SCENE_FILE, VIDEO_FILE, anchor_path, frame_path, load_scene
+from utils.meshes.mesh import build_geometry
+from utils.meshes.write import write_glb
 from utils.runs import MANIFEST
-from utils.scene.mesh import build_geometry
-from utils.scene.write import write_glb
 
 SAMPLE, BOXTOWN = ROOT / "assets" / "sampleA", ROOT / "assets" / "references" / "boxtown.png"
 SIZE = (48, 32)  # width, height

@@ -28,8 +28,8 @@ from synthetic.styles import (
 )
 from utils.edges import resize_edges
 from utils.layout import ARC_FRAMES
-from utils.scene.load import load_geometry
-from utils.scene.mesh import build_geometry, turn
+from utils.meshes.load import load_geometry
+from utils.meshes.mesh import build_geometry, turn
 from utils.scene.views import View, correspondence, make_views
 
 SEED = 200_003

@@ -16,8 +16,8 @@ from scipy.spatial.transform import Slerp
 from utils.cameras.path import DEFAULT_SIZE, MAX_NUMBER, MAX_POSES, CameraPath, make_path
 from utils.cameras.values import Given, to_number, to_numbers, unit_rotation, world_up
 from utils.cli import InputError
-from utils.gltf import FLOATS, FLOATS_OR_NORMALIZED, GltfFile, Refused, entry, open_gltf, refusals
 from utils.layout import ARC_FRAMES
+from utils.meshes.gltf import FLOATS, FLOATS_OR_NORMALIZED, GltfFile, Refused, entry, open_gltf, refusals
 
 PATHS = {
     "translation": ("VEC3", (0.0, 0.0, 0.0)),

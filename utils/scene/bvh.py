@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from utils.scene.mesh import dot
+from utils.meshes.mesh import dot
 
 LEAF = 4  # faces in a leaf of the hierarchy
 CHUNK = 8192  # rays that descend together; limits the memory

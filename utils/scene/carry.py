@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from utils.layout import ARC_STEPS
-from utils.scene.mesh import dot
+from utils.meshes.mesh import dot
 from utils.scene.raycast import RayCaster
 from utils.scene.views import Sight, View, find_in, look, resize_view
 

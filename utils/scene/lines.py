@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from utils.scene.mesh import Geometry, dot, weld
+from utils.meshes.mesh import Geometry, dot, weld
 from utils.scene.raycast import RayCaster
 from utils.scene.views import View
 

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from utils.scene.mesh import Geometry, dot, weld
+from utils.meshes.mesh import Geometry, dot, weld
 
 ROUNDING = 1e-6  # share of the scene's radius: closer planes are one, and overlaps as narrow are none
 LIFT = 4e-6  # share of the scene's radius that rays surely tell apart

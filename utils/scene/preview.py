@@ -15,7 +15,7 @@ from utils.cameras.path import CameraPath
 from utils.correspondence import read_map, warp_image
 from utils.images import contact_sheet, read_image, write_image, write_video
 from utils.layout import ARC_STEPS, CONTACT_SHEET, LATENT_FRAMES, PREVIEW_FOLDER, Scene, load_scene
-from utils.scene.mesh import Geometry
+from utils.meshes.mesh import Geometry
 
 COLUMNS = 6  # pictures per row of the contact sheet
 TOP_SIZE = 900  # pixels; side of the view from above

@@ -9,8 +9,8 @@ from functools import cache
 
 import numpy as np
 
+from utils.meshes.mesh import Geometry, dot, face_normals
 from utils.scene.bvh import NumpyHits
-from utils.scene.mesh import Geometry, dot, face_normals
 from utils.scene.overlaps import find_overlaps
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from utils.cameras.read import read_cameras
 from utils.cli import InputError
 from utils.layout import CAMERAS_FILE, SCENE_FILE, Scene
-from utils.scene.load import load_geometry
-from utils.scene.mesh import Geometry, turn
+from utils.meshes.load import load_geometry
+from utils.meshes.mesh import Geometry, turn
 from utils.scene.raycast import RayCaster
 from utils.scene.views import View, make_views, resize_view
 

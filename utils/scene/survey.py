@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.scene.mesh import dot
+from utils.meshes.mesh import dot
 from utils.scene.raycast import RayCaster
 from utils.scene.views import View
 

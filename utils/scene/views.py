@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.cameras.path import CameraPath
-from utils.scene.mesh import dot
+from utils.meshes.mesh import dot
 from utils.scene.raycast import RayCaster
 
 REACHED = 1 - 1e-4  # share of the way to a point at which a ray counts as having reached it

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import InputError
-from utils.scene.mesh import Part
-from utils.scene.obj import read_obj
-from utils.scene.ply import read_ply
-from utils.scene.polygons import Polygons, make_parts
+from utils.meshes.mesh import Part
+from utils.meshes.obj import read_obj
+from utils.meshes.ply import read_ply
+from utils.meshes.polygons import Polygons, make_parts
 
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 STL_START = 84  # bytes before the first triangle of a binary STL

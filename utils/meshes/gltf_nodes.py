@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from utils.gltf import FLOATS, FLOATS_OR_NORMALIZED, GltfFile, Refused, entry, whole
-from utils.scene.mesh import FAR
+from utils.meshes.gltf import FLOATS, FLOATS_OR_NORMALIZED, GltfFile, Refused, entry, whole
+from utils.meshes.mesh import FAR
 
 INSTANCING, VISIBILITY = "EXT_mesh_gpu_instancing", "KHR_node_visibility"
 MOST_INSTANCES = 1_000_000  # in a scene

@@ -1,4 +1,4 @@
-"""Read the scene of an untrusted glTF or GLB file; `utils.gltf` checks every size against the file.
+"""Read the scene of an untrusted glTF or GLB file; `utils.meshes.gltf` checks every size against the file.
 
 Reads the visible nodes of the default scene at rest, their triangles, positions and normals, with skins, morph targets
 and instances. Ignores materials, images, cameras and animations: opens no other file but its buffers, and decodes no
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import InputError
-from utils.gltf import (
+from utils.meshes.gltf import (
     FLOAT,
     FLOATS,
     FLOATS_OR_NORMALIZED,
@@ -25,8 +25,8 @@ from utils.gltf import (
     open_gltf,
     refusals,
 )
-from utils.scene.gltf_nodes import INSTANCING, VISIBILITY, Joints, text, walk
-from utils.scene.mesh import Part, make_part, place, unique_names
+from utils.meshes.gltf_nodes import INSTANCING, VISIBILITY, Joints, text, walk
+from utils.meshes.mesh import Part, make_part, place, unique_names
 
 POINTS_AND_LINES, TRIANGLES, STRIP, FAN = (0, 1, 2, 3), 4, 5, 6  # modes
 DRACO = "KHR_draco_mesh_compression"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import InputError
-from utils.scene.polygons import Polygons
+from utils.meshes.polygons import Polygons
 
 TYPES = {
     **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"},

@@ -7,8 +7,8 @@ import mapbox_earcut
 import numpy as np
 
 from utils.cli import InputError
-from utils.gltf import MAX_TRIANGLES
-from utils.scene.mesh import Part, make_part, require_finite
+from utils.meshes.gltf import MAX_TRIANGLES
+from utils.meshes.mesh import Part, make_part, require_finite
 
 BACKWARDS = 1e-6  # share of a polygon's area by which a triangle of its fan may run backwards: rounding
 CROSSED = 1e-3  # share of a polygon's area by which its triangles may differ from it

@@ -10,11 +10,10 @@ file's buffers in the same folder, are opened.
 from dataclasses import replace
 from pathlib import Path
 
-from utils.cameras.world import has_no_axes
 from utils.cli import InputError
-from utils.scene.gltf_scene import read_gltf
-from utils.scene.mesh import UPS, Geometry, assemble
-from utils.scene.plain import read_plain
+from utils.meshes.gltf_scene import read_gltf
+from utils.meshes.mesh import UPS, Geometry, assemble
+from utils.meshes.plain import read_plain
 
 CUSTOMS = {".glb": "+y", ".gltf": "+y", ".obj": "+y", ".ply": "+z", ".stl": "+z", ".off": "+z"}  # who says nothing
 BY_BLENDER = "export it as glTF (Blender: File > Export > glTF, or tools/blender_export.py)"
@@ -62,20 +61,3 @@ def load_geometry(path: Path, up: str | None = None) -> Geometry:
         raise InputError(f"{path} holds no triangles; export the scene with its meshes")
     geometry = assemble(path, parts, stated or CUSTOMS[kind])
     return replace(geometry, up_stated=stated is not None, notes=tuple(notes))
-
-
-def settle_up(
-    geometry: Geometry, path: Path, cameras: Path | None = None, world_up: str | None = None
-) -> tuple[Geometry, str | None]:
-    """The scene of the file `path` with the up axis that it is taken to have, and a note on it if the file says none.
-
-    cameras, world_up: file of the cameras and the up axis of their world. Where neither format has an axis of its own,
-    mesh and cameras are of one world: both are turned together or neither is.
-    """
-    if geometry.up_stated:
-        return geometry, None
-    kind = path.suffix.lower()
-    if cameras is not None and kind not in (".glb", ".gltf") and has_no_axes(cameras):
-        note = f"{path} and its cameras are taken as one world, {world_up} up; else give --scene_up"
-        return replace(geometry, up=world_up, up_stated=True), note
-    return geometry, f"{path} is taken as {geometry.up} up, as {kind[1:]} files are; if it lies down give --scene_up"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import InputError
-from utils.scene.polygons import Polygons
+from utils.meshes.polygons import Polygons
 
 NO_NORMAL = -1
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from tests.scene.geometry_common import CUBE, CUBE_FACES, corners, cube_glb, gltf_tree, make_geometry, write
-from utils.scene.load import load_geometry
-from utils.scene.mesh import Geometry, face_normals, turn, weld
-from utils.scene.write import write_glb
+from utils.meshes.load import load_geometry
+from utils.meshes.mesh import Geometry, face_normals, turn, weld
+from utils.meshes.write import write_glb
 
 
 def test_smooth_is_what_the_normals_say(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from utils.files import atomic_path
-from utils.gltf import BIN_CHUNK, FLOAT, GLB_MAGIC, JSON_CHUNK
-from utils.scene.mesh import Geometry
+from utils.meshes.gltf import BIN_CHUNK, FLOAT, GLB_MAGIC, JSON_CHUNK
+from utils.meshes.mesh import Geometry
 
 VERTEX_DATA, INDICES, UINT32 = 34962, 34963, 5125
 

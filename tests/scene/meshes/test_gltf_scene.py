@@ -9,9 +9,9 @@ import pytest
 
 from tests.scene.geometry_common import CUBE, CUBE_FACES, corners, glb_bytes, gltf_tree, write
 from utils.cli import InputError
-from utils.gltf import FLOAT
-from utils.scene.load import load_geometry
-from utils.scene.mesh import Geometry, face_normals
+from utils.meshes.gltf import FLOAT
+from utils.meshes.load import load_geometry
+from utils.meshes.mesh import Geometry, face_normals
 
 COMPONENTS = {"f4": FLOAT, "u1": 5121, "i1": 5120, "u2": 5123, "i2": 5122, "u4": 5125}
 KINDS = {1: "SCALAR", 3: "VEC3", 4: "VEC4", 16: "MAT4"}

@@ -8,8 +8,8 @@ import pytest
 
 from tests.scene.geometry_common import CUBE, CUBE_FACES, corners, cube_glb, gltf_tree, write
 from tests.support.helpers import DATA
-from utils.scene.load import load_geometry
-from utils.scene.mesh import Geometry, face_normals, turn
+from utils.meshes.load import load_geometry
+from utils.meshes.mesh import Geometry, face_normals, turn
 
 TOWN = DATA / "town"
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from tests.scene.geometry_common import corners
-from utils.scene.load import load_geometry
-from utils.scene.mesh import Geometry, face_normals
-from utils.scene.polygons import triangulate
+from utils.meshes.load import load_geometry
+from utils.meshes.mesh import Geometry, face_normals
+from utils.meshes.polygons import triangulate
 
 POINTS = [(x, y, z) for z in (0, 1) for x, y in ((0, 0), (1, 0), (1, 1), (0, 1))]
 QUADS = [(3, 2, 1, 0), (4, 5, 6, 7), (0, 1, 5, 4), (1, 2, 6, 5), (2, 3, 7, 6), (3, 0, 4, 7)]

@@ -4,7 +4,7 @@
         file = open_gltf(path)
         positions = file.array(3, "VEC3", FLOATS)
 
-Used by `scene.gltf_scene` and `cameras.gltf`. Buffers are memory views of the file: nothing is copied.
+Used by `gltf_scene` and `cameras.gltf`. Buffers are memory views of the file: nothing is copied.
 """
 
 import base64

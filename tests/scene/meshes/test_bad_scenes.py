@@ -12,7 +12,7 @@ import pytest
 
 from tests.scene.geometry_common import CUBE, CUBE_FACES, corners, glb_bytes, gltf_tree, write
 from utils.cli import InputError
-from utils.scene.load import load_geometry
+from utils.meshes.load import load_geometry
 
 
 def change(tree: dict, where: str, value: object) -> dict:
