@@ -71,7 +71,7 @@ from utils.noise import load_or_make_noise
 from utils.runs import Run, is_first_process, open_run, require_distinct
 from utils.scene.carry import CarriedVideo, carry_anchors
 from utils.scene.scene_geometry import load_scene_geometry, missing_geometry
-from utils.video_run import VideoJob, finish_video, is_done, save_arc
+from utils.video_run import VideoJob, arcs_to_refill, finish_video, is_done, save_arc
 
 if TYPE_CHECKING:
     from models.inbetween.pipeline import ArcInputs, InbetweenStage
@@ -144,12 +144,11 @@ def check_size(args: Arguments, config: dict) -> None:
         raise InputError(f"{args.width}x{args.height}: width and height must be multiples of 16")
 
 
-def result_arguments(args: Arguments, scene: Scene, anchors: Sequence[Path], noises: Sequence[np.ndarray]) -> dict:
+def result_arguments(args: Arguments, scene: Scene, noises: Sequence[np.ndarray]) -> dict:
     """The arguments, and hashes of the inputs, that decide the video."""
     edges = [path for arc in scene.arcs for path in arc.edge_paths]
     geometry = [scene.folder / name for name in (SCENE_FILE, CAMERAS_FILE)] if carries(args) else []
     return args.identity() | {
-        "anchors_sha256": files_sha256(anchors),
         "edges_sha256": files_sha256(edges),
         "noise_sha256": hashlib.sha256(np.stack(noises)).hexdigest(),
         **({"geometry_sha256": files_sha256(geometry)} if geometry else {}),
@@ -186,14 +185,20 @@ def open_job(args: Arguments, preset: Preset, target: Path) -> VideoJob:
         )
     folder = (args.output_dir or target) / video_run_name(args.degradation, args.epoch, args.num_inference_steps)
     noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]
-    arguments = result_arguments(args, scene, anchors, noises)
+    arguments = result_arguments(args, scene, noises)
     automatic = automatic_precision(args, preset.dtype, resolve_device(args.device))
-    run = open_run(folder, arguments, overwrite=args.overwrite, automatic=automatic, defaults=args.defaults())
+    anchors_hash = {"anchors_sha256": files_sha256(anchors)}  # compared one by one below
+    run = open_run(
+        folder, arguments, overwrite=args.overwrite, automatic=automatic | anchors_hash, defaults=args.defaults()
+    )
+    if refill := arcs_to_refill(run, anchors):
+        print(f"note: anchors were replaced: arcs {', '.join(map(str, refill))} of {folder} are filled again")
+        run.manifest["finished"] = False
     prompt = args.prompt if args.prompt is not None else run.manifest.get("prompt")
     geometry = None
     if carries(args) and not run.finished:
         geometry = load_scene_geometry(scene, (args.width, args.height), "carrying the anchors")
-    return VideoJob(scene, anchors, noises, run, prompt, geometry)
+    return VideoJob(scene, anchors, noises, run, prompt, geometry, refill)
 
 
 def main() -> None:
@@ -252,7 +257,7 @@ def fill_arcs(args: Arguments, preset: Preset, jobs: list[VideoJob], transformer
         weights = runtime.weight_identity(paths | {"transformer": transformer})
         if runtime.is_main:
             for job in jobs:
-                job.run.begin(weights=weights, prompt=job.prompt, scene=str(job.scene.folder.resolve()))
+                job.begin(weights=weights, prompt=job.prompt, scene=str(job.scene.folder.resolve()))
         runtime.wait()
         fill_shares(stage, runtime.share(share_arcs(jobs, args.chain)))
     runtime.wait()

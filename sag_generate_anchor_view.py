@@ -8,8 +8,13 @@ depend on the one before, so they are drawn in order; the same command continues
     accelerate launch --num_processes 4 sag_generate_anchor_view.py --target SCENE_A SCENE_B --pfix X Y --seed 1 2 …
 
 draws every scene in every style from every seed. The files do not depend on the number of processes that share them.
+
+    python sag_generate_anchor_view.py … --seed 7 --redo 2 --redo_seed 8      # or --use_picture 2=retouched.png
+
+draws anchor 2 of a finished run anew, or puts a picture in its place, and leaves the others as they are.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm import tqdm
 
 from models.flags import (
@@ -39,6 +45,7 @@ from utils.cli import (
     add_settings,
     folder_name,
     heavy_imports,
+    non_negative_int,
     positive_int,
     prompt_text,
     run_script,
@@ -48,11 +55,14 @@ from utils.cli import (
 from utils.correspondence import read_map
 from utils.edges import resize_edges
 from utils.files import files_sha256
-from utils.images import contact_sheet, read_image, write_image
+from utils.images import contact_sheet, read_image, resize_image, write_image
 from utils.layout import (
     ANCHOR_FILES,
+    ARC_STEPS,
+    CAMERAS_FILE,
     CONTACT_SHEET,
     MULTIVIEWS,
+    SCENE_FILE,
     Scene,
     anchor_latents_path,
     anchor_path,
@@ -66,6 +76,8 @@ from utils.layout import (
     warped_path,
 )
 from utils.runs import MANIFEST, Run, draw_seed, find_unfinished, is_first_process, open_run, require_distinct
+from utils.scene.carry import Picture, carry
+from utils.scene.scene_geometry import SceneGeometry, load_scene_geometry
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +89,10 @@ MOST_STRETCH = 0.02  # of the aspect, before it is noted; sides are rounded down
 
 @dataclass
 class AnchorJob:
-    """The anchors of one scene in one style from one seed. pfix: name of the LoRA. size: width, height in pixels."""
+    """The anchors of one scene in one style from one seed. pfix: name of the LoRA. size: width, height in pixels.
+
+    geometry: of the scene, at that size, where all anchors guide one another. redo: anchors to draw anew.
+    """
 
     scene: Scene
     pfix: str
@@ -85,6 +100,8 @@ class AnchorJob:
     seed: int
     prompts: list[str]
     run: Run
+    geometry: SceneGeometry | None = None
+    redo: Sequence[int] = ()
 
 
 def parse_args() -> Arguments:
@@ -112,6 +129,12 @@ def parse_args() -> Arguments:
     add("--width", type=positive_int, help="pixels (default: the weights' preset, else the edge frames' width)")
     add("--height", type=positive_int, help="pixels (default: the weights' preset, else the edge frames' height)")
     where("--output_dir", type=Path, help="folder to put the run into (default: SCENE/multiviews)")
+    where(
+        "--redo", type=non_negative_int, nargs="+", default=[], metavar="K", help="anchors of a finished run, from 0"
+    )
+    where("--redo_seed", type=non_negative_int, help="noise seed of these (default: the run's, plus 1)")
+    where("--redo_prompt", type=prompt_text, help="prompt of these (default: their own)")
+    where("--use_picture", type=picture_choice, nargs="+", default=[], metavar="K=FILE", help="a picture as anchor K")
     add_settings(parser, AnchorSettings)
     add_overwrite_flag(parser)
     add_attention_flag(parser)
@@ -119,6 +142,14 @@ def parse_args() -> Arguments:
     add_memory_flags(parser)
     add_weight_flags(parser, FLUX_STAGE)
     return parser.parse_args()
+
+
+def picture_choice(text: str) -> tuple[int, Path]:
+    """K=FILE"""
+    number, equals, path = text.partition("=")
+    if not (equals and path and number.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not K=FILE, such as 2=retouched.png")
+    return int(number), Path(path)
 
 
 def anchor_size(args: Arguments, preset: Preset, scene: Scene) -> tuple[int, int]:
@@ -151,12 +182,15 @@ def result_arguments(
     inputs = [*scene.anchor_edge_paths, *(arc.corres_end_path for arc in scene.arcs)]
     hashes = {"scene_sha256": files_sha256(inputs), "loras_sha256": files_sha256(loras)}
     hashes["lora"] = [{"sha256": files_sha256(lora_sources(path)), "weight": weight} for path, weight in args.lora]
+    if args.sources == "all":
+        hashes["geometry_sha256"] = files_sha256([scene.folder / name for name in (SCENE_FILE, CAMERAS_FILE)])
     return args.identity() | {"pfix": pfix, "prompt": prompts, "width": size[0], "height": size[1]} | hashes
 
 
 def open_job(args: Arguments, preset: Preset, scene: Scene, pfix: str, loras: Sequence[Path], seed: int) -> AnchorJob:
     """Continue or begin the run of one scene, LoRA and seed. Raises InputError for unusable input."""
     prompts, size = pad_prompts(args.prompt, len(scene.arcs) + 1), anchor_size(args, preset, scene)
+    geometry = load_scene_geometry(scene, size, "--sources all") if args.sources == "all" else None
     arguments = result_arguments(args, scene, pfix, prompts, size, loras)
     automatic = automatic_precision(args, preset.dtype, resolve_device(args.device))
     parent = args.output_dir or scene.folder / MULTIVIEWS
@@ -174,7 +208,28 @@ def open_job(args: Arguments, preset: Preset, scene: Scene, pfix: str, loras: Se
         owned=(*ANCHOR_FILES, MANIFEST),
         defaults=args.defaults(),
     )
-    return AnchorJob(scene, pfix, size, seed, prompts, run)
+    return AnchorJob(scene, pfix, size, seed, prompts, run, geometry)
+
+
+def choose_anew(args: Arguments, job: AnchorJob) -> None:
+    """Set up a finished run for --redo. Raises InputError for anchors that it does not have."""
+    count = len(job.prompts)
+    chosen = [*args.redo, *(k for k, _ in args.use_picture)]
+    if len({*chosen}) < len(chosen) or max(chosen) >= count:
+        raise InputError(f"--redo, --use_picture {chosen}: each anchor once, of 0 to {count - 1}")
+    if not all(anchor_path(job.run.folder, k).exists() for k in range(count)):
+        raise InputError(f"{job.run.folder} is not finished: give the command without --redo and --use_picture first")
+    job.redo = args.redo
+    job.seed = job.seed + 1 if args.redo_seed is None else args.redo_seed
+    for k in args.redo if args.redo_prompt is not None else ():
+        job.prompts[k] = args.redo_prompt
+
+
+def use_pictures(job: AnchorJob, pictures: Mapping[int, np.ndarray]) -> None:
+    for k, picture in pictures.items():
+        write_image(anchor_path(job.run.folder, k), resize_image(picture, *job.size))
+    job.run.save(pictures=job.run.manifest.get("pictures", []) + sorted(pictures))
+    write_image(job.run.folder / CONTACT_SHEET, anchor_sheet(job.scene, job.run.folder))
 
 
 def main() -> None:
@@ -193,11 +248,20 @@ def main() -> None:
         for seed in args.seed
     ]
     require_distinct([job.run for job in jobs])
+    if args.redo or args.use_picture:
+        if len(jobs) > 1 or args.seed == [-1] or args.overwrite:
+            raise InputError("--redo and --use_picture go with one scene, LoRA and --seed, and without --overwrite")
+        pictures = {k: read_image(path) for k, path in args.use_picture}
+        choose_anew(args, jobs[0])
+        if pictures and is_first_process():
+            use_pictures(jobs[0], pictures)
     for job in jobs:
+        if job.redo:
+            continue
         if job.run.finished and is_first_process():
             require_same_weights(job.run, args, preset, FLUX_STAGE)
             print(f"{job.run.folder} is finished")
-    unfinished = [job for job in jobs if not job.run.finished]
+    unfinished = [job for job in jobs if job.redo or not job.run.finished]
     if unfinished:
         settle_precision(args, [job.run for job in unfinished])
         draw_anchors(args, preset, unfinished, loras)
@@ -236,7 +300,7 @@ def draw_anchors(
     with runtime.advise_on_oom():
         stage = AnchorStage(runtime, paths, states, prompts, settings_of(AnchorSettings, args), others)
         mine = runtime.share(jobs)
-        steps = sum(len(job.prompts) for job in mine) * args.num_steps
+        steps = sum(len(job.redo or job.prompts) for job in mine) * args.num_steps
         with tqdm(total=steps, desc="anchors", unit="step", disable=not runtime.is_main) as progress:
             for job in mine:
                 stage.put_on(job.pfix)
@@ -249,17 +313,20 @@ def draw_job(stage: "AnchorStage", job: AnchorJob, progress: tqdm) -> None:
     """Draw all anchors of one scene, in order, and their contact sheet."""
     from models.latents import find_or_make
 
-    for k in range(len(job.prompts)):
+    for k in job.redo or range(len(job.prompts)):
         end = progress.n + stage.settings.num_steps
         path, kept = anchor_path(job.run.folder, k), anchor_latents_path(job.run.folder, k)
-        if not path.exists():
+        if job.redo:
+            kept.unlink(missing_ok=True)  # of another seed
+        if job.redo or not path.exists():
             latents = find_or_make(kept, partial(denoise_anchor, stage, job, k, progress))
             write_image(path, stage.decode(latents))
             job.run.save()
         kept.unlink(missing_ok=True)
         progress.update(end - progress.n)
     write_image(job.run.folder / CONTACT_SHEET, anchor_sheet(job.scene, job.run.folder))
-    job.run.finish()
+    redone = {str(k): {"seed": job.seed, "prompt": job.prompts[k]} for k in job.redo}
+    job.run.finish(**({"redone": job.run.manifest.get("redone", {}) | redone} if redone else {}))
 
 
 def denoise_anchor(stage: "AnchorStage", job: AnchorJob, k: int, progress: tqdm) -> "torch.Tensor":
@@ -268,13 +335,28 @@ def denoise_anchor(stage: "AnchorStage", job: AnchorJob, k: int, progress: tqdm)
 
     folder = job.run.folder
     edges = resize_edges(read_image(job.scene.anchor_edge_paths[k]), *job.size)
-    before = (read_image(anchor_path(folder, k - 1)), read_map(job.scene.arcs[k - 1].corres_end_path)) if k else ()
-    anchor = Anchor(k, edges, job.prompts[k], job.seed, *before)
+    before, carried = (), None
+    if job.geometry:
+        carried = carry_others(job, k)
+    elif k:
+        before = read_image(anchor_path(folder, k - 1)), read_map(job.scene.arcs[k - 1].corres_end_path)
+    anchor = Anchor(k, edges, job.prompts[k], job.seed, *before, carried=carried)
     drawn = stage.draw(anchor, on_step=lambda step: progress.update())
-    if k:
+    if drawn.warped is not None:
         write_image(warped_path(folder, k), drawn.warped)
         write_image(mask_path(folder, k), 255 * drawn.mask)
     return drawn.latents
+
+
+def carry_others(job: AnchorJob, k: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """All anchors that are there, carried to anchor k: the picture and where they are seen; None if there are none."""
+    views, paths = job.geometry.views, {j: anchor_path(job.run.folder, j) for j in range(len(job.prompts)) if j != k}
+    there = {j: read_image(path) for j, path in paths.items() if path.exists()}
+    pictures = [Picture(picture, views[ARC_STEPS * j], 1 / abs(j - k)) for j, picture in there.items()]
+    if not pictures:
+        return None
+    carried = carry(job.geometry.caster, pictures, views[ARC_STEPS * k])
+    return np.round(carried.colours).astype(np.uint8), carried.seen
 
 
 def anchor_sheet(scene: Scene, folder: Path):
@@ -282,8 +364,8 @@ def anchor_sheet(scene: Scene, folder: Path):
     ks = range(len(scene.arcs) + 1)
     edges = [read_image(path) for path in scene.anchor_edge_paths]
     blank = 0 * read_image(anchor_path(folder, 0))
-    warped = [read_image(warped_path(folder, k)) if k else blank for k in ks]
-    masks = [read_image(mask_path(folder, k)) if k else blank + 255 for k in ks]
+    warped = [read_image(path) if (path := warped_path(folder, k)).exists() else blank for k in ks]
+    masks = [read_image(path) if (path := mask_path(folder, k)).exists() else blank + 255 for k in ks]
     anchors = [read_image(anchor_path(folder, k)) for k in ks]
     return contact_sheet(
         [("edges", edges), ("previous anchor, warped", warped), ("mask: white is free", masks), ("anchors", anchors)]

@@ -115,6 +115,11 @@ class AnchorSettings:
     timestep_to_start_cfg: int = flag(1, "first step with true CFG", type=non_negative_int)
     control_weight: float = flag(0.8, "strength of the edge ControlNet", type=finite_float)
     control_mode: int | None = control_mode_flag()
+    sources: str = flag(
+        "previous",
+        "anchors that each is kept consistent with: the previous one, as in the paper, or all that see a point",
+        choices=["previous", "all"],
+    )
     use_else_noise: bool = flag(False, "a different noise for every anchor: seed, seed + 1, …", action="store_true")
 
 

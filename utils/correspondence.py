@@ -113,13 +113,17 @@ def warp_image(image: np.ndarray, code: np.ndarray) -> np.ndarray:
 
 
 def unreliable_mask(code: np.ndarray, dilations: int) -> np.ndarray:
-    """Mask of pixels whose warp is missing or unreliable: uint8 [H, W], 1 = generate freely, 0 = keep the warp.
+    """Mask of pixels whose warp is missing or unreliable (`grow_holes`). code: uint16 [H, W, 3]."""
+    return grow_holes(code[..., 2] == 0, dilations)
+
+
+def grow_holes(holes: np.ndarray, dilations: int) -> np.ndarray:
+    """Holes bool [H, W], and what is near them, as a mask: uint8 [H, W], 1 = generate freely, 0 = keep the warp.
 
     The holes grow by a 5x5 dilation, `dilations` times, which also hides the jagged silhouettes of the gather. The
     blur acts on a 0/1 integer image, so it only rounds corners (the reference does the same).
     """
-    hole = (code[..., 2] == 0).astype(np.uint16)
-    grown = cv2.dilate(hole, np.ones((MASK_KERNEL, MASK_KERNEL), np.uint8), iterations=dilations)
+    grown = cv2.dilate(holes.astype(np.uint16), np.ones((MASK_KERNEL, MASK_KERNEL), np.uint8), iterations=dilations)
     return cv2.GaussianBlur(grown, (9, 9), 3).astype(np.uint8)
 
 

@@ -1,10 +1,13 @@
 """The run of one video: save the frames of its arcs, tell which are done, write the mp4 and the contact sheet."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from utils.cli import InputError
+from utils.files import files_sha256
 from utils.images import contact_sheet, read_image, write_image, write_video
 from utils.layout import (
     ARC_FRAMES,
@@ -28,7 +31,7 @@ class VideoJob:
     """The anchors of one scene, and the run of the video made from them. noises: float32 [13, h, w, 16] per arc.
 
     prompt: the given one, or the caption stored by an interrupted run; None until one exists. geometry: of the scene,
-    at the video's size, where anchors are carried.
+    at the video's size, where anchors are carried. refill: numbers of finished arcs whose anchors were replaced since.
     """
 
     scene: Scene
@@ -37,6 +40,34 @@ class VideoJob:
     run: Run
     prompt: str | None
     geometry: SceneGeometry | None = None
+    refill: Sequence[int] = ()
+
+    def begin(self, **entries: object) -> None:
+        """Begin or continue the run, without the arcs to refill."""
+        if self.refill:
+            self.run.manifest["arguments"]["anchors_sha256"] = files_sha256(self.anchors)
+        self.run.begin(**entries, anchors=anchor_hashes(self.anchors))
+        for arc in (self.scene.arcs[k] for k in self.refill):
+            for path in [*arc_frame_paths(self.run, arc), latents_path(self.run.folder, arc.index)]:
+                path.unlink(missing_ok=True)
+
+
+def anchor_hashes(anchors: Sequence[Path]) -> list[str]:
+    return [files_sha256([path]) for path in anchors]
+
+
+def arcs_to_refill(run: Run, anchors: Sequence[Path]) -> list[int]:
+    """Numbers of the arcs of a run that end in an anchor that was replaced since it began.
+
+    Raises InputError for a run that does not know its anchors one by one.
+    """
+    arguments, known = run.manifest["arguments"], run.manifest.get("anchors")
+    if run.replaces or arguments["anchors_sha256"] == files_sha256(anchors):
+        return []
+    if known is None:
+        raise InputError(f"{run.folder} was made with other anchors; pass --overwrite to replace it")
+    changed = {k for k, (old, new) in enumerate(zip(known, anchor_hashes(anchors), strict=True)) if old != new}
+    return sorted({arc for k in changed for arc in (k - 1, k) if 0 <= arc < len(anchors) - 1})
 
 
 def arc_frame_paths(run: Run, arc: Arc) -> list[Path]:

@@ -34,7 +34,7 @@ from models.latents import draw_noise, pack, to_signed, unpack
 from models.runtime.rotary import use_complex_rotary
 from models.runtime.runtime import Runtime
 from models.settings import AnchorSettings
-from utils.correspondence import latent_mask, resize_map, unreliable_mask, warp_image
+from utils.correspondence import grow_holes, latent_mask, resize_map, unreliable_mask, warp_image
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ class Anchor:
     """The inputs of one anchor.
 
     number: its index on the path. edges: uint8 [H, W, 3]. seed: the run's seed. previous: the anchor before it, uint8
-    [H, W, 3]. code: uint16 correspondence map from it. Without them the anchor is drawn on its own.
+    [H, W, 3]. code: uint16 correspondence map from it. carried: in their place, pictures carried to this view, uint8
+    [H, W, 3], and where they are seen, bool [H, W]. Without either the anchor is drawn on its own.
     """
 
     number: int
@@ -137,6 +138,7 @@ class Anchor:
     seed: int
     previous: np.ndarray | None = None
     code: np.ndarray | None = None
+    carried: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,12 @@ class AnchorStage:
         control = self._control(anchor.edges)
         noise = self._noise(anchor, anchor.number)
         warped = mask = replacement = None
+        dilations = self.runtime.preset.mask_dilations
         if anchor.previous is not None:
-            warped, mask = warp_anchor(anchor.previous, anchor.code, self.runtime.preset.mask_dilations)
+            warped, mask = warp_anchor(anchor.previous, anchor.code, dilations)
+        elif anchor.carried is not None:
+            warped, mask = anchor.carried[0], grow_holes(~anchor.carried[1], dilations)
+        if warped is not None:
             # The reference's posterior draw is the first after seeding the previous anchor: its noise, bit for bit.
             replacement = encode_warped(self.models, warped, mask, self._noise(anchor, anchor.number - 1))
         texts = self.texts[anchor.prompt], self.texts[self.settings.neg_prompt]
