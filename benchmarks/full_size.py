@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         limit_memory(args.limit_gb)
     if args.compile:
         for phase in args.phases:
-            require_compilable(placement_on("cuda", phase, args.memory)["transformer"])
+            require_compilable(placement_on("cuda", phase, args.memory)["transformer"], "cuda")
     setup, measured = setup_of(args.weights), device == "cuda" or args.weights == "tiny"
     if measured:
         require_attention(args.attention, device, torch.bfloat16)

@@ -23,7 +23,7 @@ def are_finite(tensors: Iterable[torch.Tensor]) -> list[bool]:
     for device in {extremes.device for _, extremes in values}:  # one transfer each
         here = [(i, extremes) for i, extremes in values if extremes.device == device]
         finite = torch.stack([extremes for _, extremes in here]).isfinite().all(dim=1)
-        for (i, _), value in zip(here, finite.tolist(), strict=True):
+        for (i, _), value in zip(here, finite.cpu().tolist(), strict=True):
             found[i] = value
     return found
 

@@ -188,9 +188,13 @@ def y_up(folder: Path) -> Path:
 
 
 UNRENDERABLE = {
-    "no path": (1, lambda folder: unrenderable(folder, 1), f"{CAMERAS_FILE} does not exist"),
-    "another path": (1, lambda folder: unrenderable(folder, 1, CAMERAS_FILE), "has 91 poses, the edges 46 frames"),
-    "no mesh": (2, lambda folder: unrenderable(folder, 2, CAMERAS_FILE), f"{SCENE_FILE} does not exist"),
+    "no path": (1, lambda folder: unrenderable(folder, 1, SCENE_FILE), f"{CAMERAS_FILE}: preprocess.py writes it"),
+    "another path": (
+        1,
+        lambda folder: unrenderable(folder, 1, CAMERAS_FILE, SCENE_FILE),
+        "has 91 poses, but the edges have 46 frames",
+    ),
+    "no mesh": (2, lambda folder: unrenderable(folder, 2, CAMERAS_FILE), f"{SCENE_FILE}: preprocess.py writes it"),
     "a world of another up axis": (2, y_up, "this one is +y up"),
     "no classes": (2, without_classes, "objects of unknown class: Cube.001"),
 }
