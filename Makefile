@@ -50,9 +50,9 @@ demo: $(SETUP)
 
 # A file stays with one worker, which shares what its tests make; one thread each. Memory that is given back and asked
 # for again all the time costs glibc a fifth of the time: it keeps what it has.
-test test-fast: export MALLOC_MMAP_MAX_ = 0
-test test-fast: export MALLOC_TRIM_THRESHOLD_ = 8589934592
-test test-fast: export MALLOC_TOP_PAD_ = 268435456
+demo test test-fast: export MALLOC_MMAP_MAX_ = 0
+demo test test-fast: export MALLOC_TRIM_THRESHOLD_ = 8589934592
+demo test test-fast: export MALLOC_TOP_PAD_ = 268435456
 test test-fast: export OMP_NUM_THREADS = 1
 test: CHOICE =
 test-fast: CHOICE = not slow
