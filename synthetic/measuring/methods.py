@@ -96,7 +96,7 @@ METHODS = {
     **{f"steps_{n}": Method(num_inference_steps=n) for n in STEPS},
 }
 MAIN = ("full", *REMOVALS, *BASELINES, AUTOENCODER, "truth")
-GROUPS = {"main": MAIN, "guided": ("full", *GUIDED), "true_anchors": tuple(TRUE_ANCHORS), "all": tuple(METHODS)}
+GROUPS = {"main": MAIN, "carried": ("full", *GUIDED), "true_anchors": tuple(TRUE_ANCHORS), "all": tuple(METHODS)}
 
 # Curves: name -> (label of its axis, the rows on it with their places). None: where the settings put `full`.
 SWEEPS: dict[str, tuple[str, dict[str, float | None]]] = {

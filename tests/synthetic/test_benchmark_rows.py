@@ -44,7 +44,7 @@ def test_groups_of_methods():
     assert set(MAIN) == {"full", "autoencoder", "truth", *REMOVALS, *BASELINES}
     assert choose_methods(["copy", "full", "copy"]) == ["full", "copy"]
     assert choose_methods(["degr_0.25", "main"]) == [*MAIN, "degr_0.25"]
-    with pytest.raises(InputError, match="--methods best: choose from main, guided, true_anchors, all, full"):
+    with pytest.raises(InputError, match="--methods best: choose from main, carried, true_anchors, all, full"):
         choose_methods(["full", "best"])
 
 
