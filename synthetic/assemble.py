@@ -4,7 +4,7 @@
     python -m synthetic.assemble --base runs/start --image runs/image/checkpoint-20000 \\
         --inbetween runs/ggi/checkpoint-8000 --output checkpoints/tiny --overwrite
 
-A part that is not given is that of --base, or random without one. The text encoder of the video model is never
+A part that is not given comes from --base, or is random without it. The text encoder of the video model is never
 trained, so the base must be the weight set that the in-between transformer was trained on. All is stored in bfloat16.
 """
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def assemble(
     image: Path | None, video_vae: Path | None, inbetween: Path | None, base: Path | None, output: Path
 ) -> None:
-    """Write the weight set, whole or not at all; None takes what is in `base`, or random weights."""
+    """Write the weight set, atomically; None takes the part of `base`, or random weights."""
     import torch
     from diffusers import (
         AutoencoderKLCogVideoX,
@@ -72,7 +72,7 @@ def assemble(
         if flux_from
         else tiny_models.controlnet()
     )
-    torch.manual_seed(0)  # whatever was drawn before
+    torch.manual_seed(0)  # the same random parts, however many numbers were drawn before
     video = (
         CogVideoXImageToVideoPipeline.from_pretrained(base / "cogvideox", **local)
         if base

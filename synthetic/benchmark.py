@@ -4,8 +4,8 @@
     python -m synthetic.benchmark --methods full no_warp degr_0 degr_0.25 degr_0.75 --output runs/noise
 
 A unit is a test scene (a path of two arcs) in a test style; no two units share a style. Every method makes a video of
-91 frames of every unit, which is measured as evaluate.py does, and against the true frames. OUTPUT holds results.md,
-results.csv, results.json, pictures/ and everything that was made. The same command continues an interrupted run; other
+91 frames of every unit, measured with evaluate.py's metrics and against the true frames. OUTPUT holds results.md,
+results.csv, results.json, pictures/ and all intermediate files. The same command continues an interrupted run; other
 methods, scenes and styles add to the same folder. docs/metrics.md explains the columns.
 """
 
@@ -24,11 +24,11 @@ from synthetic.measuring.methods import GROUPS, METHODS, TRUTH, choose_methods, 
 from synthetic.measuring.settings import Settings
 from utils.cli import InputError, Parser, add_settings, require_writable, run_script, settings_of
 
-if TYPE_CHECKING:  # they bring torch along
+if TYPE_CHECKING:  # they import torch
     from synthetic.measuring.rows import RowBench
     from synthetic.measuring.scene_bench import Unit
 
-PASS_STYLES = 1000  # style seeds set apart for each pass over the scenes
+PASS_STYLES = 1000  # style seeds reserved for each pass over the scenes
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -65,14 +65,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def choose_passes(scenes: int, seeds: int, first_scene: int, first_style: int) -> list["Unit"]:
-    """`seeds` passes over the scenes, in styles of their own: more scenes or seeds add to the units of fewer."""
+    """Units of `seeds` passes over the scenes, each pass in new styles; more scenes or seeds only add units."""
     from synthetic.measuring.scene_bench import choose_units
 
     starts = range(first_style, first_style + seeds * PASS_STYLES, PASS_STYLES)
     return [unit for start in starts for unit in choose_units(scenes, 1, first_scene, start)]
 
 
-# --- what the workers do ---
+# --- jobs of the worker processes ---
 
 Setup = tuple[tuple, dict]  # arguments of RowBench: (unit, preset, paths, settings, folder), hashes
 
@@ -85,14 +85,14 @@ def open_bench(setup: Setup) -> "RowBench":
 
 
 def draw_scene(setup: Setup) -> None:
-    """Edges, noise and correspondences of a unit's scene, into the cache."""
+    """Cache the edges, noise and correspondences of a unit's scene."""
     scene = open_bench(setup).scene
     for kind in ("anchors", "path", "covisibility"):
         getattr(scene, kind)
 
 
 def make_shared(setup: Setup, names: Sequence[str]) -> None:
-    """What rows of one unit share: true frames, reference, LoRAs and anchors."""
+    """Make what all rows of a unit share: true frames, reference, LoRAs and anchors."""
     bench = open_bench(setup)
     _ = bench.truth, bench.reference_picture
     for method in dict.fromkeys(METHODS[name] for name in names):
@@ -122,11 +122,11 @@ def make_all(setups: Sequence[Setup], names: Sequence[str], processes: int) -> N
         finish([pool.submit(measure_row, *job) for job in rows], bar)
 
 
-# --- what is written ---
+# --- report ---
 
 
 def report(setups: Sequence[Setup], names: Sequence[str], args: argparse.Namespace) -> None:
-    """Tables over all units, and pictures of the first one."""
+    """Write tables over all units, and pictures of the first one."""
     from synthetic.measuring.report import write_report, write_sheets
     from synthetic.measuring.rows import BENCH_METRICS
 

@@ -1,12 +1,12 @@
-"""The benchmark: what the method does with trained weights on test scenes and styles, against ground truth.
+"""Check trained weights: the method's results on test scenes and styles, compared with ground truth.
 
     python -m synthetic.check
     python -m synthetic.check --scenes 2 --seeds 1 --only edge_correlation style_error --resume
 
 Prints one line per figure, `name value bar ok|short`, and ends with exit code 1 if any falls short of its bar; figures
-without a bar are there to compare with. A unit is one scene in one style; no two units share a style.
-OUTPUT_DIR/units/SCENE_STYLE/ holds pictures to look at: anchors.png, video.png, chain.png and chain.mp4, on the right
-the truth. --resume keeps what was measured with the same weights and settings.
+without a bar are for comparison. A unit is one scene in one style; no two units share a style.
+OUTPUT_DIR/units/SCENE_STYLE/ holds pictures to look at: anchors.png, video.png, chain.png and chain.mp4, with
+the truth on the right. --resume reuses figures measured with the same weights and settings.
 """
 
 import argparse
@@ -33,7 +33,7 @@ Means = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Bar:
-    """What a figure is held against: `value sign limit(means)`. sign: >=, <=, < or >."""
+    """The condition that a figure must meet: `value sign limit(means)`. sign: >=, <=, < or >."""
 
     sign: str
     limit: Callable[[Means], float]
@@ -52,7 +52,7 @@ def at_most(limit: float) -> Bar:
 
 
 def below(name: str, factor: float = 1.0) -> Bar:
-    """Below a share of another figure."""
+    """The bar: below `factor` times another figure."""
     return Bar("<", lambda means: factor * means[name])
 
 
@@ -87,13 +87,13 @@ FIGURES: dict[str, tuple[str, Bar | None]] = {
     **{name: ("chain", below("chain_fidelity")) for name in CHAIN_WITHOUT},
 }
 PART_ORDER = ("image_vae", "video_vae", "anchors", "inbetween", "chain")
-ALSO_NEEDED = {"inbetween": ("video_vae",)}  # parts whose figures are the bars of another part's
+ALSO_NEEDED = {"inbetween": ("video_vae",)}  # part -> other parts whose figures its bars depend on
 
 
 def means_over_units(units: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Means of all figures over units, which need not have them all; a unit where a figure is NaN does not count.
+    """Mean of each figure over the units that have it and where it is not NaN.
 
-    A covisible ratio is one of means, so that a unit with little overlap cannot spoil it.
+    A covisible ratio is the ratio of two means, so that a unit with little overlap cannot distort it.
     """
     columns: dict[str, list[float]] = {}
     for unit in units:
@@ -137,7 +137,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def add_unit_flags(parser: argparse.ArgumentParser) -> None:
-    """Which test scenes and styles, measured with which weights."""
+    """Add the flags that choose test scenes, styles and weights."""
     add = parser.add_argument
     add("--scenes", type=positive_int, default=8, help="test scenes")
     add("--seeds", type=positive_int, default=2, help="styles for each scene")
@@ -148,7 +148,7 @@ def add_unit_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise InputError for what would not be a test against the bars."""
+    """Raise InputError for arguments with which the bars do not apply."""
     check_unit_flags(args)
     if args.lora_steps > MOST_LORA_STEPS:
         raise InputError(f"--lora_steps {args.lora_steps}: the bars hold for {MOST_LORA_STEPS} at most")
@@ -160,7 +160,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def check_unit_flags(args: argparse.Namespace) -> None:
-    """Raise InputError for what would not be a test of what was trained."""
+    """Raise InputError for scenes or styles seen in training, and for a folder without weights."""
     for name in ("first_scene", "first_style"):
         if getattr(args, name) < FIRST_SEED:
             raise InputError(
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(args: argparse.Namespace, parts: list[str]) -> dict[str, dict[str, float]]:
-    """{unit: figures} of all units, measured now where they are not there yet."""
+    """Measure the units that are not measured yet; returns {unit: figures} of all."""
     from synthetic.measuring.scene_bench import choose_units
     from synthetic.measuring.units import PARTS, finished_parts, used_weights
 
@@ -221,8 +221,8 @@ def load_unit_preset(args: argparse.Namespace) -> Preset:
 
 
 def run_jobs(jobs: list[tuple], processes: int) -> dict[str, dict[str, float]]:
-    """Draw the scenes of all jobs, then measure, each in parallel; returns {unit: figures}. Raises what a job raises,
-    when those that have begun are done."""
+    """Draw the scenes of all jobs, then measure, each in parallel; returns {unit: figures}. Raises a job's exception
+    once the running jobs are done."""
     scenes = list({job[0].scene_seed: job for job in jobs}.values())  # units of one scene share its cache
     total = len(scenes) + len(jobs)
     with worker_pool(processes) as pool, tqdm(total=total, desc="check", unit="unit", disable=not jobs) as bar:
@@ -238,7 +238,7 @@ def _draw_scene(job: tuple) -> None:
     unit, parts, *rest, _hashes, folder = job
     scene = SceneBench(unit, *rest, folder).scene
     for kind in {kind for part in parts for kind in PARTS[part].scene_data}:
-        getattr(scene, kind)  # drawn into the cache
+        getattr(scene, kind)  # reading it draws it into the cache
 
 
 def _measure(job: tuple) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""Clips of random towns with their edges and warped noise: what the video networks are trained on. Cached.
+"""Draw clips of random towns with edges and warped noise, the training data of the video networks. Cached.
 
     python -m synthetic.clips --clips 400 --processes 2
 
-A clip is one arc of a camera path, coloured in STYLES styles. Training sees each of them flipped, too.
+A clip is one arc of a camera path, coloured in STYLES styles. Training also uses each of them flipped.
 """
 
 import argparse
@@ -32,16 +32,16 @@ from utils.scene.views import correspondence, make_views
 
 STYLES = 2  # of each clip
 VARIANTS = 2 * STYLES  # with flips
-MAP_SIZE = (360, 240)  # of the correspondences that carry the noise, as in preprocessing
+MAP_SIZE = (360, 240)  # of the correspondences that warp the noise, as in preprocessing
 CACHE = Path("cache/clips")
-MOST_TRIES = 50  # towns after the one asked for
-VERSION = 2  # of what is drawn; a cache of another version is made again
+MOST_TRIES = 50  # towns to try from the one asked for on
+VERSION = 2  # of the drawn data; a cache of another version is made again
 
 
 def draw_clip(split: str, number: int, size: tuple[int, int] = SIZE) -> dict[str, np.ndarray]:
     """images: uint8 [STYLES, 46, H, W, 3]; edges: uint8 [46, H, W]; noise: float32 [13, H/8, W/8, 16]. Deterministic.
 
-    Raises InputError when there is no path through this town that keeps clear of it.
+    Raises InputError when this town has no collision-free camera path.
     """
     cv2.setNumThreads(1)
     seed = scene_seed(split, number)
@@ -60,7 +60,7 @@ def draw_clip(split: str, number: int, size: tuple[int, int] = SIZE) -> dict[str
 
 
 def clip_styles(split: str, number: int) -> list:
-    """The styles of clip `number`, from the far end of the split's seeds, where no picture of the same town is."""
+    """The styles of clip `number`. Seeds count down from the split's end; those of its town's pictures count up."""
     end = min(SPLITS[split][1], 10**6)
     return [make_style(end - 1 - (STYLES * number + k)) for k in range(STYLES)]
 
@@ -87,7 +87,7 @@ def cached_clip(split: str, number: int, folder: Path = CACHE) -> dict[str, np.n
 
 
 def draw_clips(split: str, count: int, folder: Path = CACHE, processes: int | None = None) -> None:
-    """Draw what is missing of the first `count` clips of a split, in parallel. Raises InputError for too many."""
+    """Draw the missing ones of the first `count` clips of a split, in parallel. Raises InputError for too many."""
     require_count(split, count)
     missing = [n for n in range(count) if not holds(*cache_entry(split, n, folder, version=VERSION))]
     if not missing:
@@ -104,7 +104,7 @@ def _draw_into(job: tuple[str, int, Path]) -> None:
 
 @dataclass(frozen=True)
 class SyntheticClips:
-    """Clips for the in-between trainer. count: how many, every VARIANTS of them of one drawn clip.
+    """Clips for the in-between trainer. count: their number; each drawn clip gives VARIANTS of them.
 
     A clip of a town without a path is replaced by the nearest one before it, else after it.
     """

@@ -1,10 +1,10 @@
-"""A finished video beside what went in and the true pictures: a contact sheet and an mp4. The end of `make demo`.
+"""Show a finished video beside its inputs and the true pictures: a contact sheet and an mp4. Ends `make demo`.
 
     python -m synthetic.demo --run RUN --scene assets/sampleA --reference assets/references/boxtown.png
 
-RUN is a folder that sag_generate_anchor_view.py wrote and ggi.py has put a video into. Writes demo.png and demo.mp4
-beside that video. A reference of synthetic/reference.py has a known style: the scene is then rendered in it, exactly,
-which is what a perfect video would show. Without one there are no true frames.
+RUN is a folder of sag_generate_anchor_view.py that holds a video of ggi.py. Writes demo.png and demo.mp4
+beside that video. A reference of synthetic/reference.py has a known style: the scene is then rendered exactly in it,
+as a perfect video would show it. Without one there are no true frames.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def edge_paths(scene: Scene) -> list[Path]:
 
 
 def true_frames(scene: Scene, style: Style, size: tuple[int, int]) -> np.ndarray:
-    """The scene's own mesh along its own path in a style: uint8 [45 N + 1, H, W, 3]. size: width, height.
+    """Render the scene's mesh along its path in a style: uint8 [45 N + 1, H, W, 3]. size: width, height.
 
     Raises InputError when the mesh or the path is missing, has no classes, or does not belong to the edges.
     """
@@ -108,7 +108,7 @@ def demo_sheet(
 
 
 def apart(picture: np.ndarray) -> np.ndarray:
-    """The picture with a white margin, so that neighbours do not run into each other."""
+    """Add a white margin, which separates neighbouring pictures."""
     margin = max(1, picture.shape[1] // 72)
     return np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), constant_values=255)
 

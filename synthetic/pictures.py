@@ -1,4 +1,4 @@
-"""Pictures of random towns with their edges: what the image networks are trained on. Drawn once and cached.
+"""Draw pictures of random towns with edges, the training data of the image networks. Drawn once and cached.
 
     python -m synthetic.pictures --towns 1000 --processes 2
 
@@ -26,14 +26,14 @@ from utils.layout import ARC_FRAMES
 from utils.scene.views import make_views
 
 SIZE = (144, 96)  # width, height of the tiny networks' pictures
-EDGE_SIZE = (540, 360)  # lines are drawn at half the width that preprocessing draws them at: a quarter of the time
+EDGE_SIZE = (540, 360)  # lines are drawn at half the width of preprocessing, in a quarter of the time
 VIEWS, STYLES = 8, 4  # of each town
 # (view, style) of the pictures whose edges are also detected in the picture, as alignment does with references: those
 # follow textures and miss faint contours, which lines of the geometry do not.
 DETECTED = ((0, 0), (6, 1))
 SPLITS = {"train": (0, 100_000), "validation": (100_000, 110_000), "test": (200_000, 10**9)}  # seeds: first, end
 CACHE = Path("cache/pictures")
-VERSION = 3  # of what is drawn; a cache of another version is made again
+VERSION = 3  # of the drawn data; a cache of another version is made again
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def draw_town(split: str, number: int, size: tuple[int, int] = SIZE) -> dict[str
 def cache_entry(
     split: str, number: int, folder: Path, size: tuple[int, int] = SIZE, version: int = VERSION
 ) -> tuple[Path, dict]:
-    """File of what was drawn of a town, and the identity that it must have."""
+    """Cache file of a town, and the identity that it must have."""
     identity = {"split": split, "number": number, "size": list(size), "version": version}
     return folder / f"{split}_{number:05d}.safetensors", identity
 
@@ -104,7 +104,7 @@ def cached_town(split: str, number: int, folder: Path = CACHE, size: tuple[int, 
     if arrays is None:
         try:
             arrays = draw_town(split, number, size)
-        except InputError:  # no path through this town keeps clear of it: an empty entry
+        except InputError:  # this town has no collision-free path: cache an empty entry
             arrays = {
                 "images": np.zeros((0, STYLES, *size[::-1], 3), np.uint8),
                 "edges": np.zeros((0, *size[::-1]), np.uint8),
@@ -116,7 +116,7 @@ def cached_town(split: str, number: int, folder: Path = CACHE, size: tuple[int, 
 
 
 def load_towns(split: str, count: int, folder: Path = CACHE, processes: int | None = None) -> list[TownPictures]:
-    """The first `count` towns of a split, those without pictures left out; missing ones are drawn in parallel.
+    """The first `count` towns of a split, except those without pictures; missing ones are drawn in parallel.
 
     Raises InputError when the split has fewer, or none of them has pictures.
     """

@@ -1,4 +1,4 @@
-"""The reference pictures of assets/references: random towns in random styles, both from the seeds kept for tests.
+"""Draw the reference pictures of assets/references: random towns in random styles, both from the seeds kept for tests.
 
     python -m synthetic.reference [--output_dir assets/references] [--overwrite]
 

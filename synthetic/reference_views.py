@@ -1,6 +1,6 @@
-"""Reference pictures: the view into a random town that shows every major class of object, and the sky.
+"""Draw reference pictures: views of random towns that show every major class of object, and the sky.
 
-A reference says nothing about the colours of what it does not show, so the view is chosen among many.
+A reference says nothing about the colours of classes that it does not show, so the view is chosen among many.
 """
 
 import numpy as np
@@ -12,9 +12,9 @@ from utils.cli import InputError
 from utils.layout import ARC_FRAMES
 from utils.scene.views import View, make_views, resize_view
 
-CANDIDATES = 48  # views that are looked at, over all kinds of paths
-THUMBNAIL = (144, 96)  # width, height of a look
-ENOUGH = {  # share of the picture from which more of a class makes no better reference
+CANDIDATES = 48  # views that are compared, over all kinds of paths
+THUMBNAIL = (144, 96)  # width, height at which views are compared
+ENOUGH = {  # class -> share of the picture above which a larger one makes no better reference
     "wall": 0.12, "roof": 0.08, "window": 0.02, "tree": 0.06, "road": 0.08, "ground": 0.10, "sky": 0.10,
 }  # fmt: skip
 
@@ -22,7 +22,7 @@ ENOUGH = {  # share of the picture from which more of a class makes no better re
 def find_reference(scene_seed: int, style: Style, size: tuple[int, int]) -> np.ndarray:
     """The best reference view into the town of this seed, in a style: uint8 [H, W, 3]. size: width, height.
 
-    Raises InputError when no camera path through the town keeps clear of it.
+    Raises InputError when the town has no collision-free camera path.
     """
     world, views = town_world_and_views(scene_seed, size)
     looks = [look(world, view) for view in views]
@@ -59,6 +59,6 @@ def class_shares(buffer: GBuffer) -> dict[str, float]:
 
 
 def completeness(shares: dict[str, float]) -> float:
-    """How much of what a reference should show is there: the scarcest class counts most, the others break ties."""
+    """Score of a view by the classes that a reference should show: the scarcest counts most, the others break ties."""
     filled = [min(shares[name] / ENOUGH[name], 1.0) for name in MAJOR_CLASSES]
     return min(filled) + 0.1 * sum(filled) / len(filled)

@@ -1,7 +1,7 @@
-"""Pictures of random towns: rays find what each sample sees, and a style colours it.
+"""Render random towns: rays find the surface of each sample, and a style colours it.
 
-The rays are the ones that preprocessing casts. What a view sees does not depend on the style, so that a G-buffer can
-be coloured in several. World axes are Blender's: Z up, metres.
+Rays are cast as in preprocessing. Visibility does not depend on the style, so a G-buffer can be coloured in several
+styles. World axes are Blender's: Z up, metres.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ SKY = CLASSES.index("sky")
 
 @dataclass(frozen=True)
 class World:
-    """A scene made ready for rays and lines. kinds: int8 [F], class of each face, an index into CLASSES."""
+    """A scene prepared for rays and lines. kinds: int8 [F], class of each face, an index into CLASSES."""
 
     lines: LineScene
     kinds: np.ndarray
@@ -62,7 +62,7 @@ def town_world(parts: list[Part]) -> World:
 
 
 def trace(world: World, view: View) -> GBuffer:
-    """What each sample of a view sees."""
+    """Cast the rays of a view."""
     rays = view.rays(SAMPLES).reshape(-1, 3)
     face = world.caster.cast(view.eye, rays)
     hit = face >= 0
@@ -79,7 +79,7 @@ def trace(world: World, view: View) -> GBuffer:
 
 
 def paint(buffer: GBuffer, style: Style) -> np.ndarray:
-    """The picture of a G-buffer in a style: uint8 [H, W, 3]."""
+    """Colour a G-buffer in a style: uint8 [H, W, 3]."""
     width, height = buffer.size
     sky = buffer.kind == SKY
     samples = np.empty((len(sky), 3), np.float32)
@@ -103,5 +103,5 @@ def draw_edges(world: World, view: View, typical_depth: float) -> np.ndarray:
 
 
 def typical_depth(world: World, views: list[View]) -> float:
-    """What preprocessing takes for the depth of a line of middle width, from small views of a path."""
+    """Depth at which lines have the middle width, found as in preprocessing, from small views of a path."""
     return survey(world.caster, views).typical_depth

@@ -78,10 +78,10 @@ def make_town(seed: int) -> list[Part]:
 
 
 def coarsen(parts: list[Part], share: float, seed: int) -> list[Part]:
-    """What an artist's rough model of the town may be: every object is off by up to `share`, small ones may lack.
+    """Imitate an artist's rough model of the town: every object is off by up to `share`, small ones may be missing.
 
-    Each object but the terrain is moved by up to `share` of its extent along each axis, turned about its vertical
-    middle by up to `share` radians, and scaled by up to `share`; half of the objects of SMALL classes are left out.
+    Each object but the terrain is moved by up to `share` of its extent along each axis, rotated about its vertical
+    axis by up to `share` radians, and scaled by up to `share`; half of the objects of SMALL classes are left out.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, 2]))
     kept = []
@@ -124,7 +124,7 @@ def make_plots(rng: np.random.Generator, road: Callable[[np.ndarray], np.ndarray
         plot = rng.uniform(12.5, 14)
         for y in (np.arange(count) - (count - 1) / 2) * plot + rng.uniform(-3, 3):
             slant = -np.arctan2(road(y + 1) - road(y - 1), 2.0)
-            facing = slant - side * np.pi / 2  # turns -y towards the road
+            facing = slant - side * np.pi / 2  # rotates -y towards the road
 
             def at(out: float, along: float, y: float = y, slant: float = slant, side: int = side) -> tuple:
                 """A point `out` metres from the middle of the road."""
@@ -269,7 +269,7 @@ def along_road(parts: list[Part], start: float, end: float, arcs: np.ndarray) ->
 
 
 def top_of(parts: list[Part]) -> float:
-    """Height of the highest thing people built."""
+    """Height of the highest roof or chimney."""
     return max(part.vertices[:, 2].max() for part in parts if part.kind in ("roof", "chimney"))
 
 
@@ -290,7 +290,7 @@ def is_clear(triangles: np.ndarray, eyes: np.ndarray) -> bool:
 
 
 def has_view(triangles: np.ndarray, c2w: np.ndarray) -> bool:
-    """Whether the first and last view of every arc show far more town than sky, and nothing big right before them."""
+    """Whether the first and last view of every arc show far more town than sky, and no large object close up."""
     x, y = np.meshgrid((np.arange(6) + 0.5) / 3 - 1, (np.arange(4) + 0.5) / 2 - 1)
     wide = np.tan(np.radians(FIELD_OF_VIEW / 2))
     rays = np.stack([wide * x, wide * y * IMAGE_SIZE[1] / IMAGE_SIZE[0], 0 * x - 1], axis=-1).reshape(-1, 3)
@@ -352,7 +352,7 @@ def export_glb(parts: list[Part], path: Path) -> None:
 def to_camera_path(
     c2w: np.ndarray, size: tuple[int, int] = IMAGE_SIZE, fov: float = FIELD_OF_VIEW, fps: float = 24.0
 ) -> CameraPath:
-    """Poses c2w [F, 4, 4] with one lens. size: width, height in pixels; fov: degrees across."""
+    """Poses c2w [F, 4, 4] with the same intrinsics. size: width, height in pixels; fov: degrees across."""
     count, focal = len(c2w), size[0] / 2 / np.tan(np.radians(fov / 2))
     center = np.tile((size[0] / 2, size[1] / 2), (count, 1))
     return CameraPath(c2w, np.full((count, 2), focal), center, size, "+z", tuple(range(1, count + 1)), fps)

@@ -1,7 +1,7 @@
 """The solids that random towns are made of: boxes, lathe shapes, and houses with windows and doors in real openings.
 
 A mesh is a pair: vertices float64 [V, 3] in metres, Z up; faces int64 [F, 3], counter-clockwise from outside. Where
-solids meet, one ends inside the other: no two faces lie in one plane, so that no ray has to choose between them.
+solids meet, one ends inside the other: no two faces are coplanar, so that every ray has one first hit.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ REVEAL, PANE_DEPTH, PANE_EDGE = 0.2, 0.12, 0.04  # openings go in by REVEAL; pan
 
 
 def loft(rings: np.ndarray) -> Mesh:
-    """The closed skin over rings [R, K, 3], each counter-clockwise when the last one is seen from outside.
+    """The closed surface over rings [R, K, 3], each counter-clockwise when the last one is seen from outside.
 
     The ends are closed with fans around their first point.
     """
@@ -44,7 +44,7 @@ def turned(sides: int, profile: list[tuple], rng: np.random.Generator | None = N
 
 
 def place(mesh: Mesh, at: tuple, yaw: float = 0.0) -> Mesh:
-    """Turn a mesh around z by yaw (radians), then move it to `at`."""
+    """Rotate a mesh around z by yaw (radians), then move it to `at`."""
     turn = np.array([[np.cos(yaw), -np.sin(yaw), 0], [np.sin(yaw), np.cos(yaw), 0], [0, 0, 1]])
     return mesh[0] @ turn.T + at, mesh[1]
 
@@ -120,7 +120,7 @@ def hip_roof(half: np.ndarray, eaves: float, slope: float) -> Mesh:
 
 
 def balcony(x: float, y: float, z: float) -> Mesh:
-    """A slab and three parapets in front of the wall at y, around x; no two of their faces are in one plane."""
+    """A slab and three parapets in front of the wall at y, around x; no two of their faces are coplanar."""
     return merge(
         [
             box((x - 1.25, y - 1.1, z - 0.15), (x + 1.25, y + 0.05, z)),
@@ -175,7 +175,7 @@ def _gable(openings: np.ndarray, length: float, eaves: float, slope: float) -> M
 
 
 def _to_side(mesh: Mesh, side: int, distance: float) -> Mesh:
-    """From a facade's frame to that side of the house, exactly: side 0 faces -y, 1 +x, 2 +y, 3 -x."""
+    """Move a mesh from a facade's frame to that side of the house, exactly: side 0 faces -y, 1 +x, 2 +y, 3 -x."""
     x, y, z = (mesh[0] - (0, distance, 0)).T
     x, y = ((x, y), (-y, x), (-x, -y), (y, -x))[side]
     return np.stack([x, y, z], axis=1), mesh[1]

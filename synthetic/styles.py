@@ -2,7 +2,7 @@
 
     python -m synthetic.styles --seed 200000          # print the caption
 
-Colours come from a short list per class and vary a little around it. Everything is a function of the place in the
+Colours come from a short list per class and vary a little around it. Everything is a function of the position in the
 world, so that a surface point has one colour in every view: textures are solid, light is Lambert's without shadows,
 and haze grows with the distance from the town's middle rather than from the camera.
 """
@@ -43,7 +43,7 @@ SKIES = {  # low, high, sunlight, ambient light
     "grey cloudy": ((206, 208, 210), (150, 156, 164), (0.24, 0.24, 0.24), (0.80, 0.80, 0.82)),
 }
 JITTER = 7.0  # of each channel of each colour: half the width of a uniform distribution, of 255
-SUN_ELEVATION = (60, 75)  # degrees. High: which side of a wall is lit shows in no picture of another town
+SUN_ELEVATION = (60, 75)  # degrees. High, since a picture of another town does not show which side of a wall is lit
 HAZE_START = 60.0  # metres from the town's middle
 CLASSES = ("wall", "roof", "window", "door", "balcony", "chimney", "trunk", "tree", "rock", "fence", "road", "ground",
            "hill", "sky")  # fmt: skip

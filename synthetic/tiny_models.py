@@ -2,7 +2,7 @@
 
     python -m synthetic.tiny_models --output runs/random [--seed 0] [--overwrite]
 
-The command writes them with random weights, to try code on; `synthetic.train` and `synthetic.assemble` draw their own.
+The command writes them with random weights, to try code on; `synthetic.train` and `synthetic.assemble` make their own.
 """
 
 import argparse
@@ -84,14 +84,14 @@ def clip_text() -> tuple[CLIPTextModel, CLIPTokenizer]:
 
 
 def t5_text() -> tuple[T5EncoderModel, T5Tokenizer]:
-    """T5 encoder over the words of the captions; every other word is the unknown one."""
+    """T5 encoder over the words of the captions; every other word is the unknown token."""
     words = [",", *("▁" + word for word in vocabulary())]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((word, -1.0) for word in words)]
     tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=MAX_TOKENS)
     sizes = {"d_model": TEXT_DIM, "d_kv": 32, "d_ff": 2 * TEXT_DIM, "num_layers": 2, "num_heads": 2}
     config = T5Config(
         vocab_size=len(vocab), dropout_rate=0.0, **sizes
-    )  # what a step computes depends on its seed alone
+    )  # no dropout: the result of a step depends on its seed alone
     return T5EncoderModel(config), tokenizer
 
 
@@ -102,7 +102,7 @@ def image_vae() -> AutoencoderKL:
         block_out_channels=(16, 32, 64, 64),
         layers_per_block=1,
         latent_channels=16,
-        norm_num_groups=1,  # more groups wash colours out, because each is centred on its own
+        norm_num_groups=1,  # more groups wash colours out, because each is normalised on its own
         mid_block_add_attention=False,
         scaling_factor=1.0,  # measured after training
         shift_factor=0.0,
@@ -146,7 +146,7 @@ def flux_sizes() -> dict:
 
 
 def controlnet() -> FluxControlNetModel:
-    """XLabs' layout, two double blocks. Two zero-initialised layers in a row would learn nothing: both are drawn."""
+    """XLabs' layout, two double blocks. Two zero-initialised layers in a row would learn nothing: both are random."""
     model = FluxControlNetModel(
         patch_size=2,
         num_layers=2,

@@ -5,7 +5,7 @@
     python -m synthetic.train image --vae runs/vae/checkpoint-6000/vae --output_dir runs/image
     accelerate launch --num_processes 2 -m synthetic.train image …
 
-Every run leaves checkpoint-<step>/ folders with averaged weights in diffusers' format, loss.csv, TensorBoard curves
+Every run writes checkpoint-<step>/ folders with averaged weights in diffusers' format, loss.csv, TensorBoard curves
 and sample sheets; the same command continues an interrupted run. `--init_from` starts from earlier weights instead.
 The in-between transformer has its own trainer, train_ggi.py. `make tiny-weights` runs all of it.
 """
@@ -26,7 +26,7 @@ from utils.files import file_sha256, read_json
 from utils.runs import open_run
 
 STAGES = ("vae", "image", "video-vae")
-START = {  # of a stage and a flag of it: the parts of the folder that it names, and their classes
+START = {  # (stage, flag) -> {part of the folder that the flag names: its class}
     ("vae", "init_from"): {"vae": "AutoencoderKL"},
     ("video-vae", "init_from"): {"vae": "AutoencoderKLCogVideoX"},
     ("video-vae", "image_vae"): {"": "AutoencoderKL"},
@@ -38,8 +38,8 @@ DEFAULTS = {
     "video-vae": {"learning_rate": 6e-4, "warmup_steps": 50, "decay_steps": 600, "ema_decay": 0.995},
     "image": {"learning_rate": 1e-3, "train_batch_size": 16, "warmup_steps": 300, "decay_steps": 2500},
 }
-SEGMENT = 9  # frames on which the video autoencoder is trained
-EDGE_SHARE = 0.3  # of its segments: GGI encodes edges with it
+SEGMENT = 9  # frames of a training sample of the video autoencoder
+EDGE_SHARE = 0.3  # of its samples show edges, which GGI encodes with it, too
 HELD_OUT, HELD_OUT_CLIPS = ("validation", 8), ("validation", 3)  # towns and clips on a sample sheet
 
 

@@ -1,4 +1,4 @@
-"""What a sceptic would try before a video model: videos of a path from its anchors, or from the image model alone.
+"""Simple baselines of the video model: videos of a path made from its anchors, or with the image model alone.
 
     crossfade(anchors), copy(anchors), reproject(anchors, caster, views), per_frame(draw, edges)
 
@@ -18,24 +18,24 @@ from utils.scene.views import View
 
 
 def crossfade(anchors: np.ndarray) -> np.ndarray:
-    """Each anchor fades linearly into the next one."""
+    """Fade each anchor linearly into the next one."""
     arcs = [figures.crossfade(a, b, ARC_FRAMES) for a, b in pairwise(anchors)]
     return np.concatenate([arcs[0], *(arc[1:] for arc in arcs[1:])])
 
 
 def copy(anchors: np.ndarray) -> np.ndarray:
-    """The nearest anchor in every frame: a slide show."""
+    """Show the nearest anchor in every frame: a slide show."""
     frames = np.arange(ARC_STEPS * (len(anchors) - 1) + 1)
     return anchors[np.round(frames / ARC_STEPS).astype(int)]
 
 
 def per_frame(draw: Callable[[np.ndarray], np.ndarray], edges: np.ndarray) -> np.ndarray:
-    """Every frame from its own edges. draw: edges uint8 [H, W] -> picture uint8 [H, W, 3]; edges: uint8 [F, H, W]."""
+    """Draw each frame from its edges. draw: edges uint8 [H, W] -> picture uint8 [H, W, 3]. edges: uint8 [F, H, W]."""
     return np.array([draw(one) for one in edges])
 
 
 def reproject(anchors: np.ndarray, caster: RayCaster, views: Sequence[View]) -> np.ndarray:
-    """Anchors carried along the geometry, each to the frames of the arcs that it ends; holes are inpainted.
+    """Carry each anchor along the geometry to the frames of its neighbouring arcs; holes are inpainted.
 
     views: one per frame, at the anchors' size.
     """
@@ -45,7 +45,7 @@ def reproject(anchors: np.ndarray, caster: RayCaster, views: Sequence[View]) -> 
 
 
 def carry_arc(anchors: np.ndarray, caster: RayCaster, views: Sequence[View], arc: int) -> CarriedVideo:
-    """The two anchors of an arc carried to its 46 frames."""
+    """Carry the two anchors of an arc to its 46 frames."""
     first = ARC_STEPS * arc
     ends = {first: anchors[arc], first + ARC_STEPS: anchors[arc + 1]}
     return carry_anchors(caster, views, ends, range(first, first + ARC_FRAMES))

@@ -1,4 +1,4 @@
-"""Curves with intervals, drawn without a plotting library."""
+"""Draw curves with intervals, without a plotting library."""
 
 import math
 from collections.abc import Sequence
@@ -59,13 +59,13 @@ def _panel(title: str, points: Sequence[tuple[float, Estimate]]) -> np.ndarray:
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
-    """A little more than [low, high], never empty."""
+    """A range a little wider than [low, high], never empty."""
     room = 0.08 * (high - low) or max(abs(low), 1.0) * 0.05
     return (low - room, high + room) if math.isfinite(room) else (0.0, 1.0)
 
 
 def _ascii(text: str) -> str:
-    """The default font has no arrows."""
+    """Replace arrows by words: the default font has none."""
     for arrow, word in (("↑", "(higher is better)"), ("↓", "(lower is better)"), ("→1", "(1 is best)")):
         text = text.replace(arrow, word)
     return text

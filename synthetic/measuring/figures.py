@@ -1,4 +1,4 @@
-"""What the benchmark measures, as plain functions of pictures: uint8 [H, W, 3], videos uint8 [F, H, W, 3]."""
+"""The benchmark's metrics as plain functions of pictures: uint8 [H, W, 3], videos uint8 [F, H, W, 3]."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from utils.evaluation.pictures import psnr
 
 LUMA = np.array([0.299, 0.587, 0.114])
 BLUR = 0.7  # pixels; standard deviation of the blur before gradients are taken
-LEAST_PIXELS = 60  # of a class, for its mean colour to count
+LEAST_PIXELS = 60  # least size of a class whose mean colour counts
 
 
 def inbetween_psnr(frames: np.ndarray, truth: np.ndarray) -> float:
@@ -57,9 +57,9 @@ def class_colour_error(image: np.ndarray, truth: np.ndarray, classes: np.ndarray
 
 
 def covisible_error(source: np.ndarray, target: np.ndarray, position: np.ndarray, visible: np.ndarray) -> float:
-    """Mean absolute difference, 0..255, between a picture and another one carried to it; NaN when they share nothing.
+    """Mean absolute difference, 0..255, between a picture and another one warped to it; NaN when they share nothing.
 
-    position: float [H, W, 2], where each pixel of the target is in the source: x then y, in pixels from the outer
+    position: float [H, W, 2], the position in the source of each target pixel: x then y, in pixels from the outer
     corner of the top-left one. visible: bool [H, W], the pixels that count.
     """
     if not visible.any():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES, SEED = 10_000, 0
-SHARE = 0.95  # of the resampled means that an interval holds
+SHARE = 0.95  # of the resampled means that an interval covers
 Values = Sequence[float | None]  # one per unit; None where nothing could be measured
 
 
@@ -22,12 +22,12 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Never with a single unit, whose interval has no width and says nothing."""
+        """Whether the interval excludes zero. False for a single unit, whose interval has no width."""
         return self.count > 1 and (self.low > 0 or self.high < 0)
 
 
 def estimate(values: Values) -> Estimate:
-    """Mean and percentile bootstrap interval: units are drawn with replacement RESAMPLES times, always alike."""
+    """Mean and percentile bootstrap interval: RESAMPLES draws of units with replacement, from a fixed seed."""
     known = np.array([value for value in values if value is not None and not math.isnan(value)], np.float64)
     if not len(known):
         return Estimate(math.nan, math.nan, math.nan, 0)
@@ -38,6 +38,6 @@ def estimate(values: Values) -> Estimate:
 
 
 def paired_difference(ours: Values, theirs: Values) -> Estimate:
-    """Of `ours - theirs`, unit by unit; units that lack one of the two do not count."""
+    """Estimate the mean of `ours - theirs` over the units that have both."""
     pairs = zip(ours, theirs, strict=True)
     return estimate([None if a is None or b is None else a - b for a, b in pairs])

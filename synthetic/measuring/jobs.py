@@ -1,4 +1,4 @@
-"""Worker processes that the benchmarks share: one thread each, and Ctrl-C or an error stops what has not begun."""
+"""Worker processes of the benchmarks: one thread each; Ctrl-C or an error cancels jobs that have not begun."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 @contextmanager
 def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes with one thread each. On leaving the block, what has begun is finished and the rest cancelled."""
+    """Processes with one thread each. On leaving the block, running jobs are finished and the others cancelled."""
     for name in THREADS:
         os.environ.setdefault(name, "1")  # the workers inherit it
     # Spawned, because a fork would inherit the state of torch's threads.
@@ -25,7 +25,7 @@ def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def finish(futures: Sequence[Future], bar: tqdm) -> list:
-    """Results of all futures, in their order. Raises what the first one that fails raises, at once."""
+    """Results of all futures, in their order. Raises the exception of the first one that fails, at once."""
     for done in as_completed(futures):
         done.result()
         bar.update()

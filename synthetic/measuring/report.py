@@ -1,4 +1,4 @@
-"""Tables and pictures of the benchmark: results.json, results.csv, results.md, pictures/*.png.
+"""Write the tables and pictures of the benchmark: results.json, results.csv, results.md, pictures/*.png.
 
 Everything follows from {row: {unit: {metric: value or None}}}; the same values give the same bytes.
 """
@@ -22,13 +22,13 @@ from utils.layout import resample_indices
 
 COMPARED_WITH = "full"
 ARROWS = {"higher": "↑", "lower": "↓", "near 1": "→1"}
-METRIC_GROUPS = (  # beginnings of their names; tables of the report
+METRIC_GROUPS = (  # prefixes of metric names; one table of the report per group
     ("structure", "style", "class"),
     ("anchors", "temporal", "flicker", "seams"),
     ("fidelity", "end", "cpu"),
 )
 SHEET_COLUMNS, SHEET_CELL = 9, 180  # moments of a video, and pixels of each
-CURVES = {  # of a sweep: the metrics that it is about
+CURVES = {  # sweep -> the metrics that its curves show
     "num_replacement": ("anchors_error", "style_colour", "structure_f1", "fidelity_psnr"),
     "degradation": ("temporal_1", "temporal_24", "flicker", "fidelity_psnr"),
     "lora_steps": ("style_colour", "class_colour", "structure_f1", "fidelity_psnr"),
@@ -40,7 +40,7 @@ Results = Mapping[str, Mapping[str, Mapping[str, float | None]]]
 
 @dataclass(frozen=True)
 class Difference:
-    """`full` minus another row on one metric, unit by unit. verdict: of `full`: better, worse, or undecided."""
+    """`full` minus another row on one metric, unit by unit. verdict: `full` is better, worse, or undecided."""
 
     method: str
     metric: str
@@ -59,7 +59,7 @@ def summarise(results: Results, metrics: Sequence[Metric]) -> dict[str, dict[str
 
 
 def compare(results: Results, metrics: Sequence[Metric]) -> list[Difference]:
-    """`full` minus every other row on every metric; nothing where `full` was not run."""
+    """`full` minus every other row on every metric; empty if `full` was not run."""
     if COMPARED_WITH not in results:
         return []
     others = [name for name in results if made_as(name) != COMPARED_WITH]
@@ -68,7 +68,7 @@ def compare(results: Results, metrics: Sequence[Metric]) -> list[Difference]:
 
 def _difference(results: Results, name: str, metric: Metric) -> Difference:
     columns = [column(results, row, metric.name) for row in (COMPARED_WITH, name)]
-    if metric.better == "near 1":  # what is compared is the distance from 1
+    if metric.better == "near 1":  # compare the distances from 1
         columns = [[v if v is None else abs(v - 1) for v in values] for values in columns]
     found = paired_difference(*columns)
     if not found.excludes_zero:
@@ -84,7 +84,7 @@ def _difference(results: Results, name: str, metric: Metric) -> Difference:
 def write_report(
     folder: Path, results: Results, metrics: Sequence[Metric], about: Mapping, settings: Mapping[str, float]
 ) -> None:
-    """All tables and curves. about: what was run, JSON values. settings: of `full`, for its place on a curve."""
+    """All tables and curves. about: what was run, JSON values. settings: of `full`, to place it on the curves."""
     summary, differences = summarise(results, metrics), compare(results, metrics)
     curves = write_curves(folder / "pictures", summary, metrics, settings)
     tables = {
@@ -122,7 +122,7 @@ def write_curves(
     metrics: Sequence[Metric],
     settings: Mapping[str, float],
 ) -> list[str]:
-    """A picture for every sweep of which three rows or more are there; returns the names of the sweeps."""
+    """Draw every sweep that has at least three rows; returns the names of the sweeps drawn."""
     written = []
     for sweep, (label, places) in SWEEPS.items():
         there = {name: settings[sweep] if p is None else p for name, p in places.items() if name in summary}

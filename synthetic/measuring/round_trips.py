@@ -1,4 +1,4 @@
-"""True pictures through the autoencoders alone: the ceiling of what a stage can show."""
+"""Encode and decode true pictures with the autoencoders alone: an upper bound on the quality of a stage."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +20,14 @@ def load_image_vae(runtime: Runtime, paths: Mapping[str, Path]) -> AutoencoderKL
 
 @torch.no_grad()
 def image_round_trip(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
-    """Pictures uint8 [N, H, W, 3] through the image VAE, posterior means."""
-    models = FluxModels(None, None, vae)  # the two directions need no more
+    """Encode pictures uint8 [N, H, W, 3] with the image VAE (posterior means) and decode them."""
+    models = FluxModels(None, None, vae)  # encoding and decoding need no other network
     return to_bytes(decode_latents(models, encode_image(models, to_signed(images), None)))
 
 
 @torch.no_grad()
 def video_round_trip(vae: AutoencoderKLCogVideoX, video: np.ndarray, num_frames: int) -> np.ndarray:
-    """An arc uint8 [46, H, W, 3], padded as for the model, through the video VAE, posterior means: the same shape."""
+    """Encode an arc, uint8 [46, H, W, 3], padded for the model, with the video VAE (posterior means) and decode it."""
     pixels = to_signed(video[edge_frame_indices(num_frames)]).movedim(0, 1)[None].to(vae.dtype)
     output = vae.decode(vae.encode(pixels).latent_dist.mean).sample[0].float()
     frames = ((output.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

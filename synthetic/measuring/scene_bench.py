@@ -33,12 +33,12 @@ from utils.layout import ARC_FRAMES, checkpoint_lora_paths, resample_indices
 from utils.runs import open_run
 
 REFERENCE_SIZE = (1080, 720)  # width, height in pixels
-REFERENCE_SEEDS = 500_000  # from a scene's seed to that of the town its reference shows
+REFERENCE_SEEDS = 500_000  # offset from a scene's seed to the seed of its reference's town
 
 
 @dataclass(frozen=True)
 class Unit:
-    """number: of its scene in the benchmark. The reference shows another town, in the same style."""
+    """A test scene in a test style. number: the scene's, in the benchmark. The reference shows another town."""
 
     number: int
     scene_seed: int
@@ -56,8 +56,8 @@ def choose_units(scenes: int, seeds: int, first_scene: int, first_style: int) ->
 
 @dataclass(frozen=True)
 class DrawnAnchors:
-    """Three anchors each, uint8 [3, H, W, 3]: independent ones and ones that follow the anchor before, with LoRAs and
-    without (base), and the true ones after the image VAE."""
+    """Three anchors each, uint8 [3, H, W, 3]: independent (free) or guided by the previous anchor, with LoRAs or
+    without (base), and the true ones encoded and decoded by the image VAE."""
 
     free: np.ndarray
     guided: np.ndarray
@@ -87,7 +87,7 @@ class SceneBench:
 
     @cached_property
     def reference(self) -> Reference:
-        """The reference and its edges, read from a file as the script reads them."""
+        """The reference and its edges, read from a file, as by the script."""
         path = self.folder / "reference.png"
         write_image(path, find_reference(self.unit.scene_seed + REFERENCE_SEEDS, self.style, REFERENCE_SIZE))
         detect = edge_detector(self.preset.edges)
@@ -107,7 +107,7 @@ class SceneBench:
     # --- the three stages ---
 
     def align(self, settings: Settings) -> list[LoraState]:
-        """LoRAs of transformer and ControlNet, trained on the reference; as saved: bfloat16, under peft's names."""
+        """Train the LoRAs of transformer and ControlNet on the reference; as saved: bfloat16, under peft's names."""
         wanted = settings.alignment(self.unit.style_seed)
         runtime = plain_runtime(self.preset, "alignment", MIXED[wanted.mixed_precision])
         alignment = Alignment(runtime, self.paths, [self.reference], wanted, self.preset.resolution)
@@ -126,7 +126,7 @@ class SceneBench:
         return stage
 
     def draw(self, stage: AnchorStage, edges: np.ndarray, *before: np.ndarray) -> np.ndarray:
-        """One anchor, uint8 [H, W, 3]. edges: uint8 [H, W]. before: the anchor before it, and the map from it."""
+        """One anchor, uint8 [H, W, 3]. edges: uint8 [H, W]. before: the previous anchor, and the map from it."""
         return stage.decode(stage.draw(Anchor(1, as_rgb(edges), self.prompt, self.unit.style_seed, *before)).latents)
 
     def inbetween_stage(self, settings: InbetweenSettings) -> InbetweenStage:
@@ -146,7 +146,7 @@ class SceneBench:
 
 
 def fill(stage: InbetweenStage, arc: ArcInputs, conditions: torch.Tensor | None = None) -> np.ndarray:
-    """The arc's frames, uint8 [46, H, W, 3]. conditions: others than the arc's own."""
+    """Generate the arc's frames, uint8 [46, H, W, 3]. conditions: replace the arc's own."""
     return stage.decode(stage.denoise(arc, conditions))[:ARC_FRAMES]
 
 
@@ -155,7 +155,7 @@ def without_edges(arc: ArcInputs) -> ArcInputs:
 
 
 def without_end(conditions: torch.Tensor) -> torch.Tensor:
-    """The same conditions with nothing in place of the end anchor: [1, 13, 32, h, w]."""
+    """The same conditions with zeros in place of the end anchor: [1, 13, 32, h, w]."""
     taken = conditions.clone()
     taken[:, -1, : conditions.shape[2] // 2] = 0
     return taken

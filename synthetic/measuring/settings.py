@@ -1,16 +1,16 @@
-"""What decides the benchmarks' figures besides weights and seeds, as flags. Nothing heavy is imported here."""
+"""Flags that decide the benchmarks' figures, besides weights and seeds. Imports nothing heavy."""
 
 from dataclasses import dataclass
 
 from models.settings import AlignmentSettings, AnchorSettings, InbetweenSettings
 from utils.cli import finite_float, flag, guidance_float, positive_float, positive_int, unit_float
 
-MOST_LORA_STEPS = 400  # for which the check's bars hold
+MOST_LORA_STEPS = 400  # beyond which the check's bars do not apply
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Where they differ from the scripts' defaults, they are what suits the tiny weights (docs/tiny_weights.md)."""
+    """Defaults that differ from the scripts' suit the tiny weights (docs/tiny_weights.md)."""
 
     lora_steps: int = flag(
         200, f"steps of the alignment; the bars hold for {MOST_LORA_STEPS} at most", type=positive_int

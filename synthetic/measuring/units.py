@@ -1,7 +1,7 @@
-"""One unit of the benchmark: a test scene in a test style, measured part by part.
+"""Measure one unit of the benchmark, a test scene in a test style, part by part.
 
-A part that is finished is kept on disk with its figures and with what they depend on. Pictures to look at lie beside
-it: anchors.png, video.png, and the chain as video.
+The figures of a finished part are saved together with everything that they depend on. Pictures to look at lie beside
+them: anchors.png, video.png, and the chain as video.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from utils.layout import ARC_FRAMES, resample_indices
 
 SHEET_COLUMNS = 8
 FPS = 12
-VERSION = 3  # of what is measured; figures of another version are measured again
+VERSION = 3  # of the measurements; figures of another version are measured again
 
 Figures = dict[str, float]
 
@@ -89,7 +89,7 @@ def measure_anchors(bench: SceneBench) -> Figures:
 
 
 def mean_of(measure: Callable[..., float], *columns: Iterable) -> float:
-    """Mean of a measure over rows, those left out that it cannot say anything about (NaN)."""
+    """Mean of a measure over rows; rows where it is NaN do not count."""
     values = [value for row in zip(*columns, strict=True) if not np.isnan(value := measure(*row))]
     return float(np.mean(values)) if values else float("nan")
 
@@ -132,8 +132,8 @@ def measure_chain(bench: SceneBench) -> Figures:
 
 @dataclass(frozen=True)
 class Part:
-    """measure: its figures. components: weights that decide them; with_transformer: and the in-between transformer.
-    scene_data: which drawings of the scene it needs, attributes of CheckScene."""
+    """measure: computes its figures. components: weights that they depend on. with_transformer: whether they depend on
+    the in-between transformer, too. scene_data: attributes of CheckScene that it needs."""
 
     measure: Callable[[SceneBench], Figures]
     components: tuple[str, ...]
@@ -180,14 +180,14 @@ def result_path(unit: Unit, folder: Path) -> Path:
 
 
 def part_identity(part: Part, unit: Unit, settings: Settings, hashes: Mapping[str, dict]) -> dict:
-    """What decides the figures of a part, as JSON values."""
+    """Everything that the figures of a part depend on, as JSON values."""
     names = [*part.components, *["transformer"] * part.with_transformer]
     identity = {"version": VERSION, "unit": vars(unit), "settings": dataclasses.asdict(settings)}
     return json.loads(json.dumps(identity | {"weights": {name: hashes[name] for name in names}}))
 
 
 def read_entries(unit: Unit, folder: Path) -> dict[str, dict]:
-    """{part: {"identity": …, "figures": …}} of all parts on disk. A missing or damaged file holds none."""
+    """{part: {"identity": …, "figures": …}} of all parts on disk. Empty if the file is missing or damaged."""
     try:
         return read_json(result_path(unit, folder))
     except InputError:
@@ -197,7 +197,7 @@ def read_entries(unit: Unit, folder: Path) -> dict[str, dict]:
 def finished_parts(
     unit: Unit, names: Iterable[str], settings: Settings, hashes: Mapping[str, dict], folder: Path
 ) -> dict[str, Figures]:
-    """{part: figures} of those of the named parts that were measured under these very conditions."""
+    """{part: figures} of the named parts that were measured under the same conditions."""
     entries = read_entries(unit, folder)
     identities = {name: part_identity(PARTS[name], unit, settings, hashes) for name in names}
     return {
@@ -224,7 +224,7 @@ def measure_unit(
     hashes: dict,
     folder: Path,
 ) -> Figures:
-    """Measure the named parts, and return their figures; each is added to the unit's file as soon as it is there."""
+    """Measure the named parts, and return their figures; each part is added to the unit's file once measured."""
     bench = SceneBench(unit, preset, paths, settings, folder)
     measured = {}
     for name in names:

@@ -1,7 +1,7 @@
-"""Training of FLUX, its ControlNet and its text encoders from nothing: rectified flow on pictures, edges and captions.
+"""Training of FLUX, its ControlNet and its text encoders from scratch: rectified flow on pictures, edges and captions.
 
-Unlike distribution alignment this trains every weight, at all noise levels alike, with captions that are left out now
-and then, and with edges that are left out now and then, so that both can be weakened at inference.
+Unlike distribution alignment this trains every weight, at all noise levels alike, and drops captions and edges now and
+then, so that both can be weakened at inference.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,10 +32,10 @@ SHEET_STEPS = 25
 
 
 class ImageObjective(nn.Module):
-    """All networks that are trained as one module, and the frozen autoencoder beside it."""
+    """All trained networks as one module, with the frozen autoencoder."""
 
     def __init__(self, pipeline: FluxPipeline, controlnet: FluxControlNetModel, vae: AutoencoderKL):
-        """vae: on the device where all of it will compute."""
+        """vae: already on the device of the training."""
         super().__init__()
         self.transformer, self.controlnet = pipeline.transformer, controlnet
         self.t5, self.clip = pipeline.text_encoder_2, pipeline.text_encoder
@@ -64,7 +64,7 @@ class ImageObjective(nn.Module):
 
 
 def timesteps(width: int, height: int) -> torch.Tensor:
-    """The finely divided schedule of anchor views, without its end, float32 [FINE_STEPS]."""
+    """The schedule of anchor views in FINE_STEPS steps, without its end, float32 [FINE_STEPS]."""
     return anchor_schedule(FINE_STEPS, width, height)[:-1]
 
 
@@ -113,7 +113,7 @@ def draw_captioned(
 
 @torch.no_grad()
 def sample_pictures(objective: ImageObjective, edges: np.ndarray, captions: Sequence[str], seed: int) -> np.ndarray:
-    """Pictures drawn along edges: uint8 [N, H, W, 3]. edges: uint8 [N, H, W]."""
+    """Draw pictures along edges: uint8 [N, H, W, 3]. edges: uint8 [N, H, W]."""
     models, settings = objective.models, AnchorSettings()
     height, width = edges.shape[1:]
     control = to_signed(np.repeat(edges[..., None], 3, axis=-1)).to(models.device)

@@ -1,4 +1,4 @@
-"""A video autoencoder that starts as an image autoencoder: every 2D kernel becomes the present frame's tap in time.
+"""Start a video autoencoder from an image autoencoder: each 2D kernel becomes the current frame's slice of a 3D one.
 
 Before any training it encodes each frame as the image autoencoder does, averages over the frames that share a latent
 frame, and repeats what it decodes.
@@ -20,8 +20,8 @@ NAMES = (  # image autoencoder -> CogVideoX's; norms of the decoder are wrapped,
 def inflate(image_vae: AutoencoderKL, video_vae: AutoencoderKLCogVideoX) -> None:
     """Copy all weights of `image_vae` into `video_vae`, which has the same widths, in place.
 
-    Kernels before the present frame become zero, and the decoder's norms start without modulation. Raises ValueError
-    where a weight finds no place.
+    Kernel slices of earlier frames become zero, and the decoder's norms start without modulation. Raises ValueError
+    when a weight has no counterpart.
     """
     target = video_vae.state_dict()
     for name, weight in image_vae.state_dict().items():

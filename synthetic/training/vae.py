@@ -11,8 +11,8 @@ from models.latents import draw_noise, posterior_sample, to_signed
 from synthetic.pictures import TownPictures
 from utils.runs import derive_seed
 
-CROP = (72, 96)  # pixels, height and width of what the video autoencoder is trained on
-COARSE = 4  # pixels; side of the cells in which colours are compared on top of pixels
+CROP = (72, 96)  # pixels, height and width of the video autoencoder's training windows
+COARSE = 4  # pixels; side of the cells whose mean colours are compared besides the pixels
 KL_WEIGHT = 1e-4  # of the KL divergence per latent element
 STATISTICS = 256  # pictures from which the scale of the latents is measured
 
@@ -60,10 +60,10 @@ def draw_pictures(towns: Sequence[TownPictures]) -> Callable[[tuple[int, ...], I
 def draw_segments(
     videos: Sequence[tuple[np.ndarray, np.ndarray]], frames: int, edge_share: float
 ) -> Callable[[tuple[int, ...], Iterable[int]], dict]:
-    """The same for parts of `frames` consecutive frames, 8 k + 1, of videos or, in an `edge_share`, of their edges.
+    """The same for segments of `frames` (8 k + 1) consecutive frames of videos or, for a share `edge_share`, of edges.
 
-    videos: (frames uint8 [F, H, W, 3], edges uint8 [F, H, W]) of each. A part shows a window of the size CROP: several
-    small ones teach more than a large one. Half of the parts run backwards, half are flipped.
+    videos: (frames uint8 [F, H, W, 3], edges uint8 [F, H, W]) of each. A segment shows a window of the size CROP:
+    several small ones teach more than a large one. Half of the segments run backwards, half are flipped.
     """
 
     def draw(step_seed: tuple[int, ...], items: Iterable[int]) -> dict:
@@ -90,7 +90,7 @@ def video_and_edges(pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np
 
 @torch.no_grad()
 def reconstruct(vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels through the autoencoder, without noise; float32, on the CPU."""
+    """Encode and decode pixels, without noise; float32, on the CPU."""
     with torch.autocast(vae.device.type, torch.bfloat16):
         return vae.decode(vae.encode(pixels.to(vae.device)).latent_dist.mean).sample.float().cpu()
 
