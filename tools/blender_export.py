@@ -27,11 +27,11 @@ FLOAT, UINT, ARRAY_BUFFER, INDEX_BUFFER = 5126, 5125, 34962, 34963  # glTF's num
 
 
 class InputError(ValueError):
-    """Something about the scene or the command is wrong. One line."""
+    """An error in the scene or the command, described in one line."""
 
 
 class Mesh(NamedTuple):
-    """A mesh in the Z-up world, its vertices split where the shading is: one normal each."""
+    """A mesh in the Z-up world, its vertices split at shading edges: one normal each."""
 
     name: str
     vertices: np.ndarray  # float64 [V, 3], metres
@@ -43,7 +43,7 @@ class Mesh(NamedTuple):
 
 
 def rendered_objects(collection: bpy.types.Collection) -> set[bpy.types.Object]:
-    """Objects in a collection and those below it, without what is disabled in renders."""
+    """Objects in a collection and its children, except those that are disabled in renders."""
     if collection.hide_render:
         return set()
     found = {obj for obj in collection.objects if not obj.hide_render}
@@ -51,7 +51,7 @@ def rendered_objects(collection: bpy.types.Collection) -> set[bpy.types.Object]:
 
 
 def visible_meshes() -> list[Mesh]:
-    """Everything visible now."""
+    """World meshes of everything that is visible at the current frame."""
     depsgraph = bpy.context.evaluated_depsgraph_get()
     rendered = rendered_objects(depsgraph.scene.original.collection)
     found, as_mesh = [], set()
@@ -78,7 +78,7 @@ def visible_meshes() -> list[Mesh]:
 
 
 def world_mesh(obj: bpy.types.Object, name: str, matrix: np.ndarray) -> Mesh | None:
-    """An evaluated object carried to the world by matrix [4, 4]; None if it has no faces."""
+    """An evaluated object transformed to the world by matrix [4, 4]; None if it has no faces."""
     mesh = obj.to_mesh()
     if mesh is None:
         return None
@@ -94,7 +94,7 @@ def world_mesh(obj: bpy.types.Object, name: str, matrix: np.ndarray) -> Mesh | N
     if local is None:
         return None
     vertices, normals, triangles = local
-    if np.linalg.det(matrix[:3, :3]) < 0:  # a mirrored object: keep the outside outside
+    if np.linalg.det(matrix[:3, :3]) < 0:  # a mirrored object: flip the winding, to keep the outside out
         triangles = triangles[:, ::-1]
     return Mesh(name, vertices @ matrix[:3, :3].T + matrix[:3, 3], turn_normals(normals, matrix[:3, :3]), triangles)
 
@@ -118,7 +118,7 @@ def corner_normals(mesh: bpy.types.Mesh) -> np.ndarray:
 def split_vertices(
     vertices: np.ndarray, points: np.ndarray, normals: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vertices float64 [S, 3], normals float64 [S, 3], triangles uint32 [N, 3]: a vertex for each normal it has.
+    """Vertices float64 [S, 3], normals float64 [S, 3], triangles uint32 [N, 3]: one vertex for each normal.
 
     vertices: float32 [V, 3]; points: int32 [3 N], the vertex of each triangle corner; normals: float32 [3 N, 3].
     """
@@ -129,7 +129,7 @@ def split_vertices(
 
 
 def turn_normals(normals: np.ndarray, linear: np.ndarray) -> np.ndarray:
-    """Unit normals [V, 3] of a surface after linear [3, 3]; zero where it is squashed to nothing."""
+    """Unit normals [V, 3] of a surface after linear [3, 3]; zero where it collapses to nothing."""
     x, y, z = linear.T
     cofactor = np.stack([np.cross(y, z), np.cross(z, x), np.cross(x, y)], axis=1)
     # The inverse transpose is the cofactors over the determinant, of which only the sign matters here.
@@ -264,7 +264,7 @@ def intrinsics(render: bpy.types.RenderSettings, lens: bpy.types.Camera) -> dict
 
 
 def write_all(contents: dict[Path, bytes]) -> None:
-    """Write files so that none is seen half written: temporary names first, then all are renamed."""
+    """Write files atomically: under temporary names first, then all are renamed."""
     temporary = {path: path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}") for path in contents}
     try:
         for path, data in contents.items():
@@ -302,7 +302,7 @@ def export(output: Path, overwrite: bool) -> None:
 
 
 def moving_names(first: list[Mesh], last: list[Mesh]) -> list[str]:
-    """Names of meshes whose triangles are elsewhere in the other list."""
+    """Names of meshes whose triangles are not the same in the other list."""
     corners = {mesh.name: mesh.vertices[mesh.triangles] for mesh in last}
 
     def moves(mesh: Mesh) -> bool:
@@ -341,13 +341,13 @@ def main(argv: list[str]) -> None:
 
 
 def stop(message: object, code: int) -> None:
-    """Blender would end with 0 after a traceback."""
+    """Print an error and exit with `code`; after a traceback Blender would exit with 0."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def command_line() -> list[str]:
-    """Arguments for `main`. Inside Blender sys.argv is Blender's own command line, whose file is open already."""
+    """Arguments for `main`. Inside Blender sys.argv is Blender's own command line, and its file is already open."""
     if sys.argv[0].endswith(".py"):
         if sys.argv[1:2] in ([], ["--"]):
             stop("name a file: python tools/blender_export.py file.blend -- out/", 2)
