@@ -2,8 +2,8 @@
 
     python -m tests.cases FOLDER
 
-Files are told apart by their suffix; folders are COLMAP models. Text files and JSON are cameras. What a file should
-give stands beside it, in the README of such a folder: this only says what it gives.
+Files are told apart by their suffix; folders are COLMAP models. Text files and JSON are cameras. The
+expected results are in the README of such a folder: this prints the actual ones only.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from utils.meshes.mesh import Geometry
 from utils.scene.raycast import RayCaster
 
 CAMERAS = (".json", ".txt", ".tum")
-LEFT_OUT = (".md", ".bin", ".mtl", ".png", ".jpg")  # what other files refer to
+LEFT_OUT = (".md", ".bin", ".mtl", ".png", ".jpg")  # files that others refer to
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,7 +43,7 @@ def read(path: Path) -> str:
 
 
 def read_any_cameras(path: Path) -> CameraPath:
-    """Cameras of a world whose up axis the file says, or else of a Z-up world."""
+    """Read cameras; their world is Z up unless the file states its up axis."""
     try:
         return read_cameras(path)
     except InputError as error:

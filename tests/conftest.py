@@ -1,4 +1,4 @@
-"""What several test files share, made once by each worker."""
+"""Fixtures that several test files share, made once by each worker."""
 
 import os
 import shutil
@@ -11,12 +11,12 @@ from tests.support.helpers import ALIGN, ANCHORS, GGI, call, run
 from tests.support.small import SESSION, session_folder
 from tests.support.stages import QUICK_VIDEO, RUN, VIDEO, draw, last_line, new_scene, train
 
-# Before torch is imported: OpenMP threads that spin while they wait crawl on a machine that is not idle.
+# Before torch is imported: OpenMP threads that spin while they wait are slow on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the folder that a session shares: its workers, and the processes that they start."""
+    """Make the folder that all workers of a session, and the processes that they start, share."""
     if SESSION not in os.environ:
         config.session_folder = os.environ[SESSION] = tempfile.mkdtemp(prefix="pytest-session-")
 
@@ -28,7 +28,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def scene():
-    """A test scene of the benchmarks, synthetic.measuring.scenes.CheckScene; all workers share what is drawn of it."""
+    """A test scene of the benchmarks, synthetic.measuring.scenes.CheckScene; all workers share its cache."""
     from synthetic.measuring.scenes import CheckScene
 
     return CheckScene(200_000, 0, (144, 96), session_folder() / "scenes")

@@ -3,7 +3,7 @@
     python -m tests.parity tests/golden [--data DIR]
 
 FOLDER holds any subset of the items 1_… to 9_…; cases come from their manifests, metadata and file lists. Maps and
-edges named assets/sampleA/… are looked for in DIR/sampleA (default: FOLDER/../data). One line per comparison,
+edges named assets/sampleA/… are read from DIR/sampleA (default: FOLDER/../data). One line per comparison,
 errors of normal draws in units in the last place:
 
     <item>/<case> <quantity> <error> <tolerance> pass|FAIL|skip
@@ -61,7 +61,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Golden:
-    """Where the vectors and the data that they name lie."""
+    """The folders of the vectors and of the data that they name."""
 
     folder: Path
     data: Path
@@ -167,14 +167,14 @@ def noise_mixes(golden: Golden, item: Path) -> Iterator[Check]:
 
 
 def inventories(golden: Golden, item: Path) -> Iterator[Check]:
-    """Every key of a whole-size checkpoint, consumed with the right shape on the meta device."""
+    """Every key of a full-size checkpoint is read with the right shape, on the meta device."""
     for file in sorted(item.glob("*.json")):
         entry = json.loads(file.read_text())
         yield from _checks(file.stem, lambda: [Check(file.stem, "keys", _inventory(entry), EXACT)])  # noqa: B023
 
 
 def _inventory(entry: dict) -> float:
-    """Number of wrong keys of one checkpoint; raises on a missing, unexpected or misshapen one."""
+    """Number of wrong keys of one checkpoint; raises on a missing, unexpected or wrongly shaped one."""
     tensors = {key: torch.empty(shape, device="meta") for key, shape in entry["tensors"].items()}
     if any(".processor." in key for key in tensors):
         return _lora_errors(tensors)
@@ -189,7 +189,7 @@ def _inventory(entry: dict) -> float:
 
 
 def _lora_errors(tensors: dict[str, torch.Tensor]) -> float:
-    """Keys or shapes in which the LoRA of a model of that size differs, read by our loader or written by our saver."""
+    """Number of keys or shapes in which a LoRA of that size differs when our loader reads or our saver writes it."""
     rank, hidden = tensors["double_blocks.0.processor.qkv_lora1.down.weight"].shape
     count = lambda kind: 1 + max((int(k.split(".")[1]) for k in tensors if k.startswith(kind)), default=-1)  # noqa: E731
     doubles, singles = count("double_blocks"), count("single_blocks")

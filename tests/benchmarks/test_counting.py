@@ -1,4 +1,4 @@
-"""Counting bytes on tensors without data: every rule on a network small enough to count by hand."""
+"""Counting bytes on meta tensors: every rule on a network small enough to count by hand."""
 
 from collections.abc import Callable
 
@@ -88,16 +88,16 @@ class Chain(torch.nn.Module):
     def forward(self) -> None:
         for name in self.order:
             layer = self.layers[name]
-            layer(torch.empty(1, layer.in_features))  # its input and output are let go
+            layer(torch.empty(1, layer.in_features))  # its input and output are freed
 
 
 @pytest.mark.parametrize(
     ("order", "values"),
     [
-        ("abc", 10 * (300 + 200) + 300 + 10),  # with b at work: its weights and those of c, its input and output
-        ("acb", 10 * (200 + 300) + 200 + 10),  # with c
+        ("abc", 10 * (300 + 200) + 300 + 10),  # while b runs: its weights and those of c, its input and output
+        ("acb", 10 * (200 + 300) + 200 + 10),  # while c runs
         ("a", 10 * 100 + 100 + 10),
-        ("aab", 10 * (100 + 300 + 300) + 100),  # b comes anew, beside the one that is there, before a works again
+        ("aab", 10 * (100 + 300 + 300) + 100),  # b is loaded again, beside its old copy, before a runs again
     ],
 )
 def test_streamed_layers_at_work_and_on_their_way(order: str, values: int):

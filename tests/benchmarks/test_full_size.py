@@ -23,7 +23,7 @@ def rows(path: Path) -> dict[tuple[str, str], dict]:
 
 @pytest.mark.slow
 def test_operations_of_an_in_betweening_pass():
-    """By hand: 2 per weight and token, 4 S^2 D per layer for attention; what works once per pass is left out."""
+    """By hand: 2 per weight and token, 4 S^2 D per layer for attention; layers that run once per pass are left out."""
     ours, theirs = (
         next(row.flops for row in full_size.count(setup_of("full"), "ggi", recipe) if row.step == recipe)
         for recipe in ("ours", "reference")
@@ -65,7 +65,7 @@ def test_what_cannot_be_measured_leaves_the_rest(tmp_path: Path, monkeypatch, ca
 
 @pytest.mark.slow
 def test_measuring_the_tiny_networks(tmp_path: Path):
-    """Started as the README starts it; the reference's second pass costs what it must."""
+    """Run the README's command; the reference's second pass has the expected cost."""
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""The tables of memory plans: they are what is counted, they scale, and scripts look them up without counting."""
+"""The tables of memory plans: they equal the counts, they scale, and scripts look them up without counting."""
 
 import subprocess
 import sys
@@ -58,7 +58,7 @@ def test_alignment_in_batches():
 
 
 def test_only_activations_of_pictures_scale():
-    """Encoding and sample sheets do one clip at a time, whatever the batch."""
+    """Encoding and sample sheets process one clip at a time, whatever the batch size."""
     once, twice = (look_up_plan("full", "training", pixels=720 * 480, frames=n * 49, batch=n) for n in (1, 2))
     grown = {"encoding": 2, "text": 1, "training": 4, "update": 1, "sheets": 2}
     for mode in once:

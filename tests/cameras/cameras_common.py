@@ -1,4 +1,4 @@
-"""What the tests of cameras share."""
+"""Helpers that the tests of cameras share."""
 
 import json
 import struct

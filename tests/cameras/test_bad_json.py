@@ -202,7 +202,7 @@ def test_up_axis_contradictions(tmp_path: Path) -> None:
 
 
 def leaves(data: object, trail: tuple = ()) -> list[tuple]:
-    """The place of every value in a JSON tree."""
+    """The path to every value in a JSON tree."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     return [place for key, value in items for place in [(*trail, key), *leaves(value, (*trail, key))]]
 
@@ -222,7 +222,7 @@ def splats() -> list:
 
 
 def is_read(source: Path) -> bool:
-    """Whether a path comes out of a damaged file, and not an InputError of one line; all else is a failure."""
+    """Whether a damaged file gives a path; False for a one-line InputError. Anything else is a failure."""
     try:
         path = read_cameras(source, up=None if source.suffix in (".glb", ".gltf") else "+y")
     except InputError as error:

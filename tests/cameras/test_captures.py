@@ -1,4 +1,4 @@
-"""Camera files of real captures and of other programs give the path that is in them."""
+"""Camera files of real captures and of other programs are read as the path that they hold."""
 
 import json
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_sizes_that_differ_by_pixels_are_cropped(tmp_path: Path) -> None:
     data = transforms()
     data["frames"][2] |= {"w": 638, "h": 481}
     path, plain = read_cameras(write(tmp_path / "t.json", data)), random_path(3)
-    np.testing.assert_array_equal(path.focal, plain.focal)  # no zoom from picture to picture
+    np.testing.assert_array_equal(path.focal, plain.focal)  # the focal length does not jitter
     np.testing.assert_allclose(path.center - plain.center, [[0, 0], [0, 0], [1, -0.5]], atol=1e-9)
 
 

@@ -38,7 +38,7 @@ def test_colmap_distortion_is_noted_once(
 
 
 def test_colmap_images_of_two_sizes(tmp_path: Path, capsys) -> None:
-    """As COLMAP's image_undistorter leaves them, with one camera for each image."""
+    """As COLMAP's image_undistorter writes them, with one camera for each image."""
     path = random_path(3)
     folder = write_colmap(tmp_path, path, False)
     file = folder / "cameras.txt"

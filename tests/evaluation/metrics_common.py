@@ -1,4 +1,4 @@
-"""What the tests of metrics share."""
+"""Helpers that the tests of metrics share."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ EDGE_SIZE = (1080, 720)
 
 
 def noisy(frames: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Frames with offsets, broadcast from [F] or as they are, added and clipped."""
+    """Add offsets (one per frame, [F], or one per value) to frames, and clip."""
     offsets = offsets.reshape(len(frames), *(1,) * 3) if offsets.ndim == 1 else offsets
     return np.clip(np.round(frames + offsets), 0, 255).astype(np.uint8)
 

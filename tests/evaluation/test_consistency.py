@@ -54,7 +54,7 @@ def test_a_sliding_camera_over_a_wall():
 
 
 def test_a_lattice_looks_at_every_kth_pixel(town):
-    """The places of a wide video's pixels are those that all its pixels have."""
+    """A wide video's lattice pixels have the positions that they have among all pixels."""
     path = make_views(read_cameras(SAMPLE / CAMERAS_FILE), EDGE_SIZE)
     views = [resize_view(path[k], (840, 20)) for k in (0, 1)]
     covisibility = make_covisibility(town.caster, views)

@@ -1,4 +1,4 @@
-"""Damage moves the metrics that are to see it, and no others."""
+"""Damage changes the metrics that should detect it, and no others."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -38,7 +38,7 @@ def drift(frames: np.ndarray, amount: float) -> np.ndarray:
 
 
 def jump(frames: np.ndarray, amount: float) -> np.ndarray:
-    """Another brightness from the second arc on."""
+    """Change the brightness from the second arc on."""
     return noisy(frames, amount * (np.arange(len(frames)) > 45))
 
 
@@ -47,7 +47,7 @@ def blur(frames: np.ndarray, amount: float) -> np.ndarray:
 
 
 def recolour(frames: np.ndarray, amount: float) -> np.ndarray:
-    """A mix of the frames and themselves with exchanged channels."""
+    """Blend the frames with themselves with exchanged channels."""
     return np.round((1 - amount) * frames + amount * frames[..., [2, 0, 1]]).astype(np.uint8)
 
 
@@ -91,7 +91,7 @@ def test_true_frames_are_nearly_consistent(best):
     assert best["seams"] == pytest.approx(1, abs=0.15) and best["colour"] < 6
 
 
-# Damage, its amounts, the metrics it raises with every amount, and those that docs/metrics.md says it leaves alone.
+# Damage, its amounts, the metrics that every amount raises, and those that it leaves alone (docs/metrics.md).
 CLOSE, LATER = ("temporal_1", "temporal_8", "flicker", "psnr"), ("temporal_24", "anchors", "psnr")
 
 

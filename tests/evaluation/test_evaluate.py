@@ -25,7 +25,7 @@ from utils.videos import read_frames
 
 SAMPLE, REFERENCE = ROOT / "assets" / "sampleA", ROOT / "assets" / "references" / "boxtown.png"
 SIZE = (36, 24)  # width, height
-FLAT = (72, 12)  # the same where lines are looked for, which is done in 720x120 pixels
+FLAT = (72, 12)  # the same for tests of lines, which are detected at 720x120 pixels
 GEOMETRIC = ("anchors_error", "temporal_1", "temporal_8", "temporal_24", "flicker", "seams")
 
 
@@ -60,7 +60,7 @@ def write_lossless(path: Path, frames: np.ndarray) -> Path:
 
 
 def as_run(frames: np.ndarray) -> np.ndarray:
-    """The 92 frames that ggi.py numbers for 91: the second arc has its own version of the shared one, here black."""
+    """91 frames as the 92 that ggi.py writes: the second arc has its own version of the shared frame, here black."""
     return np.concatenate([frames[:46], np.zeros_like(frames[:1]), frames[46:]])
 
 
@@ -291,7 +291,7 @@ def test_numbers_do_not_depend_on_the_form_or_the_time(monkeypatch, capsys, tmp_
 
 @pytest.mark.slow
 def test_true_frames_of_the_sample_as_a_user_measures_them(tmp_path: Path):
-    """The command itself, in a process of its own; JSON alone on stdout, progress on stderr."""
+    """The command in its own process; only JSON on stdout, progress on stderr."""
     frames = true_frames(load_scene(SAMPLE), style_of(REFERENCE), (108, 72))
     run = write_frames(tmp_path / "run", as_run(frames))
     words = ["--video", run, "--scene", SAMPLE, "--reference", REFERENCE, "--ground_truth", run, "--json"]
@@ -307,7 +307,7 @@ def test_true_frames_of_the_sample_as_a_user_measures_them(tmp_path: Path):
 
 @pytest.mark.slow
 def test_targets_serve_many_videos(tmp_path: Path, scene: Path):
-    """Lines made once; networks left out when they are not asked for."""
+    """Lines are detected once; networks are not loaded unless their metrics are requested."""
     frames, targets = draw(91, FLAT), load_targets(load_scene(scene), FLAT)
     first, second = (measure(video, targets, networks=False) for video in (frames, frames[::-1]))
     assert list(first) == [metric.name for metric in METRICS]

@@ -55,7 +55,7 @@ def test_equal_colours_have_no_distance_and_plain_ones_their_delta_e():
 
 
 def test_colour_distance_knows_the_spread():
-    """Black and white in equal shares against their middle: a deviation of 50 L against none."""
+    """Black and white in equal shares compared with middle grey: a deviation of 50 L compared with none."""
     board = np.zeros((1, 128, 128, 3), np.uint8)
     board[:, :, 64:] = 255
     assert colour_distance(board, np.full((8, 8, 3), 119, np.uint8)) == pytest.approx(50, abs=0.5)

@@ -1,4 +1,4 @@
-"""What the tests of geometry share."""
+"""Helpers that the tests of geometry share."""
 
 import json
 import struct
@@ -20,7 +20,7 @@ CUBE_FACES = np.array(
 
 
 def gltf_tree(vertices: np.ndarray, faces: np.ndarray, nodes: list[dict], normals=None) -> tuple[dict, bytes]:
-    """A glTF tree with one mesh and these nodes; nodes that are nobody's child are the scene's."""
+    """A glTF tree with one mesh and these nodes; nodes without a parent are the scene's roots."""
     arrays = [vertices.astype("<f4"), faces.astype("<u2").ravel()] + ([] if normals is None else [normals])
     blob, views, accessors = b"", [], []
     for array in arrays:
@@ -58,7 +58,7 @@ def cube_glb(path: Path, nodes: list[dict]) -> Path:
 
 
 def make_geometry(triangles: np.ndarray) -> Geometry:
-    """A scene out of loose triangles [F, 3, 3]."""
+    """A scene made of separate triangles [F, 3, 3]."""
     count = len(triangles)
     faces, zeros = np.arange(3 * count).reshape(-1, 3), np.zeros(count, np.int32)
     return Geometry(

@@ -1,4 +1,4 @@
-"""What the tests of preprocess share."""
+"""Helpers that the tests of preprocess share."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""tools/blender_export.py against Blender's own numbers. Runs where the `bpy` package can be imported."""
+"""tools/blender_export.py compared with Blender's own numbers. Runs where the `bpy` package can be imported."""
 
 import importlib.util
 import json
@@ -48,7 +48,7 @@ def cube(name: str, collection: object = None, **settings: tuple) -> object:
 
 @pytest.fixture
 def scene() -> object:
-    """Modifiers, instances, a curve, mirrored and hidden objects; an animated camera under a scaled, turned parent."""
+    """Modifiers, instances, a curve, mirrored and hidden objects; an animated camera with a scaled, rotated parent."""
     bpy.ops.wm.read_factory_settings(use_empty=True)
     scene = bpy.context.scene
     scene.frame_start, scene.frame_end = 11, 10 + FRAMES
@@ -144,7 +144,7 @@ def test_geometry_is_evaluated_named_and_in_the_world(scene: object, tool: Modul
         a, b, c = vertices[faces].transpose(1, 0, 2)
         volume = 8 * {"wall_01": 3, "roof_01": 2, "mirrored": 2}.get(name, 1)
         assert (a * np.cross(b, c)).sum() / 6 == pytest.approx(volume, rel=1e-5), name
-    assert len(meshes["wall_01"][0]) == 72 and len(meshes["mirrored"][1]) == 12  # flat: a vertex for each corner
+    assert len(meshes["wall_01"][0]) == 72 and len(meshes["mirrored"][1]) == 12  # flat: one vertex per corner
 
 
 def sphere(name: str, smooth: bool, **settings: tuple) -> object:
@@ -187,7 +187,7 @@ def test_shading_survives(scene: object, tool: ModuleType, tmp_path: Path, scale
     truth = local @ np.linalg.inv(matrix[:3, :3])  # a sphere's normals, by the inverse transpose
     truth /= np.linalg.norm(truth, axis=2, keepdims=True)
     assert (truth * normals[round_faces]).sum(2).min() > 0.995  # Blender's are averages over faces
-    assert ((plane[round_faces, None] * normals[round_faces]).sum(2) > 0.5).all()  # and they point outwards
+    assert ((plane[round_faces, None] * normals[round_faces]).sum(2) > 0.5).all()  # they point outwards
 
     for name in ("facets", "wall_01", "mirrored", "tree_0.crown"):
         faces = faces_of(geometry, name)
@@ -217,7 +217,7 @@ def test_cameras_project_like_blender(scene: object, tool: ModuleType, tmp_path:
 
 
 def check_projection(scene: object, folder: Path, number: int, lens: dict) -> None:
-    """Frame `number` of the files in `folder` against Blender. lens: where fl_x, fl_y, cx, cy are."""
+    """Frame `number` of the files in `folder` compared with Blender. lens: holds fl_x, fl_y, cx, cy."""
     cameras = json.loads((folder / "cameras.json").read_text())
     points = np.concatenate([vertices for vertices, _ in read_glb(folder / "scene.glb").values()])
     scene.frame_set(scene.frame_start + number - 1)
@@ -271,7 +271,7 @@ def test_preprocess_takes_the_files(scene: object, tool: ModuleType, tmp_path: P
     command = [sys.executable, TOOL.parent.parent / "preprocess.py", *files, *sizes]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    # What preprocess.py wrote is what it read: the scene in the cameras' world, with its shading and its lens.
+    # preprocess.py wrote what it read: the scene in the cameras' world, with its shading and intrinsics.
     written = load_geometry(tmp_path / "town" / "scene.glb")
     read = turn(load_geometry(tmp_path / "scene.glb"), "+z")
     assert written.names == read.names and written.smooth.sum() == read.smooth.sum() > 0

@@ -1,4 +1,4 @@
-"""Pictures carried along the geometry, and put over frames."""
+"""Pictures carried along the geometry, and composited over frames."""
 
 import cv2
 import numpy as np
@@ -74,7 +74,7 @@ def test_what_is_hidden_or_outside_is_not_seen(wall_and_post):
 
 def test_the_nearer_in_time_counts_more_and_the_sharper_before_it(wall):
     target = view_from((0, 0, 0))
-    near, far = view_from((0, 1, 0)), view_from((0, -15, 0))  # the far one shows the wall in a quarter of the size
+    near, far = view_from((0, 1, 0)), view_from((0, -15, 0))  # the far one shows the wall at a quarter of the size
     mixed = carry(wall, [Picture(flat(200), target, 0.75), Picture(flat(100), near, 0.25)], target)
     middle = np.s_[24:40, 36:60]
     assert np.ptp(mixed.colours[middle]) < 1 and 170 < mixed.colours[middle].mean() < 180
@@ -128,7 +128,7 @@ def test_a_composite_takes_sure_pixels_and_matches_the_colour_of_the_rest():
     assert (mixed[0][far] == truth[0][far]).all()
     hole = mixed[0][26:38, 42:54].astype(int) - truth[0][26:38, 42:54]
     assert abs(hole.mean()) < 3 < 8 < abs((generated.astype(int) - truth)[0, 26:38, 42:54].mean())
-    assert hole.std() > 3  # its own detail, not a smear
+    assert hole.std() > 3  # with detail of its own, not smeared
     matched = match_colours(generated, truth, sure).astype(int) - truth
     assert abs(matched.mean()) < 3 and matched[0][far].std() > 3
 

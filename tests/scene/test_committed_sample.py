@@ -1,4 +1,4 @@
-"""Against Blender's ground truth and the committed sample; the speed benchmark."""
+"""Comparisons with Blender's ground truth and with the committed sample; the speed benchmark."""
 
 import json
 import shutil
@@ -69,7 +69,7 @@ def small_town(tmp_path) -> tests.town.Town:
 
 
 def record_passes(town: tests.town.Town, name: str, *left_out: str) -> None:
-    """What Blender would have recorded of a frame, in `name`, for example position/0001; infinite where it saw sky."""
+    """Write what Blender would record of a frame to `name`, for example position/0001; infinite in the sky."""
     view = town.view(int(name[-4:]), 72, 48)
     rays = view.rays().reshape(-1, 3)
     face = town.caster.cast(view.eye, rays)
@@ -85,7 +85,7 @@ def record_passes(town: tests.town.Town, name: str, *left_out: str) -> None:
 
 
 def record_map(town: tests.town.Town, name: str, visible: bool = False) -> None:
-    """A map that is black, or says that every pixel stays where it is."""
+    """Write a map that is black, or the identity."""
     path = town.folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     y, x = np.indices((48, 72)) + 0.5
@@ -142,7 +142,7 @@ def test_town_runs_what_is_there(monkeypatch, capsys, small_town, recorded, maps
 
 
 def test_town_counts_what_only_one_side_sees(monkeypatch, capsys, small_town):
-    """A map that claims everything where nothing is shared is short, though there is no error to measure."""
+    """A map that marks everything visible where nothing is shared fails, though there is no error to measure."""
     record_map(small_town, "projector/arc0/corres_end.png", visible=True)
     code, verdicts, _ = compare(monkeypatch, capsys, small_town.folder)
     assert code == 1 and (verdicts["projector_p50_px"], verdicts["projector_iou"]) == ("skip", "short")
@@ -181,7 +181,7 @@ def test_animated_camera_is_the_recorded_one(monkeypatch, tmp_path, capsys):
 
 
 def test_the_committed_sample_counts_as_finished(monkeypatch, tmp_path, capsys):
-    """Its manifest has today's form: the commands that made it find nothing left to do."""
+    """Its manifest has the current format: the commands that made it find nothing left to do."""
     for name in (SCENE_FILE, CAMERAS_FILE):
         shutil.copy(ROOT / "assets" / "sampleA" / name, tmp_path / name)
     flags = ("--scene", tmp_path / SCENE_FILE, "--cameras", tmp_path / CAMERAS_FILE)
@@ -216,7 +216,7 @@ def test_the_committed_sample_is_what_the_code_makes():
 
 
 def test_the_benchmark_has_its_figures(monkeypatch, inputs):
-    """At small sizes: every figure is there, and what two sizes of the mesh have in common."""
+    """At small sizes: every figure is reported, and two sizes of the mesh share their keys."""
     for name, value in {"EDGE_SIZE": (108, 72), "MAP_SIZE": (72, 48), "LATENT_SIZE": (18, 12), "REPEATS": 1}.items():
         monkeypatch.setattr(benchmark, name, value)
     cameras = write_path(inputs[1], poses=49)

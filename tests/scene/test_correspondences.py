@@ -28,7 +28,7 @@ def test_there_and_back_returns(boxes):
     there, back = correspondence(boxes[1], b, a), correspondence(boxes[1], a, b)
     y, x = np.nonzero(there.visible & there.hit)
     place = there.position[y, x]
-    # From the exact place in b, the surface point seen there is followed back to a.
+    # From the exact position in b, the surface point seen there is projected back to a.
     rays = b.directions(*place.T)
     face = boxes[1].cast(b.eye, rays)
     points = b.eye + boxes[1].plane_depth(face, b.eye, rays)[:, None] * rays
@@ -77,7 +77,7 @@ def _random_mesh(rng: np.random.Generator, kind: str) -> trimesh.Trimesh:
 
 
 def _random_view(rng: np.random.Generator) -> View:
-    """A small view of the origin from some metres away, turned and rolled a little."""
+    """A small view of the origin from some metres away, slightly rotated and rolled."""
     view = view_at(*rng.uniform((-3, -10, -2), (3, -7, 2)), size=(36, 24))
     c2w = view.c2w.copy()
     c2w[:3, :3] = Rotation.from_rotvec(rng.normal(0, 0.15, 3)).as_matrix() @ c2w[:3, :3]
@@ -85,7 +85,7 @@ def _random_view(rng: np.random.Generator) -> View:
 
 
 def _first_crossing(geometry: Geometry, origin: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """t [N] and unscaled normal [N, 3] of the first triangle on each ray by testing all of them; inf without one."""
+    """t [N] and unscaled normal [N, 3] of the first triangle on each ray by testing all of them; inf if none."""
     a, b, c = geometry.vertices[geometry.faces].transpose(1, 0, 2)
     normals = np.cross(b - a, c - a)
     first, normal = np.full(len(rays), np.inf), np.zeros((len(rays), 3))

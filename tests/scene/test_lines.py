@@ -14,7 +14,7 @@ from utils.scene.raycast import RayCaster
 
 
 def test_lines_lie_where_edges_project(boxes):
-    """Edges of the box in front, projected, are covered by lines; flat faces are empty."""
+    """Lines cover the projected edges of the box in front; flat faces are empty."""
     view = view_at(0.3, size=(360, 240))
     lines = find_lines(make_line_scene(*boxes), view).brightness > 0
     front = np.array([[x, 4.5, z] for x, z in ((-2, 0), (2, 0), (2, 3), (-2, 3))], float)

@@ -1,4 +1,4 @@
-"""Faces that overlap in one plane: one is seen wherever both are, from every side and in every frame."""
+"""Overlapping coplanar faces: the same one is seen wherever both are, from every side and in every frame."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def sheet(name: str, x: tuple, y: tuple, z: float = 0, flip: bool = False, parts
 
 
 def box(name: str, low: tuple, high: tuple) -> Object:
-    """A closed box with its outside out."""
+    """A closed box with faces turned outwards."""
     points = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * np.subtract(high, low) + low
     quads = np.array([(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)])
     return name, points, np.concatenate([quads[:, [0, 1, 2]], quads[:, [2, 3, 0]]])
@@ -85,7 +85,7 @@ def test_a_rug_lies_on_its_floor(monkeypatch, hits, parts, flips, order, place) 
 
 
 def test_only_overlaps_have_a_rule() -> None:
-    """Tiles side by side, a wall on a floor, and a rug one millimetre above are as they are."""
+    """Tiles side by side, a wall on a floor, and a rug one millimetre above it are left unchanged."""
     tiles = [sheet(f"{i}{j}", (i, i + 1), (j, j + 1)) for i in range(-3, 3) for j in range(-3, 3)]
     wall = ("wall", np.array([[-3, 0, 0], [3, 0, 0], [3, 0, 2], [-3, 0, 2.0]]), np.array([[0, 1, 2], [2, 3, 0]]))
     lifted = sheet("rug", (-2.2, 2.2), (-1.7, 1.7), 0.001)
@@ -119,7 +119,7 @@ def test_pieces_of_one_object_follow_the_rule() -> None:
 
 
 def test_a_box_on_the_ground_hides_what_it_stands_on() -> None:
-    """From outside its bottom is never in question; from inside the ground is seen, steadily."""
+    """From outside its bottom is never visible; from inside, every ray sees the ground."""
     geometry = build_geometry([FLOOR, box("house", (-2.2, -1.7, 0), (2.2, 1.7, 3))], "+z")
     view = view_at(0.3, size=(180, 120))
     caster = RayCaster(geometry)

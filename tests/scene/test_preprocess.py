@@ -40,7 +40,7 @@ def test_a_folder_is_complete(monkeypatch, tmp_path, inputs, capsys):
     assert path.up == "+z" and path.numbers == tuple(range(1, 47))
     assert {p.name for p in (out / "preview").iterdir()} == {"contact_sheet.png", "edges.mp4", "top.png"}
     assert not [p for p in out.rglob("*") if ".tmp" in p.name]
-    # The folder is an input of its own, and gives itself again.
+    # The folder is a valid input, and reproduces itself.
     arguments = (
         "--scene",
         out / "scene.glb",
@@ -89,7 +89,7 @@ def test_other_arguments_are_refused_and_results_kept(monkeypatch, tmp_path, inp
 
 def test_formats_and_up_axes_agree(monkeypatch, tmp_path):
     """GLB and OBJ (Y-up), PLY (Z-up) and OFF declared Y-up of one mesh give equal maps and edges."""
-    boxes = [(np.divide(centre, 3.1), np.divide(extent, 3.1)) for centre, extent in BOXES]  # on no pixel boundary
+    boxes = [(np.divide(centre, 3.1), np.divide(extent, 3.1)) for centre, extent in BOXES]  # off all pixel boundaries
     cameras = write_path(tmp_path / "cameras.json", move=1.7)
     path = read_cameras(cameras)
     views, large = make_views(path, (360, 240)), make_views(path, (1080, 720))[9]
@@ -150,7 +150,7 @@ def test_warnings_name_the_cause(monkeypatch, tmp_path, inputs, capsys):
     scene, cameras = inputs
     data = json.loads(cameras.read_text())
     for frame in data["frames"][10:20]:
-        frame["transform_matrix"][2][3] += 1000.0  # far above, looking level: nothing to see
+        frame["transform_matrix"][2][3] += 1000.0  # far above, looking horizontally: no surface in view
     cameras.write_text(json.dumps(data))
     assert run_main(monkeypatch, "--scene", scene, "--cameras", cameras, "--output", tmp_path / "a", *SMALL) == 0
     assert "the camera sees nothing in frames 11-20" in capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_inconsistent_winding_changes_nothing(tmp_path, boxes):
 
 
 def test_what_is_assumed_of_the_up_axis_is_said(monkeypatch, tmp_path, capsys):
-    """A Y-up OBJ stands; a mesh in the world of its keyframes is turned with them or not at all."""
+    """A Y-up OBJ stands upright; a mesh in the world of its keyframes is rotated with them or not at all."""
     post = write_boxes(tmp_path / "post.obj", ((0, 0, 2), (0.2, 0.2, 4)), ((0, 0, -0.5), (4, 4, 1)), up="y")
     keyframes = {
         "w": 108,

@@ -1,4 +1,4 @@
-"""Which face a ray meets first."""
+"""First hits of rays."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from utils.scene.raycast import RayCaster
 
 
 def brute_force(triangles: np.ndarray, origin: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First hits by trying every triangle: (face, whether the ray stays clear of all edges and of a second hit)."""
+    """First hits by trying every triangle: (face, whether the ray is far from all edges and from a second hit)."""
     edge1, edge2 = triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]
     across = np.cross(directions[:, None], edge2)
     scale = 1 / np.einsum("fx,nfx->nf", edge1, across)
@@ -49,7 +49,7 @@ def test_rays_find_the_first_triangle(hits: str, offset: float, monkeypatch: pyt
     assert 0.3 < (expected >= 0).mean() < 0.99
     np.testing.assert_array_equal(found[clear], expected[clear])
     np.testing.assert_array_equal(caster.cast(np.tile(eye + offset, (2000, 1)), directions), found)
-    # Both sides count: the reversed triangles are hit alike.
+    # Rays hit both sides: reversed triangles give the same hits.
     turned = RayCaster(make_geometry(triangles[:, ::-1] + offset)).cast(eye + offset, directions)
     np.testing.assert_array_equal(turned[clear], expected[clear])
 

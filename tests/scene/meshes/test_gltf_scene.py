@@ -1,4 +1,4 @@
-"""What glTF 2.0 says a mesh is: skins, morph targets, sparse and quantised accessors, instances, extensions."""
+"""Meshes as glTF 2.0 defines them: skins, morph targets, sparse and quantised accessors, instances, extensions."""
 
 import importlib.util
 import json
@@ -81,7 +81,7 @@ def test_two_joints_bend_a_mesh(tmp_path: Path) -> None:
     expected = CUBE.copy()
     expected[4:, 2] = 4 - expected[4:, 2]
     np.testing.assert_allclose(points(built.load(tmp_path)), expected[CUBE_FACES], atol=1e-6)
-    built.tree["nodes"][1]["scale"] = [1, -1, 1]  # now both mirror: the outside stays out
+    built.tree["nodes"][1]["scale"] = [1, -1, 1]  # now both mirror: the winding is kept
     turned = points(built.load(tmp_path))
     expected = CUBE * [1, -1, 1]
     expected[4:] = CUBE[4:] * [1, 1, -1] + [0, 0, 4]
@@ -188,7 +188,7 @@ def test_hidden_nodes_and_their_children_are_left_out(tmp_path: Path) -> None:
 
 
 def test_what_is_not_needed_does_not_decide(tmp_path: Path) -> None:
-    """Pictures anywhere, optional compression beside plain data, bytes after the end, buffers that are links."""
+    """Images at any path, optional compression beside plain data, bytes after the end, buffers that are symlinks."""
     built = Builder()
     built.primitive["extensions"] = {"KHR_draco_mesh_compression": {"bufferView": 0, "attributes": {"POSITION": 0}}}
     built.tree["bufferViews"][0]["extensions"] = {"EXT_meshopt_compression": {"buffer": 0, "byteLength": 9}}
@@ -230,7 +230,7 @@ def test_splats_are_named(tmp_path: Path) -> None:
 
 
 def packed_draco(built: Builder) -> None:
-    """Replace the cube's data by a Draco buffer view; without the library, by nonsense."""
+    """Replace the cube's data by a Draco buffer view; without the library, by invalid bytes."""
     data, number = b"not Draco", 0
     if importlib.util.find_spec("DracoPy"):
         import DracoPy

@@ -41,7 +41,7 @@ def test_meshes_without_normals_have_none(tmp_path: Path) -> None:
 def test_degenerate_and_duplicate_faces_go(tmp_path: Path) -> None:
     points = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [2, 0, 0], [0, 0, 0], [np.pi, 9, 9]])
     faces = np.array([[0, 1, 2], [0, 1, 3], [1, 1, 2], [2, 1, 4], [1, 3, 2], [0, 4, 1]])
-    nodes = [{"mesh": 0, "name": "a"}, {"mesh": 0, "name": "b"}]  # b covers a: nothing of it is left
+    nodes = [{"mesh": 0, "name": "a"}, {"mesh": 0, "name": "b"}]  # b duplicates a: all its faces are dropped
     geometry = load_geometry(write(tmp_path / "a.glb", *gltf_tree(points, faces, nodes)))
     assert geometry.dropped == {"degenerate": 6, "duplicate": 4}
     np.testing.assert_array_equal(corners(geometry), points[faces[[0, 4]]])
@@ -85,7 +85,7 @@ def test_writing_and_reading_changes_nothing(tmp_path: Path) -> None:
     np.testing.assert_allclose(twice.corner_normals, once.corner_normals, atol=1e-6)
     for field in ("objects", "components", "smooth"):
         np.testing.assert_array_equal(getattr(twice, field), getattr(once, field))
-    assert load_geometry(tmp_path / "b.glb", "+y").up == "+y"  # what is said outright wins
+    assert load_geometry(tmp_path / "b.glb", "+y").up == "+y"  # the argument overrides the file
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.glb", "b.glb", "c.glb"]
 
 

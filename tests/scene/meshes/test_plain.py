@@ -1,4 +1,4 @@
-"""OBJ, PLY, STL and OFF as people's programs write them, and polygons of every shape."""
+"""OBJ, PLY, STL and OFF as common programs write them, and polygons of every shape."""
 
 import struct
 from pathlib import Path
@@ -28,7 +28,7 @@ def volume(geometry: Geometry) -> float:
 
 
 def is_cube(geometry: Geometry) -> bool:
-    """The unit cube with its outside out."""
+    """Whether it is the unit cube with faces turned outwards."""
     bounds = geometry.vertices.min(0).tolist(), geometry.vertices.max(0).tolist()
     return bounds == ([0] * 3, [1] * 3) and len(geometry.faces) == 12 and volume(geometry) == pytest.approx(1)
 
@@ -179,7 +179,7 @@ def test_normals_shade(tmp_path: Path) -> None:
 
 
 def filled(ring: list[tuple[float, float]], turn: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """(areas, normals, how often it crosses itself) of a ring that is turned and moved into space."""
+    """(areas, normals, how often it intersects itself) of a ring that is rotated and moved in space."""
     points = np.array(ring, float) @ turn[:2] + (3, -1e4, 7)
     triangles, crossed = triangulate(points, np.array([len(ring)]))
     a, b, c = points[triangles].transpose(1, 0, 2)
