@@ -1,4 +1,4 @@
-"""The structure of the house, drawn from the code's own imports: no circle, no import that runs back up."""
+"""The structure of the code, read from its imports: no circle, and no import from a higher room."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -39,7 +39,7 @@ def graph() -> Graph:
 
 
 def rooms_of(graph: Graph) -> Graph:
-    """The same between rooms: the folders, and the files that lie in none."""
+    """The graph between rooms: the folders, and the files outside of folders."""
     room = lambda name: name.rpartition(".")[0] if name.count(".") > 1 else name  # noqa: E731
     found: dict[str, set[str]] = {}
     for name, others in graph.items():
@@ -56,7 +56,7 @@ def find_circle(graph: Graph) -> list[str]:
 
 
 def find_climbs(graph: Graph) -> list[str]:
-    """Imports of a room that stands above the importing one. Scripts stand above models, and below synthetic."""
+    """Imports from a room above the importing one. Scripts are above models, and below synthetic."""
     height = lambda name: ROOMS.index(name.split(".")[0]) if "." in name else 1.5  # noqa: E731
     climbs = [(a, b) for a, others in graph.items() for b in others if height(b) > height(a) and a not in ROOMS]
     return [f"{a} -> {b}" for a, b in climbs]
@@ -70,7 +70,7 @@ def test_no_circle(graph: Graph):
 
 
 def test_no_import_runs_back_up(graph: Graph):
-    assert find_climbs(graph) == ["train_ggi -> synthetic.clips"]  # towns as a data set: the one that is meant
+    assert find_climbs(graph) == ["train_ggi -> synthetic.clips"]  # towns as a data set: the one intended exception
 
 
 def test_a_circle_and_a_climb_are_found(graph: Graph):

@@ -1,4 +1,4 @@
-"""The commands of README and docs: the bash blocks name flags that exist, and `make demo` leaves a video."""
+"""The commands of README and docs: the bash blocks use existing flags, and `make demo` makes a video."""
 
 import importlib
 import re
@@ -81,12 +81,12 @@ def test_make_demo_leaves_a_video(tmp_path):
         f"BIN={Path(sys.executable).parent}",
         "SETUP=",
         f"OUT={tmp_path / 'demo'}",
-        "STEPS=2",  # of 200, on one crop of eight: the rest of the demo is as it is
+        "STEPS=2",  # instead of 200, on one crop instead of eight: the rest of the demo is unchanged
         "BATCH=1",
     ]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    printed = [line for line in done.stdout.splitlines() if " " not in line]  # the rest are make's own commands
+    printed = [line for line in done.stdout.splitlines() if " " not in line]  # the others are make's commands
     paths = [Path(line) for line in printed if line.endswith((".png", ".mp4"))]
     assert [path.name for path in paths[-4:]] == ["video.mp4", "contact_sheet.png", "demo.mp4", "demo.png"]
     assert all(path.is_file() for path in paths[-4:])

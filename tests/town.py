@@ -81,7 +81,7 @@ def load_town(folder: Path) -> Town:
 
 
 def pooled(function: Callable[[np.ndarray], float], parts: list[np.ndarray]) -> float | None:
-    """`function` of the values of all files together, None where there are none."""
+    """`function` of the values of all files together; None if there are none."""
     values = np.concatenate(parts) if parts else np.empty(0)
     return float(function(values)) if len(values) else None
 
@@ -91,7 +91,7 @@ def p99(values: np.ndarray) -> float:
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Whether both are set, where either is: bool [N]. The mean is the intersection over the union."""
+    """Whether both are set, for pixels where either is: bool [N]. The mean is the intersection over union."""
     return (a & b)[a | b]
 
 
@@ -113,7 +113,7 @@ def read_passes(path: Path, *names: str) -> dict[str, np.ndarray]:
         raise InputError(f"{path} holds arrays of unexpected shapes; render it again")
     hit = rows["object_index"] > 0
     for array in rows.values():
-        array[~hit] = 0  # whatever the renderer left there, infinity say
+        array[~hit] = 0  # the renderer may leave anything there, such as infinity
     return rows | {"hit": hit, "shape": np.array(shape)}
 
 
@@ -143,10 +143,10 @@ def positions(town: Town) -> Iterator[Figure]:
 def _truly_visible(
     source: dict, target: dict, view: View, asked: np.ndarray, place: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(where the answer is known, the answer) by looking at the four source pixels around each projected point.
+    """(whether visibility is known, visibility), from the four source pixels around each projected point.
 
-    Visible: one of them shows the same object at a position within 1 % of its depth. Where the four straddle a larger
-    depth jump the answer is not known.
+    Visible: one of them shows the same object at a position within 1 % of its depth. Unknown: the depths of the four
+    differ by more.
     """
     height, width = target["shape"]
     depth = np.where(source["hit"], np.linalg.norm(source["position"] - view.eye, axis=1), np.inf)
@@ -164,7 +164,7 @@ def _truly_visible(
 
 
 def projector(town: Town) -> Iterator[Figure]:
-    """Maps made with the reference's own projector set-up, which is itself off by a third of a pixel."""
+    """Maps made with the reference's own projector set-up, which itself has an error of a third of a pixel."""
     errors, visible = [], []
     for path, (a, b) in _projector_pairs(town.folder / "projector"):
         if not path.is_file() or not {a, b} <= set(town.path.numbers):

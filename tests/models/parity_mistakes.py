@@ -1,12 +1,12 @@
-"""What tests.parity says of tests/golden as it is, of folders without vectors, and when the code makes a mistake.
+"""Run tests.parity on tests/golden unchanged, on folders without vectors, and with mistakes made in the code.
 
     python -m tests.models.parity_mistakes
 
-Each mistake is made where the scripts would make it, and seen by its own item alone. Prints JSON:
+Each mistake is made where the scripts would make it, and only its own item detects it. Prints JSON:
 
     {"runs": [[exit code, lines] of tests/golden, an empty folder, none], "mistakes": {mistake: [failing quantities]}}
 
-In a process of its own, because tests.parity settles how MKL computes, which a process does once.
+Runs in its own process, because tests.parity chooses MKL's instruction set, which works once per process.
 """
 
 import contextlib
@@ -138,7 +138,7 @@ MISTAKES: dict[str, Mistake] = {  # by item
     "9 another numbering": another_numbering,
 }
 
-DAMAGE = {  # mistake: file of tests/golden, what stands there, what is written instead
+DAMAGE = {  # mistake: file of tests/golden, original text, replacement
     "2 another size": ("2_schedule/schedules.json", '"requested": [\n   1080', '"requested": [\n   1100'),
     "8 unknown key": ("8_inventory/flux_ae.json", '"decoder.conv_in.bias"', '"decoder.conv_on.bias"'),
 }
@@ -152,7 +152,7 @@ def failed(golden: parity.Golden, item: str) -> list[str]:
 
 
 def damaged(folder: Path, file: str, old: str, new: str) -> parity.Golden:
-    """One file of the golden vectors, changed, in a folder of its own."""
+    """A folder with one changed file of the golden vectors."""
     path = folder / file
     path.parent.mkdir(parents=True)
     path.write_text((GOLDEN / file).read_text().replace(old, new))

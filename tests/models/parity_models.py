@@ -95,7 +95,7 @@ def read_case(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def load_models(golden, lora: bool, lora_weight: float = 1.0) -> FluxModels | None:
-    """The networks of item 3, told apart by their metadata; with the LoRAs of item 4 when asked for."""
+    """The networks of item 3, identified by their metadata; with the LoRAs of item 4 if requested."""
     folder, lora_folder = golden.item("3"), golden.item("4")
     if folder is None or (lora and lora_folder is None):
         return None
@@ -183,7 +183,7 @@ def _image(golden, path: Path, models: FluxModels, wanted: dict, meta: dict) -> 
 
 
 def _warped(golden, path: Path, wanted: dict, meta: dict) -> Iterator[tuple]:
-    """The previous image of the chain, carried along the recorded map."""
+    """The previous image of the chain, warped along the recorded map."""
     scenario = path.stem.rsplit(".image", 1)[0]
     before = path.with_name(f"{scenario}.image{meta['image_index'] - 1:02d}.safetensors")
     code = golden.named(meta["corres"], path.parent)
@@ -196,7 +196,7 @@ def _warped(golden, path: Path, wanted: dict, meta: dict) -> Iterator[tuple]:
 
 
 def _traces(steps: list[Step], settings: AnchorSettings) -> dict[str, torch.Tensor]:
-    """Per-step tensors as recorded: [N, L, 64]. Where the negative pass was left out it equals the positive one."""
+    """Per-step tensors as recorded: [N, L, 64]. Where the negative pass was skipped it equals the positive one."""
 
     def negative(step: Step) -> torch.Tensor:
         if step.index < settings.timestep_to_start_cfg:
@@ -247,7 +247,7 @@ def _lora_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def _forward(models: FluxModels, wanted: dict, meta: dict) -> Iterator[tuple]:
-    """Loss and everything before it; leaves gradients behind."""
+    """Compare the loss and everything before it, and compute gradients."""
     t = training_schedule()[meta["t_index"]][None]
     noise = unpack(wanted["x_0"], *wanted["ae_eps"].shape[-2:])
     batch = Batch(wanted["image_in"], wanted["controlnet_cond"], noise, wanted["ae_eps"], t, "")
@@ -346,7 +346,7 @@ def _ggi(pipe: CogVideoXInbetweenPipeline, wanted: dict, meta: dict) -> Iterator
     hook.remove()
     yield "timesteps", largest(pipe.scheduler.timesteps, wanted["timesteps"]), 0.0
     if "noise_pred_uncond_cond" in wanted:
-        found = torch.stack(predictions)  # one branch where the second was left out, because prompts are equal
+        found = torch.stack(predictions)  # one branch where the second was skipped, because prompts are equal
         recorded = wanted["noise_pred_uncond_cond"]
         yield "noise_pred", largest(found.expand_as(recorded) if found.shape[1] == 1 else found, recorded), LATENT
     yield "step_latents", largest(torch.cat(steps), wanted["step_latents"]), LATENT

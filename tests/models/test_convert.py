@@ -75,7 +75,7 @@ def test_keys_must_fit_exactly(tmp_path, kind, change):
 
 
 def test_merging_equals_peft(monkeypatch, tmp_path):
-    """The merged transformer computes what peft computes with the LoRA left apart."""
+    """The merged transformer computes what peft computes with an unmerged LoRA."""
     command(monkeypatch, "ggi", GGI, tmp_path / "merged")
     merged, info = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info.values())
@@ -109,7 +109,7 @@ def test_in_channels_must_be_48(tmp_path):
 
 
 def deep_checkpoint(folder: Path, files: int) -> int:
-    """A GGI checkpoint of 16 MB in peft naming, in so many files; returns the bytes of the merged result."""
+    """A GGI checkpoint of 16 MB in peft naming, in `files` files; returns the bytes of the merged result."""
     with torch.device("meta"):
         sizes = {"num_attention_heads": 4, "num_layers": 8, "text_embed_dim": 64, "time_embed_dim": 64}
         model = CogVideoXTransformer3DModel(in_channels=48, use_rotary_positional_embeddings=True, **sizes)
@@ -125,10 +125,10 @@ def deep_checkpoint(folder: Path, files: int) -> int:
 
 
 def test_merging_holds_one_shard_and_one_file(tmp_path):
-    """Counted as torch allocates and maps: the shard being written, a file being read, and a layer in float32."""
+    """Peak of torch's allocations and maps: the shard being written, a file being read, and a layer in float32."""
     merged = deep_checkpoint(tmp_path / "source", files=16)
     file = max(path.stat().st_size for path in (tmp_path / "source").iterdir())
-    layer = 3 * 4 * 256**2  # the product, its summand and one of its factors
+    layer = 3 * 4 * 256**2  # the product, the matrix that it is added to and one factor
     assert merged > 15e6 > 4 * (file + layer)
     for shard in (2**30, merged // 8):
         folder = tmp_path / f"out{shard}"
@@ -152,7 +152,7 @@ def one_velocity(models: FluxModels) -> torch.Tensor:
 
 
 def test_every_residual_of_a_controlnet_is_used():
-    """With four double blocks, whatever the last two add changes the velocity."""
+    """With four double blocks, the residuals of the last two change the velocity, too."""
     models = load_flux()
     torch.manual_seed(1)
     models.controlnet = FluxControlNetModel.from_config({**models.controlnet.config, "num_layers": 4})

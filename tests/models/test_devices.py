@@ -1,4 +1,4 @@
-"""What lies on the GPU and what on the CPU, checked in a process that takes a pretend GPU for its accelerator."""
+"""Devices of tensors, checked in a process whose accelerator is a pretend GPU."""
 
 import pytest
 

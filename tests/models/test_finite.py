@@ -129,7 +129,7 @@ def test_a_training_stops_before_the_checkpoint_that_would_hold_nan(tmp_path: Pa
 
 
 def test_weights_that_diverge_in_the_last_step_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The loss of a step is that before its update."""
+    """The loss of a step, computed before its update, does not show it."""
     folder = tmp_path / "run"
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_: self.param_groups[0]["params"][0].data.fill_(NAN))
     with pytest.raises(FloatingPointError, match="the trained weights hold NaN or infinity at step 1"):

@@ -1,4 +1,4 @@
-"""Preparing a machine with `python -m models.weights`, against a hub on this machine."""
+"""Preparing a machine with `python -m models.weights`, with a local server in place of the hub."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The memory plan against what networks really hold, its choices, and what the modes do to results."""
+"""The memory plan compared with what networks really hold, its choices, and the modes' effect on results."""
 
 import argparse
 import json
@@ -65,7 +65,7 @@ PATHS = {
 }
 INVENTORY = GOLDEN / "8_inventory"
 GB = 10**9
-TABLE = re.sub(r"( GB): [^|]+?( \|)", r"\1\2", (ROOT / "README.md").read_text())  # without words behind the peaks
+TABLE = re.sub(r"( GB): [^|]+?( \|)", r"\1\2", (ROOT / "README.md").read_text())  # without the words after the peaks
 slow = pytest.mark.slow
 
 
@@ -141,7 +141,7 @@ def _with_lora(cls: type, config: dict) -> torch.nn.Module:
 
 @slow
 def test_activations_are_those_of_a_real_step(tiny_paths: dict[str, Path]):
-    """The same code with data, watched by the profiler. No ControlNet: a CPU's convolutions take scratch space."""
+    """The same code with data, under the profiler. No ControlNet: a CPU's convolutions allocate workspace."""
     models, tokens, control, text = _inputs(tiny_paths, torch.float32)
 
     def step() -> None:
@@ -162,13 +162,13 @@ def test_activations_are_those_of_a_real_step(tiny_paths: dict[str, Path]):
 
 
 def full_size_plans() -> dict[str, Plan]:
-    """Of the table, which `tests/benchmarks/test_memory_table.py` holds to the count."""
+    """Plans from the table, which `tests/benchmarks/test_memory_table.py` compares with the counts."""
     pixels = {"alignment": 1024 * 1024, "anchors": 1072 * 720, "ggi": 720 * 480}
     return {stage: look_up_plan("full", stage, pixels=count) for stage, count in pixels.items()}
 
 
 def test_full_size_plans_meet_the_targets():
-    """And are what README.md says."""
+    """They also equal the table of README.md."""
     limits = {"alignment": (80, 22, 14), "anchors": (80, 22, 12), "ggi": (80, 22, 10)}
     said = {"alignment": (28.5, 16.1, 10.6), "anchors": (27.4, 18.7, 1.9), "ggi": (15.7, 13.9, 4.5)}
     for stage, plan in full_size_plans().items():
@@ -181,7 +181,7 @@ def test_full_size_plans_meet_the_targets():
 
 @slow
 def test_weights_of_every_phase_are_sums_over_the_configurations():
-    """Of every stage and mode at full size, but for layers that are streamed."""
+    """For every stage and mode at full size, except for offloaded layers."""
     flux, video = flux_builders(PATHS), video_builders(FULL / "cogvideox", FULL / "inbetween")
     flux |= {name: with_lora(flux[name], 16) for name in ("transformer", "controlnet")}
     built = {"alignment": flux, "anchors": flux, "ggi": video}
@@ -260,7 +260,7 @@ def _inputs(paths: dict[str, Path], dtype: torch.dtype):
 
 @pytest.mark.parametrize(("how", "most"), [(FP8, 0.05), (INT8, 0.01), (NF4, 0.08)])
 def test_lossy_modes_stay_near(how: str, most: float, tiny_paths: dict[str, Path]):
-    """Relative distance of a velocity to that of the same networks in float32; bfloat16 alone gives 0.008."""
+    """Relative error of a velocity, compared with the same networks in float32; bfloat16 alone gives 0.008."""
     models, tokens, control, text = _inputs(tiny_paths, torch.float32)
 
     def predict(models: FluxModels) -> torch.Tensor:
@@ -274,7 +274,7 @@ def test_lossy_modes_stay_near(how: str, most: float, tiny_paths: dict[str, Path
 
 
 def test_streamed_networks_compute_the_same_and_take_other_loras(tmp_path: Path, tiny_paths: dict[str, Path]):
-    """With diffusers' hooks, and this machine as the GPU: there are no streams here, and no pinned copies."""
+    """With diffusers' hooks and the CPU in place of the GPU, so without streams and pinned copies."""
     _, tokens, control, text = _inputs(tiny_paths, torch.float32)
     found = []
     for how in (RESIDENT, OFFLOADED):
@@ -324,7 +324,7 @@ def test_gradients_pass_through_quantised_blocks(tiny_paths: dict[str, Path]):
 
 @pytest.mark.parametrize("how", [INT8, NF4])
 def test_checkpointing_lets_go_of_what_quantised_layers_see(how: str, tiny_paths: dict[str, Path]):
-    """Bytes that a forward pass leaves for the backward one: as many as beside networks in bfloat16."""
+    """A forward pass saves as many bytes for the backward pass as with networks in bfloat16."""
     held = []
     for kept in (RESIDENT, how):
         kept = {"transformer": kept, "controlnet": kept, "vae": RESIDENT}
@@ -343,7 +343,7 @@ def test_checkpointing_lets_go_of_what_quantised_layers_see(how: str, tiny_paths
 
 @pytest.mark.parametrize("how", [INT8, NF4])
 def test_quantised_layers_compute_in_one_dtype(how: str):
-    """Under a GPU's autocast norms give float32."""
+    """Under a GPU's autocast the norms return float32."""
     block = torch.nn.ModuleDict({"transformer_blocks": torch.nn.ModuleList([torch.nn.Linear(128, 64)])}).bfloat16()
     x, linear = torch.randn(3, 128), block.transformer_blocks[0]
     wanted = linear(x.bfloat16())
@@ -356,7 +356,7 @@ def test_quantised_layers_compute_in_one_dtype(how: str):
 
 @slow
 def test_tiles_of_the_video_autoencoder_stay_near():
-    """Decoding in tiles of half the height and a little more than half the width, as at full size."""
+    """Decode in tiles of half the height and a little more than half the width, as at full size."""
     picture = cv2.resize(read_image(ROOT / "assets/references/boxtown.png"), (180, 120), interpolation=cv2.INTER_AREA)
     video = to_signed(np.stack([picture[i : i + 96, 2 * i : 2 * i + 144] for i in range(9)]))[None]
     preset = load_preset("tiny")

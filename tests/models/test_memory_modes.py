@@ -1,4 +1,4 @@
-"""--memory of the scripts: what is planned, what is held, and what the modes do to results."""
+"""--memory of the scripts: the plan, the memory that networks take, and the modes' effect on results."""
 
 import argparse
 import gc
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_plan_comes_before_any_model(anchored: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """A machine with room for nothing."""
+    """On a machine without free memory."""
     monkeypatch.setattr("models.runtime.memory.free_memory", lambda device: 10**6)
     forbid_models(monkeypatch)
     video = anchored.parent / "video"
@@ -68,7 +68,7 @@ def alive() -> set[torch.nn.Module]:
 def held(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, int], Watch]:
     """(bytes of all networks in memory, by phase; watch(phase, owner, attribute)).
 
-    Watched functions have them counted when they are called first. Networks of other tests do not count.
+    Networks are counted on the first call of each watched function, without those of other tests.
     """
     before, found = alive(), {}
 

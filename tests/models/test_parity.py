@@ -1,4 +1,4 @@
-"""Golden vectors: everything passes, and for every item a deliberate mistake is seen."""
+"""Golden vectors: everything passes, and every item detects a deliberate mistake."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from tests.support.helpers import ROOT
 
 pytestmark = pytest.mark.slow
 GOLDEN = ROOT / "tests" / "golden"
-RECORDED = ROOT.parent / "shared" / "golden"  # the whole set, where it is at hand
+RECORDED = ROOT.parent / "shared" / "golden"  # the whole set, where it is available
 SEEN = {  # mistake of tests.models.parity_mistakes: quantities of its item that must fail
     "1b narrower mask": {"mask"},
     "2 token count in the schedule": {"timesteps"},
@@ -39,7 +39,7 @@ def command(module: str, *args: object) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def ran() -> tuple[dict, str]:
-    """What tests.models.parity_mistakes printed, and what it said on stderr."""
+    """What tests.models.parity_mistakes printed on stdout (JSON) and on stderr."""
     done = command("models.parity_mistakes")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
@@ -73,7 +73,7 @@ def test_a_mistake_is_seen(ran, mistake: str):
 
 @pytest.mark.parametrize("mistake", ["3 draws in half precision", "6 end drawn before start"])
 def test_networks_work_on_the_recorded_draws(ran, mistake: str):
-    """So that only their own comparison sees draws that are off: 1e-3 in half precision, 300 times its bound."""
+    """So that wrong draws fail only their own comparison: 1e-3 in half precision, 300 times its bound."""
     assert SEEN[mistake] == set(ran[0]["mistakes"][mistake])
 
 

@@ -1,4 +1,4 @@
-"""What `--dtype auto` and `--mixed_precision auto` mean on a device, and to a run that is begun or continued."""
+"""What `--dtype auto` and `--mixed_precision auto` choose on each device, for new and for continued runs."""
 
 import argparse
 import os
@@ -33,7 +33,7 @@ X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
 
 
 def answer(**environment: str) -> bool:
-    """What a new process says of this CPU."""
+    """Whether a new process computes in bfloat16 on this CPU."""
     command = [sys.executable, "-c", ASK]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True)
     return done.stdout.strip() == "True"
@@ -56,7 +56,7 @@ def test_a_cpu_that_is_held_back_does_not():
 @pytest.mark.parametrize("own", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", None])
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_both_answers_count(monkeypatch: pytest.MonkeyPatch, machine: str, own: str | None, onednn: bool):
-    """oneDNN's, and on x86 one of the CPU's own."""
+    """oneDNN's answer, and on x86 one of the CPU's flags."""
     monkeypatch.setattr(platform, "machine", lambda: machine)
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name == own)
@@ -104,7 +104,7 @@ def test_runs_of_two_precisions_are_not_continued_together(tmp_path: Path):
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
-    """machine(able): from here on this CPU computes in bfloat16, or does not."""
+    """machine(able): pretend from here on that this CPU computes in bfloat16, or does not."""
 
     def become(able: bool) -> None:
         monkeypatch.setattr("models.precision.computes_in_bfloat16", lambda device: able)
@@ -114,7 +114,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    """The precision that each script went to work with; all that it does here is to begin its runs."""
+    """The precision that each script works with; its work is replaced by beginning its runs."""
     found = []
 
     def note(args: argparse.Namespace, runs: list[Run]) -> None:
@@ -133,7 +133,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
 
 
 def commands(folder: Path) -> dict[str, tuple]:
-    """{script: a command of it, after which all that it makes is in folder/out}, on pictures and zeros."""
+    """{script: a command that writes into folder/out}, on plain pictures and LoRAs of zeros."""
     scene, out = make_scene(folder / "scene", edge_size=(144, 96)), ("--output_dir", folder / "out")
     picture = write_picture(folder / "picture.png")
     for k in range(2):
@@ -147,7 +147,7 @@ def commands(folder: Path) -> dict[str, tuple]:
 
 
 def zero_loras(folder: Path, rank: int = 4) -> Path:
-    """A folder of LoRAs with one, `town`, that changes nothing."""
+    """A folder with one LoRA, `town`, that changes nothing."""
     for name, part in (("lora", "flux/transformer"), ("controlnet.lora", "controlnet")):
         state = {}
         for target, (features, out) in lora_targets(read_json(WEIGHTS / "tiny" / part / "config.json")).items():
@@ -228,7 +228,7 @@ def test_runs_begun_otherwise_are_refused_together(tmp_path: Path, machine, work
 
 @pytest.mark.slow
 def test_anchors_go_on_in_the_precision_of_the_first(tmp_path: Path, machine, capfd):
-    """From end to end: another machine draws the second anchor as the first one would have."""
+    """End to end: another machine draws the second anchor as the first machine would have."""
     command = (*commands(tmp_path)[ANCHORS], "--seed", 1, "--num_steps", 2, "--num_replacement", 1)
     machine(False)
     assert call(ANCHORS, *command) == 0

@@ -1,4 +1,4 @@
-"""What makes denoising faster, on the tiny networks: that it is in effect, and what it changes."""
+"""Speed-ups of denoising, on the tiny networks: that they take effect, and what they change."""
 
 import argparse
 import gc
@@ -46,7 +46,7 @@ def load_pipe() -> CogVideoXInbetweenPipeline:
 
 @pytest.fixture(scope="module")
 def fill() -> Fill:
-    """Latents of an arc by threshold and seed, and how often the last block ran."""
+    """Denoise an arc with a threshold and a seed: its latents, and how often the last block ran."""
     pipe = load_pipe()
     pipe.set_progress_bar_config(disable=True)
     config = pipe.transformer.config
@@ -78,7 +78,7 @@ def test_complex_positions_give_the_same_video(batch: int, dtype: torch.dtype):
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_complex_positions_give_the_same_velocity(dtype: torch.dtype, lora: bool):
-    """With LoRAs, queries, keys and values come from one layer."""
+    """With LoRAs, one layer computes queries, keys and values."""
     models = load_flux(locate(argparse.Namespace(), load_preset("tiny"), FLUX_STAGE), "cpu", dtype)
     networks = (models.transformer, models.controlnet)
     if lora:
@@ -195,7 +195,7 @@ def test_both_branches_go_in_one_batch(flux: FluxModels, scale: float, passes: l
 
 
 def test_a_kernel_is_in_effect_inside_its_block():
-    """A mask with gradients goes to torch's plain kernel, unless that is not allowed."""
+    """A mask with gradients uses torch's math kernel, unless that is not allowed."""
     query, mask = draw_noise((1, 3, 200, 64), 0), torch.zeros(200, 200, requires_grad=True)
     F.scaled_dot_product_attention(query, query, query, mask)
     with attention_kernel("flash"):
@@ -231,7 +231,7 @@ def test_garbage_is_looked_for_again_after_the_imports(monkeypatch: pytest.Monke
 
 
 def test_what_is_there_already_is_not_kept_for_ever():
-    """A second script in one process: the networks of the first may still be garbage."""
+    """A second script in one process must not freeze the first one's networks, which may be garbage."""
     frozen = gc.get_freeze_count()
     with heavy_imports():
         assert gc.isenabled()
@@ -240,7 +240,7 @@ def test_what_is_there_already_is_not_kept_for_ever():
 
 @pytest.mark.slow
 def test_libraries_have_nothing_to_say():
-    """With their warnings on, which the scripts switch off."""
+    """Even with their warnings on, which the scripts switch off."""
     code = """
 import argparse, torch
 import models.flux.alignment, models.inbetween.training, benchmarks.memory.plans

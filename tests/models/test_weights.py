@@ -47,7 +47,7 @@ def tiny():
 
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch, tmp_path):
-    """No test may depend on what this machine has downloaded, nor reach for the network."""
+    """No test may depend on what this machine has downloaded, or use the network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 

@@ -1,4 +1,4 @@
-"""`python -m models.weights check` on weights as people have them, and the stages, which say the same first."""
+"""`python -m models.weights check` on damaged and incomplete weights; the stages report the same errors."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def pickle_instead(folder: Path) -> None:
 
 
 def shard(folder: Path, *, index: bool = True) -> Path:
-    """Divide the transformer's weights between two files."""
+    """Split the transformer's weights into two files."""
     folder = folder / "transformer"
     tensors = load_file(folder / MODEL)
     (folder / MODEL).unlink()
@@ -197,12 +197,12 @@ def test_two_files_with_one_tensor(tmp_path: Path, check):
 
 @pytest.mark.slow
 def test_no_damaged_file_ends_in_a_traceback():
-    """`python -m tests.support.mutations` draws more."""
+    """Try 60 kinds of damage; `python -m tests.support.mutations` draws more."""
     outcomes = Counter(outcome.split(":")[0] for _, outcome in damage_many(small_checkpoints() / "tiny", 60, seed=0))
     assert outcomes.keys() == {"InputError", "FloatingPointError", "loaded"}
 
 
-# The stages say the same, before they load the text encoders
+# The stages report the same, before they load the text encoders
 
 
 @pytest.mark.slow

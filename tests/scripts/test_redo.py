@@ -1,4 +1,4 @@
-"""One anchor again, a picture in the place of one, and the arcs that they end."""
+"""Draw one anchor again, replace one by a picture, and fill the arcs again that they end."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from utils.files import read_json
 from utils.images import read_image
 from utils.layout import anchor_path, find_anchors
 
-ALWAYS = {"run.json", "contact_sheet.png"}  # files that tell of all anchors
+ALWAYS = {"run.json", "contact_sheet.png"}  # files that depend on all anchors
 
 
 def changed(before: dict[str, bytes], after: dict[str, bytes]) -> set[str]:
@@ -85,7 +85,7 @@ def test_all_anchors_guide_one_another(tmp_path: Path, loras: Path, capsys, monk
     assert len(find_anchors(tmp_path / "all" / RUN, NUM_ARCS + 1)) == 3
     redo = ("--sources", "all", "--output_dir", tmp_path / "all", "--redo", 0)
     assert call(ANCHORS, *draw(scene, loras, *redo)) == 0
-    assert (tmp_path / "all" / RUN / "warped_x_00.png").exists()  # guided by what comes after it
+    assert (tmp_path / "all" / RUN / "warped_x_00.png").exists()  # guided by the anchor after it
     (scene / "scene.glb").unlink()
     assert call(ANCHORS, *draw(scene, loras, "--sources", "all", "--output_dir", tmp_path / "none")) == 2
     assert "--sources all needs" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_loras_have_the_references_keys_in_bfloat16(loras: Path, name: str, doub
     assert {str(tensor.dtype) for tensor in late.values()} == {"torch.bfloat16"}
     assert early.keys() == late.keys()
     still = {key for key in late if (early[key] == late[key]).all()}
-    unused = "double_blocks.1.processor.proj_lora2"  # the ControlNet's last text output goes nowhere
+    unused = "double_blocks.1.processor.proj_lora2"  # the ControlNet's last text output is unused
     assert still == ({f"{unused}.{factor}.weight" for factor in ("down", "up")} if name != "lora" else set())
 
 
@@ -100,7 +100,7 @@ def test_anchors_of_every_arc(anchored: Path):
     assert (pictures[0] != pictures[1]).any() and (pictures[1] != pictures[2]).any()
     mask = read_image(folder / "mask_01.png")
     assert set(np.unique(mask)) == {0, 255}
-    # Where nothing arrives the warped anchor is black, and the mask covers it.
+    # The mask covers the pixels that receive no colour: they are black in the warped anchor.
     assert (mask[(read_image(folder / "warped_x_01.png") == 0).all(-1)] == 255).mean() > 0.95
     manifest = read_json(folder / MANIFEST)
     assert manifest["finished"] and manifest["arguments"]["seed"] == 1
@@ -202,7 +202,7 @@ def test_other_fps_encode_the_frames_again(tmp_path: Path, one_arc: Path, capsys
 
 
 def test_finished_runs_notice_other_weights(tmp_path: Path, one_arc: Path, capsys: pytest.CaptureFixture):
-    """The same folder of weights, filled anew: what was made with the old ones is not passed off as done."""
+    """When a folder of weights gets other contents, results of the old ones do not count as done."""
     with small_weights():
         weights = shutil.copytree(load_preset("tiny").cogvideox, tmp_path / "weights")
     target = one_arc / "multiviews" / anchor_run(1)
@@ -275,7 +275,7 @@ def test_output_dir_with_a_read_only_scene(tmp_path: Path, loras: Path, one_arc:
     try:
         assert call(ANCHORS, *draw(scene, loras, "--output_dir", views)) == 0
         (views / anchor_run(1)).chmod(0o555)
-        # The run does not lie in its scene; its manifest knows where that is.
+        # The run lies outside its scene; its manifest names the scene's folder.
         assert call(GGI, "--target", views / anchor_run(1), *QUICK_VIDEO, "--output_dir", videos) == 0
     finally:
         for folder in (*folders, views / anchor_run(1)):

@@ -1,4 +1,4 @@
-"""Every flag of the three scripts changes what they make, or changes nothing where it must not."""
+"""Every flag of the three scripts changes their results, except where it must not."""
 
 import re
 import shutil
@@ -164,7 +164,7 @@ def test_low_memory_changes_no_frame(filmed: Path, anchored: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("script", [ALIGN, ANCHORS, GGI])
 def test_attention_flag(script: str, tmp_path: Path, loras: Path, one_arc: Path, monkeypatch: pytest.MonkeyPatch):
-    """That kernel and no other is allowed while the transformer works, when its blocks are computed again, too."""
+    """Only that kernel is allowed while the transformer runs, also when checkpointing recomputes its blocks."""
     video = ("--target", one_arc / "multiviews" / anchor_run(1), *QUICK_VIDEO)
     block, command = {
         ALIGN: (FluxTransformerBlock, train(tmp_path / "loras", "--max_train_steps", 1)),
@@ -174,7 +174,7 @@ def test_attention_flag(script: str, tmp_path: Path, loras: Path, one_arc: Path,
     allowed, forward = [], block.forward
 
     def watched(self, hidden_states, *arguments, **options):
-        if not isinstance(hidden_states, FakeTensor):  # of the plan
+        if not isinstance(hidden_states, FakeTensor):  # fake tensors are the memory plan's
             allowed.append((torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()))
         return forward(self, hidden_states, *arguments, **options)
 

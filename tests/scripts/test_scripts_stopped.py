@@ -1,4 +1,4 @@
-"""The three scripts after a kill, on a full disk and without room for a decoder: nothing half, and going on."""
+"""The three scripts when killed, on a full disk and without memory for a decoder: no partial file, and they resume."""
 
 import json
 import re
@@ -91,12 +91,12 @@ def test_killed_video_goes_on(tmp_path: Path, anchored: Path, filmed: Path, mome
 
 
 def run_with_room_for(size: int, script: str, *arguments: object) -> subprocess.CompletedProcess:
-    """No file may grow beyond `size` bytes, which fails as a full disk does."""
+    """Run a script that may write no file of more than `size` bytes, which fails as a full disk does."""
     return run(script, *arguments, prepare=[partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))])
 
 
 def assert_failed(result: subprocess.CompletedProcess) -> None:
-    """Exit code 3; after the progress bar, one line that is an error and no traceback."""
+    """Exit code 3; after the progress bar, one line with the error and no traceback."""
     assert result.returncode == 3, result.stderr
     lines = [line for line in re.split(r"[\r\n]+", result.stderr) if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]

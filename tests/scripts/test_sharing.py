@@ -29,9 +29,9 @@ Count = Callable[[str, object, str], None]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, int], Count]:
-    """(calls so far, count(name, owner, attribute)), which has calls of a function counted under a name.
+    """(calls so far, count(name, owner, attribute)); `count` counts the calls of a function under a name.
 
-    Those without data, for the plan of memory, do not count.
+    Calls with meta tensors, for the plan of memory, do not count.
     """
     calls: dict[str, int] = {}
 
@@ -131,7 +131,7 @@ def test_processes_need_a_seed_to_agree_on(tmp_path: Path, loras: Path):
 
 
 def come_last_to_every_renaming() -> None:
-    """Of two processes, the second one."""
+    """Delay every renaming in the second of two processes."""
     if os.environ["RANK"] == "1":
         replace = os.replace
         os.replace = lambda *paths: (time.sleep(0.5), replace(*paths))[1]

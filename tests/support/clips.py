@@ -1,4 +1,4 @@
-"""Training clips for tests, and what trains the in-between transformer on them (fixture `dataset`: conftest.py)."""
+"""Training clips for tests, and arguments of a training on them (fixture `dataset`: conftest.py)."""
 
 import json
 from pathlib import Path

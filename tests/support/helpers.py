@@ -25,7 +25,7 @@ DATA = ROOT.parent / "shared" / "data"
 GOLDEN = ROOT / "tests" / "golden"
 ALIGN, ANCHORS, GGI = "sag_distribution_alignment", "sag_generate_anchor_view", "ggi"
 ON_CPU = ("--weights", "tiny", "--device", "cpu")
-SECONDS = 600  # no script of a test takes longer, on a machine that is slow and busy
+SECONDS = 600  # no script of a test takes longer, even on a slow and busy machine
 
 
 def words(*arguments: object) -> list[str]:
@@ -40,7 +40,7 @@ def call(script: str, *arguments: object) -> int:
 
 
 def call_shipped(script: str, *arguments: object) -> int:
-    """The same on the tiny weights."""
+    """`call` with the tiny weights."""
     module = importlib.import_module(script)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *words(*arguments)])
@@ -51,7 +51,7 @@ def call_shipped(script: str, *arguments: object) -> int:
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """What a shell would see of a script's `main`, run in this process."""
+    """The exit code that a shell would see of a script's `main`, run in this process."""
     try:
         run_script(main)
     except SystemExit as stop:
@@ -74,7 +74,7 @@ def start(script: str, *arguments: object, **options) -> warm.Processes:
 
 
 def start_module(name: str, *arguments: object, prepare: Sequence[Callable] = (), **options) -> warm.Processes:
-    """The same of a script or module that does not take --weights."""
+    """`start` for a script or module that does not take --weights."""
     return warm.fork(name, arguments, prepare=(warm.use_small_weights, *prepare), **options)
 
 
@@ -99,7 +99,7 @@ def kill_at(path: Path, script: str, *arguments: object, begin: Callable[..., wa
 
 
 def stop_after(path: Path) -> None:
-    """Let this process halt when it has renamed something to `path`: killing it comes in time on a busy machine."""
+    """Stop this process once it has renamed a file to `path`, so that a kill comes in time on a busy machine."""
     replace = os.replace
 
     def replace_and_stop(source: object, target: object) -> None:
@@ -111,7 +111,7 @@ def stop_after(path: Path) -> None:
 
 
 def wait_for(path: Path, process: warm.Processes) -> None:
-    """Until `path` is there, or the process has ended."""
+    """Wait until `path` exists or the process has ended."""
     deadline = time.monotonic() + SECONDS
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -129,7 +129,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def assert_same(found: dict[str, bytes], wanted: dict[str, bytes]) -> None:
-    """The same names and the same bytes; a failure lists names, not bytes."""
+    """Compare names and bytes; a failure lists names, not bytes."""
     problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
     problems += [f"{name} is too many" for name in found.keys() - wanted.keys()]
     problems += [f"{name} differs" for name in wanted.keys() & found.keys() if found[name] != wanted[name]]
@@ -175,7 +175,7 @@ def probe_video(path: Path) -> tuple[dict, int]:
 
 
 def profiled_peak(step: Callable[[], object]) -> int:
-    """Bytes on a CPU at the peak of `step`, beyond what was there before."""
+    """Peak of the CPU memory that `step` allocates, in bytes, beyond what was allocated before."""
     import torch
 
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

@@ -1,6 +1,6 @@
 """A small stand-in for the hub's HTTP interface, on this machine: repositories are folders of files.
 
-It speaks what huggingface_hub asks for, so that access checks, downloads and resuming run through the real library.
+It answers huggingface_hub's requests, so that access checks, downloads and resuming run through the real library.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub:
     """folder: repositories, org/name/files. asked: all requests so far.
 
-    What goes wrong: gated repositories, whose licence nobody has accepted; torn files, of which half is sent; swapped
-    ones, which arrive with other bytes; sizes that are claimed.
+    Faults: gated repositories, whose licence nobody has accepted; torn files, of which half is sent; swapped files,
+    which arrive with other bytes; sizes, which are claimed instead of the true ones.
     """
 
     folder: Path

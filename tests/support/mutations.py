@@ -2,8 +2,8 @@
 
     python -m tests.support.mutations --count 200 --seed 1
 
-draws that many damages and says what came of each. Anything but success, InputError (bad input) and FloatingPointError
-(NaN) is a traceback for a user.
+draws that many kinds of damage and prints the outcome of each. Anything but success, InputError (bad input) and
+FloatingPointError (NaN) would be a traceback for a user.
 """
 
 import shutil
@@ -43,7 +43,7 @@ def flip_bytes(data: bytearray, rng: Rng) -> bytearray:
 
 
 def flip_early(data: bytearray, rng: Rng) -> bytearray:
-    """In the header of a weight file."""
+    """Flip bytes in the header of a weight file."""
     return flip_bytes(data[:400], rng) + data[400:]
 
 
@@ -61,18 +61,18 @@ def append(data: bytearray, rng: Rng) -> bytearray:
 
 
 def put_not_a_number(data: bytearray, rng: Rng) -> bytearray:
-    """All bits set: NaN as float32, bfloat16 and float16."""
+    """Set all bits of a number: NaN as float32, bfloat16 and float16."""
     place = len(data) - 4 * int(rng.integers(1, min(60, len(data) // 4 + 1) + 1))
     return data[:place] + b"\xff" * 4 + data[place + 4 :]
 
 
 def change_length(data: bytearray, rng: Rng) -> bytearray:
-    """The length of the header, in the first eight bytes of a weight file."""
+    """Change the length of the header, the first eight bytes of a weight file."""
     return bytearray(int(rng.choice([0, 1, 7, 2**20, 2**63 - 1])).to_bytes(8, "little")) + data[8:]
 
 
 def exchange_value(data: bytearray, rng: Rng) -> bytearray:
-    """A value of JSON, or of a weight file's header, for a word that is of another kind."""
+    """Replace a value of JSON, or of a weight file's header, by one of another type."""
     colons = [i for i, byte in enumerate(data[:4000]) if byte == ord(":")]
     if not colons:
         return flip_bytes(data, rng)
@@ -89,7 +89,7 @@ DAMAGES = (flip_bytes, flip_early, cut_short, cut_out, append, put_not_a_number,
 
 
 def load_network(name: str, path: Path) -> None:
-    """All that the stages do with a component, up to its first use."""
+    """Check and load a component as the stages do, up to its first use."""
     require_whole(name, component_folder(name, path))
     require_fit({name: path})
     weight_hashes({name: path} if name != "inbetween" else {"transformer": path})
@@ -107,7 +107,7 @@ def load_network(name: str, path: Path) -> None:
 
 
 def make_inputs(folder: Path, weights: Path) -> Mapping[Path, Callable[[Path], object]]:
-    """{file or folder: what loads it}. weights: a weight set as `checkpoints/tiny`."""
+    """{file or folder: function that loads it}. weights: a weight set such as `checkpoints/tiny`."""
     flux, cogvideox = (shutil.copytree(weights / name, folder / name) for name in ("flux", "cogvideox"))
     control = shutil.copytree(weights / "controlnet", folder / "controlnet")
     text = shutil.ignore_patterns("transformer", "vae")
@@ -138,9 +138,9 @@ def make_inputs(folder: Path, weights: Path) -> Mapping[Path, Callable[[Path], o
 
 
 def damage_one(inputs: Mapping[Path, Callable], rng: Rng) -> tuple[str, str]:
-    """Damage one file of one input, load it, and mend it again: (what was done, what came of it).
+    """Damage one file of one input, load it, and restore it: (damage, outcome).
 
-    Raises what a user would see as a traceback.
+    Raises exceptions that a user would see as a traceback.
     """
     path, load = list(inputs.items())[rng.integers(len(inputs))]
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
@@ -162,7 +162,7 @@ def damage_many(weights: Path, count: int, seed: int) -> Iterator[tuple[str, str
     with tempfile.TemporaryDirectory() as folder:
         inputs = make_inputs(Path(folder), weights)
         for path, load in inputs.items():
-            load(path)  # whole, it loads
+            load(path)  # undamaged, it loads
         for number in range(count):
             try:
                 yield damage_one(inputs, np.random.default_rng([seed, number]))

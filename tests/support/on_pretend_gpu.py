@@ -1,4 +1,4 @@
-"""The stages on a pretend GPU and on the CPU give the same; `test_devices.py` runs this file by itself."""
+"""The stages give the same on a pretend GPU and on the CPU; `test_devices.py` runs this file in a new process."""
 
 import argparse
 from pathlib import Path
@@ -52,7 +52,7 @@ def draw_anchor(device: str, mode: str) -> np.ndarray:
         use_complex_rotary(network)
     place_flux(models, PLACEMENTS["anchors"][mode])
     noise = draw_noise((1, 16, *LATENTS), 0)
-    replacement = encode_warped(models, PICTURE, np.zeros(PICTURE.shape[:2], np.uint8), noise)  # all of it is kept
+    replacement = encode_warped(models, PICTURE, np.zeros(PICTURE.shape[:2], np.uint8), noise)  # no holes
     control = to_signed(PICTURE)[None]
     settings = AnchorSettings(num_steps=3, num_replacement=2)
     latents = sample_anchor(models, noise, control, texts["a town"], texts[""], settings, replacement)
@@ -115,7 +115,7 @@ def train(device: str) -> tuple[float, np.ndarray]:
 
 
 class OneClip:
-    """A cache of encoded clips that holds one, of noise."""
+    """A cache of encoded clips that holds one clip of noise."""
 
     def __len__(self) -> int:
         return 1

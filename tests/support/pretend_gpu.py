@@ -1,7 +1,7 @@
-"""A pretend accelerator, device "pretend", to check on a CPU what lies where.
+"""A pretend accelerator, device "pretend", to check the devices of tensors on a CPU.
 
 Its tensors are CPU tensors in a wrapper. An operation on tensors of both kinds is an error, as on a GPU. Importing
-this changes what torch takes for the machine's accelerator: do it in a process of its own (`test_devices.py`).
+this changes torch's accelerator for the whole process: do it in a separate one (`test_devices.py`).
 
     with PretendGpu():
         torch.ones(3, device="pretend") + torch.ones(3)  # RuntimeError
@@ -14,11 +14,11 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 DEVICE = "pretend"
 _setup_privateuseone_for_python_backend(DEVICE)
-# What gradient checkpointing asks of an accelerator.
+# Functions of an accelerator that gradient checkpointing calls.
 torch.pretend.get_amp_supported_dtype = lambda: [torch.bfloat16]
 torch.pretend.is_autocast_enabled = lambda: False
 torch.pretend.get_autocast_dtype = lambda: torch.bfloat16
-# A parameter cannot change its kind: moving a module makes new ones.
+# A parameter cannot change its class: moving a module makes new ones.
 torch.__future__.set_overwrite_module_params_on_conversion(True)
 
 aten = torch.ops.aten
@@ -44,7 +44,7 @@ class DeviceTensor(torch.Tensor):
 
 
 class PretendGpu(TorchDispatchMode):
-    """In the block, device "pretend" is there."""
+    """Device "pretend" exists in the block."""
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options = options or {}

@@ -1,9 +1,9 @@
-"""Run a script with its training sharded over CPU processes; accelerate itself shards on GPUs alone.
+"""Run a script with its training sharded over CPU processes; accelerate itself shards only on GPUs.
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.support.sharded train_ggi --weights tiny …
 
-The environment is the one that `accelerate launch --config_file configs/fsdp.yaml` sets. What accelerate would do on a
-GPU once it finds it, to mark its state as sharded, is done here; the script, accelerate's preparation of the model,
+The environment is the one that `accelerate launch --config_file configs/fsdp.yaml` sets. On a GPU
+accelerate marks its state as sharded; this module does so on a CPU. The script, accelerate's preparation of the model,
 FSDP2 and its collectives are the real ones.
 """
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch_environment(config: str = "fsdp", *flags: str) -> dict[str, str]:
-    """What `accelerate launch --config_file configs/<config>.yaml FLAGS` tells the processes that it starts."""
+    """Environment that `accelerate launch --config_file configs/<config>.yaml FLAGS` gives to its processes."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 

@@ -1,6 +1,6 @@
-"""What tests run that are not about the shipped weights: random networks of two layers at 48x32 pixels.
+"""The small weight set, for tests that do not need the shipped weights: random two-layer networks at 48x32 pixels.
 
-Classes, files and preset are those of `checkpoints/tiny`: in tests, scripts take them for that with `--weights tiny`.
+Classes, files and preset are those of `checkpoints/tiny`, which the set replaces in tests: `--weights tiny` loads it.
 """
 
 import fcntl
@@ -19,7 +19,7 @@ from utils.files import atomic_path, write_json
 WIDTH, HEIGHT = 48, 32
 SIZE, LATENT_SIZE = (WIDTH, HEIGHT), (WIDTH // 8, HEIGHT // 8)
 OUTPUTS = {"decoder.conv_out.weight", "decoder.conv_out.conv.weight", "proj_out.weight"}  # pictures stay in range
-SESSION = "TEST_SESSION_FOLDER"  # environment variable: a folder of this session of pytest (conftest.py)
+SESSION = "TEST_SESSION_FOLDER"  # environment variable: the folder of this pytest session (conftest.py)
 
 
 def session_folder() -> Path:
@@ -45,7 +45,7 @@ def small_preset() -> Preset:
 
 
 def write_small_weights(folder: Path, size: tuple[int, int] = SIZE) -> None:
-    """Matrices are drawn wider than untrained ones are: whatever changes an input then changes the pictures.
+    """Write random weights, larger than usual initial ones, so that every change of an input changes the pictures.
 
     size: width, height in pixels.
     """
@@ -74,12 +74,12 @@ def write_small_weights(folder: Path, size: tuple[int, int] = SIZE) -> None:
 
 
 def resized(network, **sizes: int):
-    """A network of the same class and configuration but for some sizes."""
+    """A new network of the same class and configuration except for some sizes."""
     return type(network).from_config({**network.config, **sizes})
 
 
 def use_small_weights(patch: pytest.MonkeyPatch) -> None:
-    """`--weights tiny` is the small weight set from here on."""
+    """Make `--weights tiny` mean the small weight set from here on."""
     import tests.support.warm_imports  # noqa: F401 - once, not by each script
 
     patch.setattr("models.weights.WEIGHTS", small_checkpoints())
@@ -87,7 +87,7 @@ def use_small_weights(patch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def small_weights() -> Iterator[None]:
-    """The same in the block."""
+    """`use_small_weights` in the block."""
     with pytest.MonkeyPatch.context() as patch:
         use_small_weights(patch)
         yield

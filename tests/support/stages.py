@@ -1,4 +1,4 @@
-"""The three scripts on scenes of flat walls, with few steps: what several test files run (fixtures: conftest.py)."""
+"""Commands of the three scripts on scenes of flat walls, with few steps (fixtures: conftest.py)."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ from tests.support.helpers import write_picture
 from tests.support.scenes import make_scene
 from utils.layout import anchor_run_name
 
-STATE = "/state/"  # what alignment needs to go on; its LoRAs are the result
+STATE = "/state/"  # alignment resumes from it; its results are the LoRAs
 PROMPT, NUM_ARCS = "a town", 2
 QUICK_LORA = ("--max_train_steps", 4, "--checkpointing_steps", 2, "--learning_rate", 0.01, "--mixed_precision", "no")
-FLOAT32 = ("--dtype", "float32")  # on every CPU
+FLOAT32 = ("--dtype", "float32")  # whatever the CPU supports
 QUICK_ANCHORS = ("--epoch", 4, "--prompt", PROMPT, "--neg_prompt", "fog", "--num_steps", 3, "--num_replacement", 2)
 QUICK_ANCHORS += FLOAT32
 QUICK_VIDEO = ("--prompt", PROMPT, "--num_inference_steps", 2, *FLOAT32)

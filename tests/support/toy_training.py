@@ -1,9 +1,9 @@
-"""A straight line through noisy points, trained by `fit`: what its tests run, also as a process.
+"""Fit a straight line to noisy points with the training loop `fit`: for its tests, also as a process.
 
     python -m tests.support.toy_training --output_dir runs/line --max_train_steps 6
 
-The weights of a checkpoint are in line.safetensors. One batch is shared by all processes and by the accumulated parts
-of a step: the points of a step depend on --points, their number in all, and not on how they are shared out.
+The weights of a checkpoint are in line.safetensors. All processes and accumulation steps share one
+batch: the points of a step depend on --points, their total number, and not on how they are divided.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ QUICK = {"mixed_precision": "no", "report_to": "none", "warmup_steps": 0, "learn
 
 
 class Line(nn.Module):
-    """dropout: share of the inputs that are left out, by the global random generator."""
+    """dropout: share of the inputs that are dropped, by the global random generator."""
 
     def __init__(self, dropout: float = 0.0):
         super().__init__()
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None, save: Callable[[Line, Path], None] |
             save(objective, folder)
 
     def sheet() -> np.ndarray:
-        """Grey as bright as the first weight, so that it shows which weights it saw."""
+        """Grey as bright as the first weight, which shows the weights that the sheet was drawn with."""
         level = int(objective.line.weight[0, 0].detach().clamp(-1, 1) * 127 + 128)
         return np.full((4, 4, 3), level, np.uint8)
 

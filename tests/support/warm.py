@@ -1,7 +1,7 @@
-"""Scripts in processes that are forked from a warm one, which has imported what they import and computed nothing.
+"""Run scripts in processes forked from a warm one, which has imported their libraries and computed nothing.
 
-A script starts in no time, not in six seconds; all else is as with `subprocess`: it is `__main__`, has a session,
-environment, arguments and output of its own, and can be killed. Libraries read some variables, such as HF_HOME, when
+A script starts at once, not in six seconds; otherwise it runs as with `subprocess`: it is `__main__`, has its own
+session, environment, arguments and output, and can be killed. Libraries read some variables, such as HF_HOME, when
 they are imported: a test of those needs a process that is not forked.
 """
 
@@ -26,7 +26,7 @@ FORKS.set_forkserver_preload(["tests.support.warm_imports"])
 
 
 class Processes:
-    """Of one script, and what a test asks of `subprocess.Popen`. One that fails takes the others with it."""
+    """The processes of one script, with the interface of `subprocess.Popen`. If one fails, the others are killed."""
 
     def __init__(self, processes: list, outputs: list[Connection]):
         self.processes, self.name = processes, processes[0].name
@@ -49,11 +49,11 @@ class Processes:
 
     @property
     def returncode(self) -> int | None:
-        """Of the first that failed; a signal is negative. None while one runs."""
+        """Exit code of the first process that failed; a signal is negative. None while one runs."""
         return self.poll()
 
     def kill(self) -> None:
-        """With all that they have started."""
+        """Kill the processes and all that they have started."""
         for process in self.processes:
             if process.is_alive():
                 os.killpg(process.pid, signal.SIGKILL)
@@ -87,8 +87,8 @@ def fork(
 ) -> Processes:
     """Run a script (`ggi`) or a module (`synthetic.train`) as `__main__`, in the root of the repository.
 
-    processes: more than one have the variables that `accelerate launch` and torchrun give them. prepare: functions of
-    modules that the new processes call first.
+    processes: if more than one, they get the environment variables of `accelerate launch` and torchrun. prepare:
+    functions of modules that the new processes call first.
     """
     readers, writers = zip(*(FORKS.Pipe(duplex=False) for _ in range(2)), strict=True)
     environment, begun = dict(os.environ if env is None else env), []
@@ -138,14 +138,14 @@ def _become(
 
 
 def use_small_weights() -> None:
-    """To prepare a process with: the small weights are the tiny ones for the rest of its life."""
+    """For `prepare`: make the small weights the tiny ones for the rest of a process."""
     from tests.support import small
 
     small.use_small_weights(pytest.MonkeyPatch())
 
 
 def fork_workers() -> None:
-    """To prepare a process with: those that it divides its work among are forked from it, not started anew."""
+    """For `prepare`: let a process fork its workers instead of spawning them."""
     from synthetic.measuring import jobs
 
     jobs.get_context = lambda method: multiprocessing.get_context("fork")

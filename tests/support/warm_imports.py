@@ -1,4 +1,4 @@
-"""What the scripts import, early or late: tests/support/warm.py forks them from a process that has imported this."""
+"""Import what the scripts import, early or late: tests/support/warm.py forks them from a process that has done so."""
 
 import gc
 import importlib
@@ -16,4 +16,4 @@ for name in (*LIBRARIES, *PARTS, *MODELS):
     importlib.import_module(name)
 importlib.import_module("synthetic.tiny_models")
 gc.collect()
-gc.freeze()  # what is here to stay need not be looked through again, nor be copied by a process that does
+gc.freeze()  # no garbage collection has to scan these objects, and so copy their pages in a forked process

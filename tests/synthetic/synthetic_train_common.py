@@ -1,4 +1,4 @@
-"""What the tests of synthetic_train share."""
+"""Helpers that the tests of synthetic.train share."""
 
 import synthetic.assemble
 import synthetic.clips

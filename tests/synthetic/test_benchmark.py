@@ -36,7 +36,7 @@ def call(*arguments: object) -> int:
 
 
 def example() -> dict[str, dict[str, dict[str, float | None]]]:
-    """`full` has a lower error than `copy`, unit by unit; its seams are as far from 1, on the other side."""
+    """`full` has a lower error than `copy` in every unit; its seams are as far from 1, on the other side."""
     rng = np.random.default_rng(0)
     error = rng.uniform(5, 50, 8)
     full = {f"u{k}": {"anchors_error": e, "seams": 0.75} for k, e in enumerate(error)}
@@ -147,7 +147,7 @@ def test_bad_input_is_one_line(arguments: tuple, said: str, capsys: pytest.Captu
 
 @slow
 def test_the_whole_path_agrees_with_its_first_arc(scene: CheckScene):
-    """And its lines with its edges; drawn once."""
+    """Edges and noise agree, and everything is drawn once."""
     path, first = scene.path, scene.arc
     np.testing.assert_array_equal(path.edges[:46], first.edges)
     np.testing.assert_array_equal(path.noise[0], first.noise)
@@ -155,7 +155,7 @@ def test_the_whole_path_agrees_with_its_first_arc(scene: CheckScene):
     np.testing.assert_array_equal(path.edges[[0, 45, 90]], scene.anchors.edges)
     assert path.lines.shape == (91, 480, 720) and path.lines.dtype == bool
     again = CheckScene(scene.seed, scene.number, scene.size, scene.cache)
-    again.__dict__["_town"] = None  # it must not be asked for
+    again.__dict__["_town"] = None  # the town must not be needed
     np.testing.assert_array_equal(again.path.lines, path.lines)
 
 
@@ -171,7 +171,7 @@ def run_benchmark(*arguments: object) -> str:
 
 @slow
 def test_one_unit_from_end_to_end(scene: CheckScene, tmp_path: Path):
-    """A few rows; then more rows make only what is new, and a finished run makes nothing."""
+    """A few rows; then further rows make only what is new, and a finished run makes nothing."""
     weights, out = tmp_path / "weights", tmp_path / "out"
     assert len(scene.anchors.edges) == 3 and len(scene.path.edges) == 91
     shutil.copytree(scene.cache, out / "scenes")  # drawing takes a minute
@@ -191,9 +191,9 @@ def test_one_unit_from_end_to_end(scene: CheckScene, tmp_path: Path):
 
     before = {p: p.stat().st_mtime_ns for p in unit.iterdir()}
     entry = read_json(unit / "no_warp.json")
-    entry["values"]["flicker"] = 7.0  # kept, therefore shown
+    entry["values"]["flicker"] = 7.0  # kept, and therefore reported
     write_json(unit / "no_warp.json", entry)
-    (unit / "full.json").unlink()  # measured again, from the video that is there
+    (unit / "full.json").unlink()  # measured again, from the existing video
     run_benchmark(*common, "--methods", "full", "no_warp", "replace_12", "crossfade")
     again = read_json(out / "results.json")["units"]
     assert again["no_warp"]["200000_200000"]["flicker"] == 7

@@ -1,4 +1,4 @@
-"""Rows of the benchmark: methods, statistics, baselines, what is measured."""
+"""Rows of the benchmark: methods, statistics, baselines, metrics."""
 
 import math
 from dataclasses import asdict
@@ -93,7 +93,7 @@ def test_unmeasured_units_do_not_count():
 
 
 def test_paired_differences_see_what_means_hide():
-    """Units differ far more than rows do."""
+    """Units differ far more from each other than rows do."""
     rng = np.random.default_rng(3)
     hard = rng.normal(50, 20, 16)
     ours, theirs = hard.tolist(), (hard + 1 + rng.normal(0, 0.5, 16)).tolist()

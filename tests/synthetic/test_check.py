@@ -1,4 +1,4 @@
-"""The benchmark: its measures on pictures with known answers, its bars, its command line, and one unit end to end."""
+"""The check: its metrics on pictures with known answers, its bars, its command line, and one unit end to end."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def test_psnr_of_a_known_error() -> None:
     assert figures.psnr(truth + 10, truth) == pytest.approx(20 * math.log10(25.5))
     frames = truth.copy()
     frames[1] += 1
-    frames[0], frames[2] = 0, 255  # the ends do not count between the ends
+    frames[0], frames[2] = 0, 255  # frames at the ends do not count
     assert figures.inbetween_psnr(frames, truth) == pytest.approx(20 * math.log10(255))
     with pytest.raises(ValueError, match="cannot be compared"):
         figures.psnr(truth, truth[0])
@@ -136,7 +136,7 @@ def test_covisible_error_of_a_known_shift() -> None:
 
 @slow
 def test_scene_data_agree_with_each_other(scene: CheckScene, anchors: tuple[np.ndarray, np.ndarray]) -> None:
-    """True anchors carried along the exact correspondences agree, and the coarse maps lead to the same places."""
+    """True anchors warped along the exact correspondences agree, and the coarse maps give the same positions."""
     data = scene.anchors
     assert data.edges.shape == (3, *SIZE[::-1]) and 5 < data.edges.mean() < 80
     for k, (truth, other) in enumerate(zip(anchors[0][:-1], anchors[0][1:], strict=True)):
@@ -155,7 +155,7 @@ def test_scene_data_agree_with_each_other(scene: CheckScene, anchors: tuple[np.n
 def test_scenes_are_drawn_once(scene: CheckScene) -> None:
     before = scene.anchors
     again = CheckScene(scene.seed, scene.number, scene.size, scene.cache)
-    again.__dict__["_town"] = None  # it must not be asked for
+    again.__dict__["_town"] = None  # the town must not be needed
     np.testing.assert_array_equal(again.anchors.edges, before.edges)
     assert again.anchors.visible.dtype == bool and again.anchors.codes.dtype == np.uint16
 
@@ -315,7 +315,7 @@ def test_one_unit_from_end_to_end(scene: CheckScene, tmp_path: Path) -> None:
 
     entries = json.loads(result.read_text())
     del entries["image_vae"]
-    entries["anchors"]["figures"]["style_error"] = 7.0  # kept, therefore shown
+    entries["anchors"]["figures"]["style_error"] = 7.0  # kept, and therefore reported
     result.write_text(json.dumps(entries))
     image = run_check(*common, "--resume", "--only", "image_vae_psnr", "style_error")
     assert [line.split()[0] for line in image.stdout.splitlines()] == ["image_vae_psnr", "style_error"]

@@ -62,12 +62,12 @@ def files(folder: Path) -> set[Path]:
 
 @pytest.mark.slow
 def test_sheet_and_video_with_and_without_true_frames(monkeypatch, capsys, tmp_path: Path, run: Path, scene: Path):
-    """Without them for a picture whose style is not known: two panels instead of three, and a row less."""
+    """A picture of unknown style has no true frames: two panels instead of three, and a row less."""
     before = files(run)
     assert call(monkeypatch, "--run", run, "--scene", scene, "--reference", BOXTOWN) == 0
     video, sheet = map(Path, capsys.readouterr().out.splitlines())
     assert (video.name, sheet.name) == (MP4_FILE, SHEET_FILE)
-    assert files(run) - before == {video.relative_to(run), sheet.relative_to(run)}  # no temporary names either
+    assert files(run) - before == {video.relative_to(run), sheet.relative_to(run)}  # and no temporary file
     metadata, frames = probe_video(video)
     assert frames == 91 and metadata["fps"] == 12
     width, height = metadata["size"]
@@ -86,12 +86,12 @@ def test_sheet_and_video_with_and_without_true_frames(monkeypatch, capsys, tmp_p
 
 
 def test_true_frames_are_the_sample_in_the_style():
-    """Shared frames once; the boundary between sky and town is where the edges are drawn."""
+    """Shared frames occur once; the boundary between sky and town lies on drawn edges."""
     style = make_style(200_069)
     frames = true_frames(load_scene(SAMPLE), style, (36, 24))
     assert frames.shape == (91, 24, 36, 3) and frames.dtype == np.uint8
     steps = np.abs(np.diff(frames.astype(float), axis=0)).mean((1, 2, 3))
-    assert (steps > 0).all() and steps.max() < 25  # it moves, and never jumps
+    assert (steps > 0).all() and steps.max() < 25  # the camera moves, and never jumps
     assert np.abs(frames[0].astype(float) - frames[-1]).mean() > steps.max()
 
 

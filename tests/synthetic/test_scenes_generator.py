@@ -1,4 +1,4 @@
-"""Random towns and camera paths: sizes, sound meshes, clearance, smoothness, what is seen, and the files."""
+"""Random towns and camera paths: sizes, valid meshes, clearance, smoothness, visibility, and the files."""
 
 import itertools
 import json
@@ -91,7 +91,7 @@ def test_meshes_are_sound(towns: list[list[Part]]) -> None:
 
 
 def test_cameras_only_see_front_faces(towns: list[list[Part]]) -> None:
-    """Openings are closed by their panes and nothing is turned inside out. A few rays may slip between two faces."""
+    """Panes close the openings and no face is inside out. A few rays may slip between two faces."""
     for town, kind in zip(towns, itertools.cycle(PATHS)):
         triangles = triangles_of(town)
         facing = normals(triangles)
@@ -104,7 +104,7 @@ def test_cameras_only_see_front_faces(towns: list[list[Part]]) -> None:
 
 
 def test_no_two_faces_share_a_plane(towns: list[list[Part]]) -> None:
-    """Faces of different parts that overlap are at least 2 cm apart, so that no ray has to choose between them."""
+    """Overlapping faces of different parts are at least 2 cm apart, so that every ray has one first hit."""
     for town in towns[:2]:
         built = [part for part in town if part.kind in (*BUILT, "window", "door", "road", "ground")]
         triangles, owner = triangles_of(built), np.repeat(np.arange(len(built)), [len(part.faces) for part in built])

@@ -64,7 +64,7 @@ def at(eye: tuple, size: tuple[int, int] = (24, 16), pitch: float = 0.0) -> View
 
 
 def colours_along(world: World, style: Style, eye: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(colours float32 [N, 3], classes int [N]) of what each ray meets, one ray at a time as it were."""
+    """(colours float32 [N, 3], classes int [N]) of the first hit of each ray, without `trace` and `paint`."""
     caster, face = world.caster, world.caster.cast(eye, rays)
     hit, kind = face >= 0, np.where(face >= 0, world.kinds[face], SKY)
     depth = caster.plane_depth(face, eye, rays)
@@ -194,7 +194,7 @@ def test_a_point_has_one_colour_in_every_view(world: World, parts: list[Part], k
         here, kinds = colours_along(world, style, target.eye, rays)
         there, _ = colours_along(world, style, source.eye, back)
         differs = np.abs(here - there).max(axis=1) > 0.5
-        assert differs.mean() < 2e-3  # where two colours meet, rounding may choose the other one
+        assert differs.mean() < 2e-3  # at a boundary of two colours, rounding may choose the other one
         assert np.abs(here - there)[~differs].mean() < 0.01
         assert len(set(kinds)) > 4 and here[kinds != SKY].std() > 10
 
@@ -248,7 +248,7 @@ def flat_ground(name: str = "ground_00") -> World:
 
 
 def test_flat_ground_under_the_sky():
-    """Every term by hand: ground below the horizon, lit from above, hazed far from the middle."""
+    """Every term computed by hand: ground below the horizon, lit from above, hazed far from the middle."""
     style = replace(make_style(3), textures=dict.fromkeys(TEXTURES, "plain"))
     view = at((0, -10, 2), size=(24, 16))
     buffer = trace(flat_ground(), view)
@@ -279,7 +279,7 @@ def test_a_name_without_a_class_is_refused():
 
 
 def test_pictures_show_every_class():
-    """All classes in some view; the major ones in the views of every town."""
+    """All classes occur in some view, the major ones in the views of every town."""
     seen = set()
     for seed in (SEED, SEED + 1, 4):
         parts = make_town(seed)

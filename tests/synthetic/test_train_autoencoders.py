@@ -32,7 +32,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def store(folder: Path, version: int, arrays: dict[str, np.ndarray], **counts: int) -> Path:
-    """Put the same arrays into a cache as the first towns or clips of some splits."""
+    """Store the same arrays in a cache as the first towns or clips of some splits."""
     for split, count in counts.items():
         for number in range(count):
             identity = {"split": split, "number": number, "size": list(SIZE), "version": version}
@@ -68,7 +68,7 @@ def vae_run(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
 
 
 def assert_run(run: Path, parts: set[str], rows: int, columns: int) -> None:
-    """Two checkpoints, the curve, and a sample sheet of so many pictures."""
+    """Two checkpoints, the curve, and a sample sheet of `rows` x `columns` pictures."""
     for step in (1, 2):
         assert {path.name for path in (run / f"checkpoint-{step}").iterdir()} == {*parts, STATE_FOLDER}
     assert len((run / LOSS_FILE).read_text().splitlines()) == 3
@@ -106,7 +106,7 @@ def test_vae(vae_run: Path):
 
 @slow
 def test_video_vae(tmp_path: Path, clips: Path, vae_run: Path):
-    """Starts from the image autoencoder; latents of four frames each."""
+    """It starts from the image autoencoder; each latent stands for four frames."""
     from diffusers import AutoencoderKLCogVideoX
 
     start = vae_run / "checkpoint-2" / "vae"
@@ -118,7 +118,7 @@ def test_video_vae(tmp_path: Path, clips: Path, vae_run: Path):
     assert 0.05 < vae.config.scaling_factor < 20
     before, after = load_file(start / WEIGHTS)["encoder.conv_in.weight"], vae.encoder.conv_in.conv.weight
     assert 0 < (after[:, :, -1] - before).abs().max() < 0.05
-    assert (after[:, :, 0] != 0).any()  # earlier frames begin to count
+    assert (after[:, :, 0] != 0).any()  # kernel slices of earlier frames are trained
 
 
 @slow
@@ -203,7 +203,7 @@ def test_a_run_is_not_continued_from_other_weights(
 
 @slow
 def test_parts_are_put_together(tmp_path: Path, vae_run: Path, capsys: pytest.CaptureFixture):
-    """What is not given is the base's; without a base it is random, and the same every time."""
+    """Parts that are not given come from the base; without a base they are random, and the same every time."""
 
     def assemble(*arguments: object) -> int:
         return exit_code(lambda: synthetic.assemble.main([*map(str, arguments)]))

@@ -23,7 +23,7 @@ def smooth(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["image", "video"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_fresh_autoencoders_carry_colours(kind: str, seed: int):
-    """The highway opens colours from the first step: each channel on its own, before any training."""
+    """The initial weights pass colours through: each channel on its own, before any training."""
     from synthetic.tiny_models import image_vae, video_vae
 
     torch.manual_seed(seed)
@@ -54,7 +54,7 @@ def test_an_inflated_autoencoder_sees_single_frames_as_the_image_one():
 
 
 def test_text_encoders_draw_nothing():
-    """What a step sees depends on seed, step and item alone, so that resumed and shared runs see the same."""
+    """The data of a step depend on seed, step and item alone, so that resumed and distributed runs get the same."""
     from synthetic.tiny_models import clip_text, t5_text
 
     for model in (clip_text()[0], t5_text()[0]):
@@ -94,7 +94,7 @@ def test_a_batch_does_not_depend_on_how_it_is_shared_out(towns: list[TownPicture
 
 
 def test_captions_and_edges_belong_to_their_picture():
-    """Pictures of one colour each keep it in every crop; each has its own. So do edges."""
+    """Pictures and edges of one colour each keep their own colour in every crop."""
     from synthetic.training.image import draw_captioned
 
     shades = np.arange(2 * VIEWS * STYLES, dtype=np.uint8).reshape(2, VIEWS, STYLES)

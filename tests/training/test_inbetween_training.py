@@ -37,7 +37,7 @@ from utils.data.flow import dis_flow, flow_correspondence
 from utils.files import read_json
 from utils.images import read_image, write_image
 
-SIZE = (144, 96)  # of clips whose noise is looked at
+SIZE = (144, 96)  # of the clips whose noise is tested
 LATENT_SHAPE = (13, 16, *LATENT_SIZE[::-1])
 
 
@@ -164,7 +164,7 @@ def test_gradients_reach_everything_but_the_lora(transformer, scheduler, tmp_pat
 
 @pytest.mark.parametrize("where", ["header", "beside", "nowhere"])
 def test_alpha_of_a_whole_lora(transformer, tmp_path, where, capsys):
-    """As diffusers writes it into the header, and peft into a file beside; module patterns go before the rest."""
+    """As diffusers writes it into the header, and peft into a file beside; patterns of modules override the rest."""
     path = write_lora(tmp_path / "adapter_model.safetensors", transformer)
     plain = load_file(path)
     rank = plain["transformer.transformer_blocks.0.attn1.to_q.lora_A.weight"].shape[0]
@@ -277,7 +277,7 @@ def test_a_clip_is_what_its_files_show(dataset):
     np.testing.assert_array_equal(clip.frames[0], cv2.resize(first, SIZE, interpolation=cv2.INTER_AREA))
     again = source.load(1)
     np.testing.assert_array_equal(clip.noise, again.noise)
-    video = source.load(0).frames[7].astype(int)  # compressed, so not the same, but closest to its own frame
+    video = source.load(0).frames[7].astype(int)  # not the same after compression, but closest to its own frame
     distances = [np.abs(video - crop_to_aspect(frame, SIZE)).mean() for frame in moving(12, 144, 112, seed=1)]
     assert np.argmin(distances) == 7
 
@@ -291,7 +291,7 @@ def test_windows_and_stride(tmp_path):
     assert starts == [0, 4, 9]
     assert source.load(1).frames[:, 0, 0, 0].tolist() == list(range(4, 4 + 91, 2))
     assert len({source.name(i) for i in range(3)}) == 3
-    assert len(FolderClips(tmp_path, SIZE, stride=2, windows=50)) == 10  # there are no more different ones
+    assert len(FolderClips(tmp_path, SIZE, stride=2, windows=50)) == 10  # all that are different
 
 
 def test_a_name_stands_for_the_content(dataset, tmp_path):

@@ -1,4 +1,4 @@
-"""Training sharded over two processes (FSDP2, on a CPU: tests/support/sharded.py) against data-parallel training."""
+"""Training sharded over two processes (FSDP2, on a CPU: tests/support/sharded.py) and data-parallel training agree."""
 
 import csv
 from pathlib import Path
@@ -32,7 +32,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def names(folder: Path) -> set[str]:
-    """Of all files but those of states, whose formats differ."""
+    """Names of all files except those of states, whose formats differ."""
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     return {name for name in found if f"{STATE_FOLDER}/" not in name and "tfevents" not in name}
 

@@ -1,4 +1,4 @@
-"""All of train_ggi.py: bad input, runs that are killed or shared, and what they leave."""
+"""All of train_ggi.py: bad input, killed and distributed runs, and the files that they write."""
 
 import importlib.util
 import json
@@ -155,7 +155,7 @@ def test_start_weights_that_cannot_be_trained(refuse, tmp_path, transformer):
 
 
 def tensors_below(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a cache. (Files that hold the same differ: the order in a safetensors header is random.)"""
+    """All tensors of a cache. Files of equal tensors can differ: the order in a safetensors header is random."""
     files = folder.glob("*/*.safetensors")
     parts = {file.relative_to(folder): load_file(file) for file in files}  # maps the files, hence the clones
     return {f"{file}:{key}": value.clone() for file, part in parts.items() for key, value in part.items()}
@@ -168,7 +168,7 @@ def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
-    """Four steps in one go, by the real command."""
+    """Four steps without interruption, by the real command."""
     folder = tmp_path_factory.mktemp("trained")
     result = run(TRAIN, *arguments(dataset, folder, 4, "--train_batch_size", 2))
     assert result.returncode == 0, result.stderr
@@ -205,7 +205,7 @@ def test_sheet_losses_and_manifest(trained):
 
 @slow
 def test_a_killed_run_goes_on_to_the_same_weights(trained, dataset, tmp_path, capfd):
-    """Also with a damaged cache: the one bad file is made again, the others are not touched."""
+    """Also with a damaged cache: the damaged file is made again, the others are not touched."""
     cache = shutil.copytree(dataset.with_name("cache"), tmp_path / "cache")
     command = arguments(dataset, tmp_path, 4, "--train_batch_size", 2, "--cache_dir", cache)
     kill_at(tmp_path / "run" / "checkpoint-2", TRAIN, *command)
@@ -231,7 +231,7 @@ def test_a_finished_run_says_so(trained, dataset, monkeypatch, capsys):
 
 @slow
 def test_two_processes_are_one(trained, dataset, tmp_path, preset):
-    """They also divide the encoding: the cache is made anew, the same as by one process."""
+    """They also divide the encoding: the cache is made again, the same as by one process."""
     cache = tmp_path / "cache"
     command = arguments(dataset, tmp_path, 4, "--train_batch_size", 1, "--cache_dir", cache)
     result = run(TRAIN, *command, processes=2)

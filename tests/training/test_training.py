@@ -1,4 +1,4 @@
-"""The training loop: what it learns, averages and keeps, and that it goes on exactly where it was interrupted."""
+"""The training loop: it learns, averages and keeps checkpoints, and resumes exactly where it was interrupted."""
 
 import csv
 import shutil
@@ -21,8 +21,8 @@ from utils.layout import LOSS_CURVE, LOSS_FILE, SAMPLES_FOLDER, STATE_FOLDER, fi
 from utils.runs import MANIFEST, open_run
 
 STATE = f"/{STATE_FOLDER}/"
-RANDOM_STATES = "random_states"  # they hold Python's generator too, which every process starts elsewhere
-ONCE = ("--checkpointing_steps", 1000, "--sheet_steps", 1000)  # at the end alone
+RANDOM_STATES = "random_states"  # they include Python's generator, which every process seeds differently
+ONCE = ("--checkpointing_steps", 1000, "--sheet_steps", 1000)  # only at the end
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def settings(**changes: object) -> TrainSettings:
     return settings_of(TrainSettings, type(args)(**vars(args) | changes))
 
 
-# What a run learns and leaves
+# What a run learns and writes
 
 
 def test_the_loss_falls_to_the_line(tmp_path: Path):
@@ -112,7 +112,7 @@ def adamw(steps: int, decay: float, clip: float = 1.0) -> list[torch.Tensor]:
         objective(**draw((0, step, 0), range(4)))["loss"].backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), clip)
         optimizer.step()
-        share = min(decay, (1 + step) / (10 + step)) if step else 0  # a short memory at first
+        share = min(decay, (1 + step) / (10 + step)) if step else 0  # averages over few steps at first
         average = [share * a + (1 - share) * b.detach() for a, b in zip(average, objective.parameters(), strict=True)]
         found.append({"weight": average[0], "bias": average[1]})
     return found
@@ -157,7 +157,7 @@ def test_gradients_are_clipped(tmp_path: Path):
     assert all(torch.allclose(tensor, wanted[name], atol=1e-6) for name, tensor in weights(tmp_path, 6).items())
 
 
-# Going on
+# Resuming
 
 
 @pytest.mark.parametrize("dropout", [0, 0.5])
@@ -203,7 +203,7 @@ def cut_short(state: Path, name: str) -> None:
 
 
 def change_a_byte(state: Path, name: str) -> None:
-    """In the largest entry of the archive; between entries there is only filling."""
+    """Change a byte in the largest entry of the archive; between entries there is only padding."""
     with zipfile.ZipFile(state / name) as archive:
         entry = archive.read(max(archive.infolist(), key=lambda info: info.file_size))
     data = bytearray((state / name).read_bytes())
@@ -284,8 +284,8 @@ def test_killed_training_goes_on_to_the_same_bytes(tmp_path: Path):
     assert 3 in find_checkpoints(folder) and 9 not in find_checkpoints(folder)
     train(tmp_path / "undisturbed", *flags)
     wanted = contents(tmp_path / "undisturbed", RANDOM_STATES)
-    assert_whole(folder, wanted, STATE, LOSS_FILE, LOSS_CURVE)  # older states go later
-    (folder / ".checkpoint-6.1.abcdef.tmp").mkdir(exist_ok=True)  # what a kill in the middle of a checkpoint leaves
+    assert_whole(folder, wanted, STATE, LOSS_FILE, LOSS_CURVE)  # older states are removed later
+    (folder / ".checkpoint-6.1.abcdef.tmp").mkdir(exist_ok=True)  # left when killed while writing a checkpoint
     train(folder, *flags)
     assert_same(contents(folder, RANDOM_STATES), wanted)
     assert not list(folder.glob(".*"))
@@ -309,7 +309,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path, line
 
 
 def test_a_failure_while_saving_leaves_the_raw_weights_in_place(tmp_path: Path):
-    """The averaged weights are put in place for saving alone."""
+    """The averaged weights replace the raw ones only while saving."""
     seen = []
 
     def save(objective: toy.Line, folder: Path) -> None:
@@ -322,7 +322,7 @@ def test_a_failure_while_saving_leaves_the_raw_weights_in_place(tmp_path: Path):
     assert torch.equal(seen[0].line.weight, raw.line.weight)
 
 
-# The same global batch, shared out differently
+# The same global batch, divided differently
 
 
 def test_accumulated_batches_equal_a_larger_one(tmp_path: Path, line: Path):

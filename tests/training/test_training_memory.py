@@ -1,4 +1,4 @@
-"""The memory plan of training against what is really held, and 8-bit moments: their distance, resuming, refusals."""
+"""The memory plan of training compared with real use, and 8-bit moments: their error, resuming, refusals."""
 
 from pathlib import Path
 
@@ -84,12 +84,12 @@ def test_training_holds_what_was_counted(moments: str, with_lora: bool, tmp_path
     assert sum(p.grad.numel() * p.grad.element_size() for p in parameters) == gradient_bytes(counted)
     held = {}
     for state in optimizer.state.values():
-        held |= {id(t): t.numel() * t.element_size() for key, t in state.items() if key != "step"}  # a number
+        held |= {id(t): t.numel() * t.element_size() for key, t in state.items() if key != "step"}  # a scalar
     assert sum(held.values()) == moment_bytes(counted, moments)
 
 
 def test_paged_moments_leave_the_gpu():
-    """Scales, small tensors, and the largest tensor at work stay."""
+    """Scales, small tensors, and the largest tensor in use stay."""
     sizes = (100, 5_000, 200_000, 300_001)
     parameters = [torch.nn.Parameter(torch.empty(size, device="meta")) for size in sizes]
     scales = 2 * 4 * (20 + 782 + 1172)
@@ -99,7 +99,7 @@ def test_paged_moments_leave_the_gpu():
 
 @pytest.mark.parametrize("foreach", [False, True])
 def test_an_update_takes_what_was_counted(foreach: bool):
-    """A CPU works as a GPU does when it is told to: on all tensors at once."""
+    """With `foreach` a CPU updates all tensors at once, as a GPU does."""
     parameters, optimizer = updated(RESIDENT)
     optimizer.param_groups[0]["foreach"] = foreach
     states = [tensor for state in optimizer.state.values() for tensor in state.values()]
@@ -113,7 +113,7 @@ def test_an_update_takes_what_was_counted(foreach: bool):
 def test_an_update_in_eight_bits_takes_what_was_counted():
     parameters, optimizer = updated(EIGHT_BITS)
     counted = update_bytes(parameters, EIGHT_BITS, "cpu")
-    assert 0 <= profiled_peak(optimizer.step) - counted < 100  # and three numbers
+    assert 0 <= profiled_peak(optimizer.step) - counted < 100  # plus three scalars
     assert update_bytes(parameters, EIGHT_BITS, "cuda") == 0
 
 
@@ -130,7 +130,7 @@ def updated(moments: str) -> tuple[list[torch.nn.Parameter], torch.optim.Optimiz
 @slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_those_of_a_real_training_step(checkpointing: bool, preset: Preset):
-    """The same code with data, watched by the profiler, with the gradients of the batch before in place."""
+    """The same code with data, under the profiler, with the gradients of the previous batch in memory."""
     transformer = load_start(Path(preset.ggi_transformer)).train()
     empty = empty_trained(trained_builder(tiny_config(), {}, torch.float32), checkpointing)
     if checkpointing:
@@ -151,7 +151,7 @@ def test_activations_are_those_of_a_real_training_step(checkpointing: bool, pres
 
 
 def test_full_size_plan():
-    """The full transformer with the rank-2048 LoRA frozen inside; weights and moments counted again by hand."""
+    """The full transformer with the rank-2048 LoRA frozen inside; weights and moments also counted by hand."""
     config = read_json(FULL / "inbetween/config.json")
     plan = look_up_plan("full", "training", pixels=720 * 480)
     peaks = [max(phase.total for phase in plan[mode]) for mode in MEMORY_MODES]
@@ -227,7 +227,7 @@ def test_eight_bit_moments_stay_near(dataset: Path, tmp_path: Path):
 
 @slow
 def test_eight_bit_training_goes_on_exactly(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    """After a kill, with averaged weights, in the mode that needs less; and not with 32-bit moments."""
+    """After a kill, with averaged weights, in the mode of less memory; but not with 32-bit moments."""
     ema = ("--ema_decay", 0.5)
     once, twice = tmp_path / "once", tmp_path / "twice"
     assert call(TRAIN, *arguments(dataset, once, 4, *ema, "--memory", "balanced")) == 0

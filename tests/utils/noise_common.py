@@ -1,4 +1,4 @@
-"""What the tests of noise share."""
+"""Helpers that the tests of noise share."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Flags that know what they decide, settings that flags are made from, and manifests that are older than a flag."""
+"""Flags that state what they decide, flags made from settings, and manifests that are older than a flag."""
 
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_settings_take_flags_and_other_defaults():
 
 
 def test_a_flag_that_is_newer_than_a_manifest_counts_as_its_default(tmp_path: Path):
-    old = {"steps": 3, "compile": None}  # as it was written before the flag had a default
+    old = {"steps": 3, "compile": None}  # as written before the flag had a default
     open_run(tmp_path / "run", old).begin()
     again = partial(open_run, tmp_path / "run", defaults={"compile": False, "cache": 0.1, "device": "auto"})
     assert again({"steps": 3, "compile": False, "cache": 0.1}).manifest["arguments"] == old

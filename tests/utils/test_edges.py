@@ -166,7 +166,7 @@ def test_detectors_by_name() -> None:
 
 
 def run_edges(*arguments: object, path: Path | None = None) -> subprocess.CompletedProcess:
-    """The command in a Python that does not see controlnet_aux, unless the folder `path` holds one."""
+    """Run the command in a Python that cannot import controlnet_aux, unless the folder `path` holds one."""
     hide = "" if path else "sys.modules['controlnet_aux'] = None; "
     code = f"import sys, runpy; {hide}runpy.run_module('utils.edges', run_name='__main__', alter_sys=True)"
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -182,7 +182,7 @@ def test_command_writes_the_edges(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert (np.array(Image.open(output)) == soft_edges(image)).all()
-    assert [path.name for path in output.parent.iterdir()] == ["edges.png"]  # no temporary file stays behind
+    assert [path.name for path in output.parent.iterdir()] == ["edges.png"]  # no temporary file is left
 
 
 @pytest.mark.parametrize(

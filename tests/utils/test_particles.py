@@ -1,4 +1,4 @@
-"""Noise warping: Gaussian, white, and carried along."""
+"""Warped noise is Gaussian and white, and follows the correspondences."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ SAMPLE = ROOT.parent / "shared" / "data" / "sampleA"
 
 
 def cell_sources(correspondences: list, earlier: int, later: int, latent_size: tuple[int, int]):
-    """Where the elements of each latent cell of frame `later` come from in frame `earlier`.
+    """Sources in frame `earlier` of the elements of each latent cell of frame `later`.
 
     Returns (position [cells, S rows, S columns, 2] in latent cells of the earlier frame; usable bool [cells]).
     """
@@ -38,7 +38,7 @@ def cell_sources(correspondences: list, earlier: int, later: int, latent_size: t
 
 
 def tracking(correspondences: list, noise: np.ndarray, lag: int, first: int = 0) -> float:
-    """Measured correlation with the noise `lag` frames before, as a share of what an exact integral would have.
+    """Measured correlation with the noise `lag` frames before, as a share of an exact integral's.
 
     A cell whose footprint has shares c_s of the earlier cells s and the area J would have the correlation
     sqrt(J sum(c²)) with the mix of their noise. Cells torn by a discontinuity, or partly hidden, do not count.
@@ -80,7 +80,7 @@ def zoom(factor: float) -> np.ndarray:
 
 
 def hard_maps() -> dict:
-    """Maps that no camera would make, and a few that one might: name -> (positions, valid)."""
+    """Maps that no camera gives, and a few that one might: name -> (positions, valid)."""
     rng = np.random.default_rng(7)
     anywhere = rng.uniform(-0.1, 1.1, CENTRES.shape) * MAP
     fold = CENTRES.copy()
@@ -117,7 +117,7 @@ def test_white_after_different_maps_in_turn():
 
 
 def test_covariance_is_the_identity():
-    # Channels are independent samples of the same plan: with many of them the whole covariance can be looked at.
+    # Channels are independent samples of the same plan: with many of them the whole covariance can be tested.
     rng = np.random.default_rng(0)
     maps = [(rng.uniform(-1, 13, (12, 12, 2)), rng.random((12, 12)) < 0.8) for _ in range(4)]
     noise = warp_noise(maps, (6, 6), seed=0, channels=40_000)
@@ -134,7 +134,7 @@ def test_identity_keeps_the_noise():
 
 def test_whole_cell_pan_shifts_the_noise():
     noise = warp_noise([pan_map(MAP, np.array([4, 8]))], LATENT, seed=0)
-    # Cells on the border also take in a little of what has just left the frame.
+    # Cells on the border also receive a little of the noise that has just left the frame.
     np.testing.assert_allclose(noise[1, 1:-2, 1:-1], noise[0, 3:, 2:], rtol=1e-5, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The committed reference pictures: seeds kept for tests, everything in view, and an index that tells the truth."""
+"""The committed reference pictures: test seeds, all major classes in view, and a correct index."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ from utils.images import read_image, write_image
 from utils.scene.views import View, resize_view
 
 COMMITTED = ROOT / FOLDER
-BAND = 48  # pixels; how wide the parts are in which pictures are drawn again
+BAND = 48  # pixels; width of the parts of a picture that are drawn again
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def chosen_view(name: str) -> tuple[World, View]:
 
 
 def bands(view: View) -> list[tuple[View, tuple[slice, slice]]]:
-    """A row and a column across the middle of a view, and where they lie in its picture."""
+    """A horizontal and a vertical band across the middle of a view, and their positions in its picture."""
     x, y = ((side - BAND) // 2 for side in SIZE)
     row = replace(view, cy=view.cy - y, height=BAND), (slice(y, y + BAND), slice(None))
     column = replace(view, cx=view.cx - x, width=BAND), (slice(None), slice(x, x + BAND))
@@ -40,7 +40,7 @@ def bands(view: View) -> list[tuple[View, tuple[slice, slice]]]:
 
 
 def same_picture(found: np.ndarray, wanted: np.ndarray) -> bool:
-    """In levels, because the last place of a float32 may put a pixel beside a joint on its other side."""
+    """Compare with tolerance: rounding of a float32 may put a pixel beside a joint on its other side."""
     off = np.abs(found.astype(int) - wanted)
     return off.mean() < 0.1 and np.percentile(off, 99) <= 1
 
@@ -75,7 +75,7 @@ def test_the_index_agrees_with_the_files():
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_a_committed_picture_is_what_its_seeds_give(name: str):
-    """And no other style, no other view, nor the same picture a pixel further right or down."""
+    """It differs from other styles, other views, and the same picture moved by a pixel."""
     world, view = chosen_view(name)
     committed, style = read_image(COMMITTED / f"{name}.png"), CHOSEN[name][1]
     other = replace(view, c2w=view.c2w @ np.array([[1, 0, 0, 0.05], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))
@@ -148,7 +148,7 @@ def test_nothing_is_replaced_unasked(tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_command_makes_the_committed_files_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """One picture of them, whole and in no other's place."""
+    """One of them, drawn in full and under its own name."""
     monkeypatch.setattr(reference, "CHOSEN", {"boxtown": CHOSEN["boxtown"]})
     main(["--output_dir", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"boxtown.png", INDEX}

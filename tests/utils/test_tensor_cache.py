@@ -1,4 +1,4 @@
-"""Cache files: whole or not at all, of one identity, and made again when they are damaged."""
+"""Cache files: atomic, of one identity, and made again when they are damaged."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_round_trip(tmp_path: Path, arrays: dict[str, np.ndarray]):
     path = tmp_path / "deep" / "a.safetensors"
     write_arrays(path, arrays, IDENTITY)
     assert_equal(read_arrays(path, IDENTITY), arrays)
-    assert_equal(read_arrays(path, dict(reversed(IDENTITY.items()))), arrays)  # order means nothing
+    assert_equal(read_arrays(path, dict(reversed(IDENTITY.items()))), arrays)  # the order does not matter
     assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
     write_arrays(path, {"noise": arrays["noise"]}, IDENTITY)
     assert_equal(read_arrays(path, IDENTITY), {"noise": arrays["noise"]})
@@ -111,7 +111,7 @@ def test_swapped_arrays_are_none(tmp_path: Path):
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, arrays: dict[str, np.ndarray]):
     path = tmp_path / "a.safetensors"
     write_arrays(path, arrays, IDENTITY)
-    with pytest.raises(Exception):  # noqa: B017  # whatever the library says of an array it cannot hold
+    with pytest.raises(Exception):  # noqa: B017  # any exception of the library for an array that it cannot store
         write_arrays(path, {"a": np.array(["words"])}, IDENTITY)
     assert_equal(read_arrays(path, IDENTITY), arrays)
     assert len(list(tmp_path.iterdir())) == 1
@@ -138,7 +138,7 @@ def test_a_town_is_drawn_once_and_again_when_damaged(tmp_path: Path):
 
 
 def store_town(folder: Path, number: int, views: int) -> np.ndarray:
-    """Put a town of so many views into the cache; its pictures are noise."""
+    """Store a town of `views` views in the cache; its pictures are noise."""
     images = np.random.default_rng(number).integers(0, 256, (views, STYLES, *SIZE[::-1], 3), dtype=np.uint8)
     identity = {"split": "train", "number": number, "size": list(SIZE), "version": synthetic.pictures.VERSION}
     arrays = {"images": images, "edges": images[:, 0, :, :, 0], "detected": images[:2, 1, :, :, 0]}
@@ -155,7 +155,7 @@ def test_towns_without_pictures_are_left_out(tmp_path: Path):
 
 
 def store_clip(folder: Path, number: int, frames: int = 3) -> dict[str, np.ndarray]:
-    """Put a clip into the cache; it is noise. No frames: a town without a path."""
+    """Store a clip of noise in the cache. No frames: a town without a path."""
     rng = np.random.default_rng(number)
     arrays = {
         "images": rng.integers(0, 256, (synthetic.clips.STYLES, frames, 8, 16, 3), dtype=np.uint8),

@@ -1,4 +1,4 @@
-"""Run folders and atomic writes, pictures and videos, training crops: the ground that the scripts stand on."""
+"""Run folders and atomic writes, pictures and videos, training crops: utilities of all scripts."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""ControlNets of other makes: what they are given and what is added, compared with diffusers' own pipeline."""
+"""ControlNets of other makers: their inputs and residuals, compared with diffusers' own pipeline."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def small(component: str, cls: type):
 
 
 def randomise(network: torch.nn.Module) -> torch.nn.Module:
-    """Also what starts at zero in a new ControlNet."""
+    """Draw all weights at random, also those that are zero in a new ControlNet."""
     for parameter in network.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -53,7 +53,7 @@ def transformer() -> FluxTransformer2DModel:
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKL:
-    """Its posterior has no width: the pipeline's draw is then its mean."""
+    """A VAE whose posterior has no variance: the pipeline's sample is its mean."""
     network = small("vae", AutoencoderKL).requires_grad_(False)
     network.encoder.conv_out.weight[16:], network.encoder.conv_out.bias[16:] = 0, -40
     return network
@@ -149,7 +149,7 @@ def test_every_lora_of_a_controlnet_is_trained(
     with torch.no_grad():
         read = encode_control(models, edges)
     FlowObjective(models)(sample, text, read)["loss"].backward()
-    # the text of the last double block goes nowhere, and there is no single block 1 … 4 beyond those of the ControlNet
+    # only the text output of the last double block is unused
     idle = {n for n, p in control.named_parameters() if ".lora_" in n and (p.grad is None or not p.grad.any())}
     assert all(f"transformer_blocks.{control.config.num_layers - 1}.attn.to_add_out" in name for name in idle)
     save_lora(control, tmp_path / "a.safetensors", torch.float32)

@@ -1,4 +1,4 @@
-"""LoRAs of other programs: every program's names give the same weights, and what diffusers makes of them."""
+"""LoRAs of other programs: every program's names give the same weights, and the same as in diffusers."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from utils.layout import MANIFEST, anchor_run_name
 
 State = dict[str, torch.Tensor]
 RANK, ALPHA = 4, 2.0
-# the original's names of layers, and diffusers', which together have the same rows
+# the original's names of layers -> diffusers' layers that together have the same rows
 LAYERS = {
     "double_blocks.1.img_attn.qkv": ["transformer_blocks.1.attn." + part for part in ("to_q", "to_k", "to_v")],
     "double_blocks.0.txt_attn.qkv": ["transformer_blocks.0.attn.add_" + part + "_proj" for part in "qkv"],
@@ -51,7 +51,7 @@ def transformer() -> FluxTransformer2DModel:
 
 
 def sizes(model: FluxTransformer2DModel, layers: list[str]) -> tuple[int, int]:
-    """(in, out features) of layers as one."""
+    """(in, out features) of layers stacked into one."""
     matrices = [model.get_submodule(name).weight for name in layers]
     return matrices[0].shape[1], sum(len(matrix) for matrix in matrices)
 
@@ -138,7 +138,7 @@ def test_every_program_s_names_give_the_same_weights(
 
 
 def test_xlabs_names(transformer, original: dict, tmp_path: Path):
-    """As of this project, whose q, k and v are the same layers."""
+    """As this project's LoRAs, where q, k and v are one layer, too."""
     names = {
         "double_blocks.1.processor.qkv_lora1": "double_blocks.1.img_attn.qkv",
         "double_blocks.0.processor.qkv_lora2": "double_blocks.0.txt_attn.qkv",
@@ -161,7 +161,7 @@ def test_xlabs_names(transformer, original: dict, tmp_path: Path):
 
 
 def test_kohya_s_are_converted_as_diffusers_does(tmp_path: Path):
-    """At the published width, which is the only one that diffusers' converter takes."""
+    """At the published width, the only one that diffusers' converter supports."""
     config = {"num_layers": 1, "num_single_layers": 1, "in_channels": 64, "joint_attention_dim": 64}
     config |= {"num_attention_heads": 24, "attention_head_dim": 128, "pooled_projection_dim": 64}
     with torch.device("meta"):
@@ -331,7 +331,7 @@ def test_a_weight_goes_behind_a_colon(tmp_path: Path):
 
 @pytest.mark.slow
 def test_anchors_with_loras_of_others(original: dict, tmp_path: Path, capfd: pytest.CaptureFixture):
-    """They change the pictures by their weight, and belong to the run."""
+    """They change the pictures according to their weight, and are part of the run's identity."""
     scene = new_scene(tmp_path / "scene", 1)
     assert call(ALIGN, *train(tmp_path / "loras")) == 0
     pairs = {name: (down, 0.3 * up) for name, (down, up) in original.items()}

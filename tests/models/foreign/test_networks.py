@@ -1,4 +1,4 @@
-"""Networks that are not what they are taken for are refused in one line, before anything is loaded."""
+"""Networks of the wrong kind are refused in one line, before anything is loaded."""
 
 import shutil
 from collections.abc import Callable
@@ -27,7 +27,7 @@ FLUX_FILE, VAE_FILE = (GOLDEN / "3_flux" / f"{name}.safetensors" for name in ("f
 
 @pytest.fixture
 def flux(tmp_path: Path) -> dict[str, Path]:
-    """{component: a copy of its own}."""
+    """{component: a copy that the test may change}."""
     preset = small_preset()
     shutil.copytree(preset.flux, tmp_path / "flux")
     shutil.copytree(preset.controlnet, tmp_path / "controlnet")
@@ -159,13 +159,13 @@ def test_a_file_is_taken_for_what_it_holds(flux: dict[str, Path], tmp_path: Path
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 @pytest.mark.parametrize("scaled", [None, "scale_weight", "weight_scale"])
 def test_files_of_8_bit_floats_are_read(tmp_path: Path, prefix: str, scaled: str | None):
-    """As Comfy writes them: rounded to 8 bits, times a scale in the newer files, with other networks beside."""
+    """As Comfy writes them: rounded to 8 bits, times a scale in newer files, beside other networks."""
     source = load_file(FLUX_FILE)
     stored = {"vae.encoder.conv_in.weight": torch.zeros(1), "text_encoders.x.weight": torch.zeros(1)} if prefix else {}
     for key, tensor in source.items():
         scale = 1.0
         if scaled and key.endswith(".weight") and tensor.dim() == 2:
-            scale = float(tensor.abs().max()) / 448  # the largest value of 8 bits
+            scale = float(tensor.abs().max()) / 448  # the largest 8-bit value
             stored[f"{prefix}{key.removesuffix('weight')}{scaled}"] = torch.tensor(scale)
         stored[prefix + key] = (tensor / scale).to(torch.float8_e4m3fn)
     if scaled == "scale_weight":

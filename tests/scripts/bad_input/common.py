@@ -1,4 +1,4 @@
-"""What the tests of bad_input share."""
+"""Helpers that the tests of bad_input share."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ Refuse = Callable[..., None]
 
 
 def write_lora(folder: Path, rank: int = 4, **other: int) -> None:
-    """Zeros in the shape of a LoRA for the tiny weights, or for models of an `other` config."""
+    """Write a LoRA of zeros for the tiny weights, or for models with `other` values in their config."""
     folder.mkdir(parents=True)
     for name, part in (("lora", "flux/transformer"), ("controlnet.lora", "controlnet")):
         config = read_json(WEIGHTS / "tiny" / part / "config.json") | other

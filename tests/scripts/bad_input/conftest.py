@@ -13,7 +13,7 @@ from utils.layout import anchor_path
 
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Refuse:
-    """Call a script and make sure that it refuses in one line, holding all `telling` words."""
+    """Call a script and make sure that it refuses in one line that holds all `telling` words."""
     forbid_models(monkeypatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     capfd.readouterr()

@@ -16,7 +16,7 @@ from utils.layout import anchor_path
 
 
 def cut(path: Path) -> None:
-    """The first half of a file, as an interrupted copy leaves it."""
+    """Cut a file to its first half, as an interrupted copy leaves it."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
