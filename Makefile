@@ -16,7 +16,8 @@ endif
 endif
 
 # The demo. STYLE: a reference picture; PROMPT: words, none by default; STEPS, RATE and BATCH: training of its LoRA;
-# TRUE_GS and GUIDANCE: of anchors and of the video, where there are words; THREADS: of the training.
+# TRUE_GS and GUIDANCE: of anchors and of the video, where there are words; THREADS: of the training; VIDEO: how the
+# frames are filled, as measured best (docs/guidance.md). make demo VIDEO= fills them as in the paper.
 STYLE := assets/references/boxtown.png
 STEPS := 200
 RATE := 1e-3
@@ -24,6 +25,7 @@ BATCH := 8
 PROMPT :=
 TRUE_GS := 2
 GUIDANCE := 1
+VIDEO := --num_inference_steps 10 --num_replacement 10 --degradation 0 --composite
 SEED := 42
 THREADS := 2
 # make demo FLAGS=--overwrite after a change of RATE, BATCH, TRUE_GS or GUIDANCE, which no folder is named after
@@ -45,7 +47,7 @@ demo: $(SETUP)
 		--output_dir '$(OUT)/loras' $(TINY)
 	'$(BIN)/python' sag_generate_anchor_view.py --epoch $(STEPS) --target assets/sampleA --prompt '$(PROMPT)' --pfix '$(NAME)' \
 		--num_replacement 12 --true_gs $(TRUE_GS) --seed $(SEED) --loras '$(OUT)/loras' --output_dir '$(OUT)' $(TINY)
-	'$(BIN)/python' ggi.py --target '$(RUN)' --scene assets/sampleA --prompt '$(PROMPT)' --guidance_scale $(GUIDANCE) $(TINY)
+	'$(BIN)/python' ggi.py --target '$(RUN)' --scene assets/sampleA --prompt '$(PROMPT)' --guidance_scale $(GUIDANCE) $(VIDEO) $(TINY)
 	'$(BIN)/python' -m synthetic.demo --run '$(RUN)' --scene assets/sampleA --reference '$(STYLE)'
 
 # A file stays with one worker, which shares what its tests make; one thread each. Memory that is given back and asked
