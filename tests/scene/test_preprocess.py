@@ -87,6 +87,7 @@ def test_other_arguments_are_refused_and_results_kept(monkeypatch, tmp_path, inp
     assert (out / "multiviews" / "run").is_dir()
 
 
+@pytest.mark.slow
 def test_formats_and_up_axes_agree(monkeypatch, tmp_path):
     """GLB and OBJ (Y-up), PLY (Z-up) and OFF declared Y-up of one mesh give equal maps and edges."""
     boxes = [(np.divide(centre, 3.1), np.divide(extent, 3.1)) for centre, extent in BOXES]  # off all pixel boundaries

@@ -94,6 +94,7 @@ def test_plane_depth_is_exact(offset: float) -> None:
     assert flat.plane_depth(np.array([0]), np.zeros(3), np.array([[0.0, 0, -1]])).tolist() == [-5]
 
 
+@pytest.mark.slow
 def test_threads_share_a_caster() -> None:
     rng = np.random.default_rng(5)
     caster = RayCaster(make_geometry(rng.normal(size=(2000, 3, 3))))

@@ -39,6 +39,7 @@ def frames(folder: Path) -> np.ndarray:
     return np.array([read_image(path) for path in sorted(folder.glob("[0-9]*.png"))]).astype(int)
 
 
+@pytest.mark.slow
 def test_flags_that_guide_change_the_video_and_no_others_do(target: Path, tmp_path: Path):
     plain = contents(fill(target, tmp_path / "plain"))
     assert_same(contents(fill(target, tmp_path / "none", "--num_replacement", 0)), plain)
@@ -95,6 +96,7 @@ def test_another_mesh_is_another_input(target: Path, tmp_path: Path, capsys):
     assert "geometry_sha256" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_arcs_are_as_few_as_share_enough(tmp_path: Path, capsys, monkeypatch):
     mesh, cameras = write_boxes(tmp_path / "boxes.glb", *BOXES, up="y"), write_path(tmp_path / "path.json", 46, 30)
     common = ("--scene", mesh, "--cameras", cameras, *SMALL)

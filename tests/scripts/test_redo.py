@@ -21,6 +21,7 @@ def changed(before: dict[str, bytes], after: dict[str, bytes]) -> set[str]:
     return {name for name in before if before[name] != after[name]} - ALWAYS
 
 
+@pytest.mark.slow
 def test_one_anchor_is_drawn_anew_and_its_arc_filled_again(tmp_path: Path, filmed: Path, loras: Path, capsys):
     scene = shutil.copytree(filmed, tmp_path / "scene")
     run, video = scene / "multiviews" / RUN, scene / "multiviews" / RUN / VIDEO
@@ -43,6 +44,7 @@ def test_one_anchor_is_drawn_anew_and_its_arc_filled_again(tmp_path: Path, filme
     assert contents(video) == again
 
 
+@pytest.mark.slow
 def test_a_picture_takes_the_place_of_an_anchor(tmp_path: Path, filmed: Path, loras: Path):
     scene = shutil.copytree(filmed, tmp_path / "scene")
     run = scene / "multiviews" / RUN
@@ -52,6 +54,7 @@ def test_a_picture_takes_the_place_of_an_anchor(tmp_path: Path, filmed: Path, lo
     np.testing.assert_array_equal(read_image(anchor_path(run, 0)), read_image(picture))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "telling"),
     [

@@ -266,6 +266,7 @@ def test_layouts_are_found(dataset):
     assert [path.stem for path in clips[1].paths[:3]] == ["frame_1", "frame_2", "frame_3"]
 
 
+@pytest.mark.slow
 def test_a_clip_is_what_its_files_show(dataset):
     source = FolderClips(dataset, SIZE, captions=dataset.with_suffix(".json"))
     clip = source.load(1)

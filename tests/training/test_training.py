@@ -160,6 +160,7 @@ def test_gradients_are_clipped(tmp_path: Path):
 # Resuming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0, 0.5])
 def test_more_steps_go_on_to_the_same_bytes(tmp_path: Path, dropout: float):
     """Also with an objective that draws from the global generator."""
@@ -211,6 +212,7 @@ def change_a_byte(state: Path, name: str) -> None:
     (state / name).write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl", STATE_FOLDER]
 )

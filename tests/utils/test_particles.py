@@ -164,6 +164,7 @@ def test_disoccluded_cells_are_fresh_and_the_others_stay():
     np.testing.assert_allclose(after[:, 46:], before[:, 46:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="the published example is not here")
 @pytest.mark.parametrize("index", range(3))
 def test_follows_a_real_camera(index: int):

@@ -73,6 +73,7 @@ def test_the_index_agrees_with_the_files():
     assert sum(path.stat().st_size for path in COMMITTED.iterdir()) < 3e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHOSEN)
 def test_a_committed_picture_is_what_its_seeds_give(name: str):
     """It differs from other styles, other views, and the same picture moved by a pixel."""
