@@ -4,6 +4,7 @@
 
 The video is a run folder of ggi.py, a folder of numbered frames, or a video file, of 46 N or 45 N + 1 frames for a
 path of N arcs. A metric that lacks an input names it: `n/a: needs scene.glb`. docs/metrics.md explains all metrics.
+Those of a run folder, and the true frames, are shown on its page too.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import numpy as np
 from utils.cli import InputError, Parser, run_script
 from utils.images import read_image
 from utils.layout import find_scene, load_scene
-from utils.videos import read_frames
+from utils.videos.page import add_metrics, has_page
+from utils.videos.read import read_frames
 
 DIGITS = 6  # decimal places in JSON
 
@@ -47,12 +49,13 @@ def show_progress(items: Iterable, what: str) -> Iterable:
     return tqdm(items, desc=what, leave=False)
 
 
-def print_json(args: argparse.Namespace, frames: np.ndarray, num_arcs: int, values: dict) -> None:
+def describe(args: argparse.Namespace, frames: np.ndarray, num_arcs: int, values: dict) -> dict:
+    """The results as JSON values."""
     numbers = {name: round(v, DIGITS) if isinstance(v, float) else None for name, v in values.items()}
     missing = {name: v.reason for name, v in values.items() if not isinstance(v, float)}
     height, width = frames.shape[1:3]
     about = {"video": str(args.video), "frames": len(frames), "arcs": num_arcs, "size": [width, height]}
-    print(json.dumps(about | {"metrics": numbers, "missing": missing}, indent=2, allow_nan=False))
+    return about | {"metrics": numbers, "missing": missing}
 
 
 def print_table(values: dict) -> None:
@@ -87,8 +90,11 @@ def main() -> None:
 
     targets = load_targets(scene, (frames.shape[2], frames.shape[1]), show_progress)
     values = measure(frames, targets, reference=reference, truth=truth, progress=show_progress)
+    results = describe(args, frames, num_arcs, values)
+    if has_page(args.video):
+        add_metrics(args.video, results, truth)
     if args.json:
-        print_json(args, frames, num_arcs, values)
+        print(json.dumps(results, indent=2, allow_nan=False))
     else:
         print_table(values)
 

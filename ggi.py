@@ -3,7 +3,8 @@
     python ggi.py --target assets/sampleA/multiviews/RUN
 
 RUN is a folder that sag_generate_anchor_view.py wrote. Writes RUN/d0.5_e1350_n30/{0000.png …, video.mp4}: 46 numbered
-frames per arc; the video shows the frame that two arcs share once. The same command continues an interrupted run.
+frames per arc; the video shows the frame that two arcs share once; index.html beside it shows them in a browser. The
+same command continues an interrupted run.
 
     accelerate launch --num_processes 4 ggi.py --target RUN_A RUN_B … [--no-chain]
 
@@ -12,7 +13,7 @@ divides runs among processes, or single arcs with --no-chain; the files do not d
 
 import argparse
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -71,13 +72,14 @@ from utils.noise import load_or_make_noise
 from utils.runs import Run, is_first_process, open_run, require_distinct
 from utils.scene.carry import CarriedVideo, carry_anchors
 from utils.scene.scene_geometry import load_scene_geometry, missing_geometry
-from utils.video_run import VideoJob, arcs_to_refill, finish_video, is_done, save_arc
+from utils.videos.page import INDEX
+from utils.videos.run import VideoJob, arcs_to_refill, finish_video, is_done, make_page, save_arc
 
 if TYPE_CHECKING:
     from models.inbetween.pipeline import ArcInputs, InbetweenStage
 
 
-def parse_args() -> Arguments:
+def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     parser = Parser(__doc__)
     add, where = parser.add_argument, partial(parser.add_argument, decides=False)
     where(
@@ -112,7 +114,7 @@ def parse_args() -> Arguments:
     add_compile_flag(parser)
     add_memory_flags(parser)
     add_weight_flags(parser, GGI_STAGE)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def check_anchors(anchors: Sequence[Path]) -> None:
@@ -225,8 +227,10 @@ def main() -> None:
     for job in jobs if is_first_process() else ():
         if job.run.finished and job.run.manifest.get("fps") == args.fps:
             print(f"{job.run.folder} is finished")
+            if not (job.run.folder / INDEX).exists():
+                make_page(job, args.fps)
         else:
-            finish_video(job, args.fps)
+            finish_video(job, args.fps, carried_frames(job, args.sources) if job.geometry else None)
         print_results(job.run)
 
 
@@ -322,6 +326,12 @@ def carry_to(arc: Arc, job: VideoJob, sources: str) -> CarriedVideo:
     anchors = {ARC_STEPS * k: read_image(job.anchors[k]) for k in chosen}
     first = arc.first - 1
     return carry_anchors(job.geometry.caster, job.geometry.views, anchors, range(first, first + ARC_FRAMES))
+
+
+def carried_frames(job: VideoJob, sources: str) -> Iterator[np.ndarray]:
+    """The anchors carried to every frame of the video, those that two arcs share once."""
+    for arc in job.scene.arcs:
+        yield from carry_to(arc, job, sources).frames[bool(arc.index) :]
 
 
 def print_results(run: Run) -> None:

@@ -51,6 +51,7 @@ from utils.layout import (
     PREVIEW_FOLDER,
     REFERENCE_LATENT_SIZE,
     SCENE_FILE,
+    SCENE_MANIFEST,
     Arc,
     count_arcs,
     fit_sizes,
@@ -70,12 +71,11 @@ from utils.scene.raycast import RayCaster
 from utils.scene.survey import survey
 from utils.scene.views import View, correspondence, make_views
 
-MANIFEST = "preprocess.json"
 FPS = 24  # default for animated cameras
 SMALLEST_EDGES = 16  # pixels
 AUTO = "auto"
 FILES = ARC_FRAMES + LATENT_FRAMES  # edges, maps and corres_end.png of an arc
-OWNED = ("arc[0-9]", "arc[0-9][0-9]", "arc[0-9][0-9][0-9]", SCENE_FILE, CAMERAS_FILE, MANIFEST, PREVIEW_FOLDER)
+OWNED = ("arc[0-9]", "arc[0-9][0-9]", "arc[0-9][0-9][0-9]", SCENE_FILE, CAMERAS_FILE, SCENE_MANIFEST, PREVIEW_FOLDER)
 
 
 def parse_args() -> argparse.Namespace:
@@ -227,7 +227,7 @@ def main() -> None:
         if count:
             print(f"note: {count} {kind} faces of {args.scene} are left out")
     arguments = result_arguments(args, geometry, path)
-    run = open_run(args.output, arguments, overwrite=args.overwrite, owned=OWNED, manifest_name=MANIFEST)
+    run = open_run(args.output, arguments, overwrite=args.overwrite, owned=OWNED, manifest_name=SCENE_MANIFEST)
     if args.write_camera_path:
         write_camera_path(args.write_camera_path, path)
     arcs = [Arc(i, args.output / f"arc{i}") for i in range(count_arcs(len(path.c2w)))]

@@ -104,7 +104,7 @@ class AnchorJob:
     redo: Sequence[int] = ()
 
 
-def parse_args() -> Arguments:
+def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     parser = Parser(__doc__)
     add, where = parser.add_argument, partial(parser.add_argument, decides=False)
     where("--target", type=Path, nargs="+", required=True, metavar="SCENE", help="scene folders with arc0, arc1, …")
@@ -141,7 +141,7 @@ def parse_args() -> Arguments:
     add_compile_flag(parser)
     add_memory_flags(parser)
     add_weight_flags(parser, FLUX_STAGE)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def picture_choice(text: str) -> tuple[int, Path]:
@@ -304,7 +304,8 @@ def draw_anchors(
         with tqdm(total=steps, desc="anchors", unit="step", disable=not runtime.is_main) as progress:
             for job in mine:
                 stage.put_on(job.pfix)
-                job.run.begin(weights=weights, scene=str(job.scene.folder.resolve()), **added)
+                noted = {"lora_folder": str(loras[job.pfix][0].parents[1].resolve())}
+                job.run.begin(weights=weights, scene=str(job.scene.folder.resolve()), **noted, **added)
                 draw_job(stage, job, progress)
     runtime.wait()
 

@@ -25,7 +25,7 @@ from utils.images import contact_sheet, read_image, resize_image, write_image, w
 from utils.layout import ARC_STEPS, CAMERAS_FILE, SCENE_FILE, VIDEO_FILE, Scene, find_anchors, load_scene
 from utils.runs import MANIFEST
 from utils.scene.scene_geometry import load_scene_geometry
-from utils.videos import read_frames
+from utils.videos.read import read_frames
 
 SHEET_FILE, MP4_FILE = "demo.png", "demo.mp4"
 SHEET_WIDTH, MOMENTS = 1600, 9  # pixels, and columns: fewer or more where moments do not divide evenly over the arcs

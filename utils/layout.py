@@ -215,6 +215,7 @@ def _one_size(sizes: dict[Path, tuple[int, int]]) -> tuple[int, int]:
 # --- runs: anchors of a scene, videos of anchors, LoRAs ---
 
 MANIFEST = "run.json"  # in every folder that a script owns
+SCENE_MANIFEST = "preprocess.json"  # the same in a scene folder, which holds runs of its own
 MULTIVIEWS = "multiviews"
 CONTACT_SHEET, VIDEO_FILE = "contact_sheet.png", "video.mp4"
 LOSS_FILE, LOSS_CURVE = "loss.csv", "loss.png"

@@ -12,6 +12,7 @@ import os
 import platform
 import resource
 import secrets
+import shlex
 import shutil
 import sys
 import time
@@ -116,7 +117,7 @@ class Run:
             self.replaces = False  # a second call must not remove the new results
         self.folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(self.folder)
-        self.save(**entries, finished=False)
+        self.save(command=given_command(), **entries, finished=False)
 
     def save(self, **entries: object) -> None:
         """Merge `entries`, and the wall time over all attempts so far, into the manifest."""
@@ -199,6 +200,11 @@ def versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def given_command() -> str:
+    """The command line of this process, as a shell takes it; without a launcher in front of it."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def peak_memory_mib() -> dict[str, int]:

@@ -21,7 +21,7 @@ from utils.files import write_json
 from utils.images import write_image, write_video
 from utils.layout import CAMERAS_FILE, SCENE_FILE, VIDEO_FILE, find_scene, frame_path, load_scene
 from utils.runs import MANIFEST
-from utils.videos import read_frames
+from utils.videos.read import read_frames
 
 SAMPLE, REFERENCE = ROOT / "assets" / "sampleA", ROOT / "assets" / "references" / "boxtown.png"
 SIZE = (36, 24)  # width, height

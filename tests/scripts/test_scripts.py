@@ -109,7 +109,8 @@ def test_anchors_of_every_arc(anchored: Path):
 def test_video_of_every_arc(filmed: Path):
     folder = filmed / "multiviews" / RUN / VIDEO
     numbered = [f"{i:04d}.png" for i in range(46 * NUM_ARCS)]
-    assert {p.name for p in folder.iterdir()} == {*numbered, "chain", "video.mp4", "contact_sheet.png", MANIFEST}
+    others = {"chain", "page", "video.mp4", "contact_sheet.png", "index.html", MANIFEST}
+    assert {p.name for p in folder.iterdir()} == {*numbered, *others}
     frames = [read_image(folder / name) for name in numbered]
     assert {frame.shape for frame in frames} == {(*SIZE[::-1], 3)}
     metadata, count = probe_video(folder / "video.mp4")

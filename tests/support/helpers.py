@@ -19,6 +19,7 @@ from tests.support import warm
 from tests.support.small import small_weights
 from utils.cli import run_script
 from utils.runs import MANIFEST
+from utils.videos.page import CONTENTS, INDEX
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -118,13 +119,16 @@ def wait_for(path: Path, process: warm.Processes) -> None:
 
 
 def contents(folder: Path, *left_out: str) -> dict[str, bytes]:
-    """{name: bytes} of all files below `folder`, except manifests, event logs, and names that hold a `left_out`."""
+    """{name: bytes} of files below `folder`, except manifests, event logs, and names that hold a `left_out`.
+
+    Nor pages, which name the command.
+    """
     return {name: path.read_bytes() for name, path in _files(folder) if not any(part in name for part in left_out)}
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST and "tfevents" not in path.name:
+        if path.is_file() and path.name not in (MANIFEST, INDEX, CONTENTS) and "tfevents" not in path.name:
             yield str(path.relative_to(folder)), path
 
 
@@ -172,6 +176,16 @@ def probe_video(path: Path) -> tuple[dict, int]:
     frames = imageio_ffmpeg.read_frames(str(path))
     metadata = next(frames)
     return metadata, sum(1 for _ in frames)
+
+
+def open_in_chromium(page: Path) -> str:
+    """The document that headless Chromium makes of a file; fails if anything is printed to its console."""
+    line = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    line += ["--enable-logging=stderr", f"--user-data-dir={page.parent}/.profile", page.as_uri()]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=SECONDS)
+    printed = [text for text in done.stderr.splitlines() if "CONSOLE" in text]
+    assert not printed, printed
+    return done.stdout
 
 
 def profiled_peak(step: Callable[[], object]) -> int:

@@ -1,6 +1,6 @@
 """The run of one video: save the frames of its arcs, tell which are done, write the mp4 and the contact sheet."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from utils.layout import (
 )
 from utils.runs import Run
 from utils.scene.scene_geometry import SceneGeometry
+from utils.videos.page import METRICS, collect, write_page
 
 SHEET_COLUMNS = 8  # frames per arc on the contact sheet
 
@@ -50,6 +51,8 @@ class VideoJob:
         for arc in (self.scene.arcs[k] for k in self.refill):
             for path in [*arc_frame_paths(self.run, arc), latents_path(self.run.folder, arc.index)]:
                 path.unlink(missing_ok=True)
+        if self.refill:
+            (self.run.folder / METRICS).unlink(missing_ok=True)  # of the old arcs
 
 
 def anchor_hashes(anchors: Sequence[Path]) -> list[str]:
@@ -84,8 +87,8 @@ def save_arc(run: Run, arc: Arc, frames: np.ndarray) -> None:
     latents_path(run.folder, arc.index).unlink(missing_ok=True)
 
 
-def finish_video(job: VideoJob, fps: int) -> None:
-    """Write video and contact sheet from the saved frames."""
+def finish_video(job: VideoJob, fps: int, carried: Iterable[np.ndarray] | None = None) -> None:
+    """Write video, contact sheet and page from the saved frames. carried: for the page, see `collect`."""
     run, arcs = job.run, job.scene.arcs
     shown = [path for arc in arcs for path in arc_frame_paths(run, arc)[bool(arc.index) :]]
     write_video(run.folder / VIDEO_FILE, (read_image(path) for path in shown), fps)
@@ -99,4 +102,12 @@ def finish_video(job: VideoJob, fps: int) -> None:
     write_image(run.folder / CONTACT_SHEET, contact_sheet(rows))
     for arc in arcs:  # left by an arc that was interrupted at the very end
         latents_path(run.folder, arc.index).unlink(missing_ok=True)
+    make_page(job, fps, carried)
     run.finish(fps=fps)
+
+
+def make_page(job: VideoJob, fps: int, carried: Iterable[np.ndarray] | None = None) -> None:
+    """Write the page of a video that is complete."""
+    height, width = (8 * cells for cells in job.noises[0].shape[1:3])
+    collect(job.run.folder, job.anchors, job.scene, (width, height), fps, carried)
+    write_page(job.run.folder)
