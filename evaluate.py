@@ -17,7 +17,7 @@ import numpy as np
 from utils.cli import InputError, Parser, run_script
 from utils.images import read_image
 from utils.layout import find_scene, load_scene
-from utils.videos.page import add_metrics, has_page
+from utils.videos.page import add_to_page, has_page
 from utils.videos.read import read_frames
 
 DIGITS = 6  # decimal places in JSON
@@ -91,12 +91,12 @@ def main() -> None:
     targets = load_targets(scene, (frames.shape[2], frames.shape[1]), show_progress)
     values = measure(frames, targets, reference=reference, truth=truth, progress=show_progress)
     results = describe(args, frames, num_arcs, values)
-    if has_page(args.video):
-        add_metrics(args.video, results, truth)
     if args.json:
         print(json.dumps(results, indent=2, allow_nan=False))
     else:
         print_table(values)
+    if has_page(args.video):
+        add_to_page(args.video, results=results, truth=truth)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 RUN is a folder of sag_generate_anchor_view.py that holds a video of ggi.py. Writes demo.png and demo.mp4
 beside that video. A reference of synthetic/reference.py has a known style: the scene is then rendered exactly in it,
-as a perfect video would show it. Without one there are no true frames.
+as a perfect video would show it; so does its page. Without one there are no true frames.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from utils.images import contact_sheet, read_image, resize_image, write_image, w
 from utils.layout import ARC_STEPS, CAMERAS_FILE, SCENE_FILE, VIDEO_FILE, Scene, find_anchors, load_scene
 from utils.runs import MANIFEST
 from utils.scene.scene_geometry import load_scene_geometry
+from utils.videos.page import add_to_page, has_page
 from utils.videos.read import read_frames
 
 SHEET_FILE, MP4_FILE = "demo.png", "demo.mp4"
@@ -144,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     edges = edge_paths(scene)
     write_video(folder / MP4_FILE, panels(edges, frames, truth), fps)
     write_image(folder / SHEET_FILE, demo_sheet((args.reference.stem, picture), anchors, edges, frames, truth))
+    if has_page(folder):
+        add_to_page(folder, truth=truth)
     print(folder / MP4_FILE)
     print(folder / SHEET_FILE)
 

@@ -67,7 +67,7 @@ def collect(
     manifests = dict(find_manifests(run, scene.folder))
     references = [_thumbnail(path, folder / f"reference_{i:02d}.jpg") for i, path in enumerate(find_references(run))]
     contents = {
-        "title": f"{scene.folder.name} · {run.name} · {video.name}",
+        "title": " · ".join(path.absolute().name for path in (scene.folder, run, video)),
         "fps": fps,
         "size": size,
         "frames": [frame_path(Path(), i).name for i in shown_frames(len(scene.arcs))],
@@ -145,9 +145,10 @@ def has_page(video: Path) -> bool:
     return (page_folder(video) / CONTENTS).is_file()
 
 
-def add_metrics(video: Path, results: Mapping, truth: np.ndarray | None) -> None:
-    """Show results of evaluate.py on the page of a video, and the true frames, uint8 [45 N + 1, H, W, 3]."""
-    write_json(video / METRICS, results)
+def add_to_page(video: Path, *, results: Mapping | None = None, truth: np.ndarray | None = None) -> None:
+    """Show results of evaluate.py on the page of a video, or the true frames, uint8 [45 N + 1, H, W, 3]."""
+    if results is not None:
+        write_json(video / METRICS, results)
     if truth is not None:
         write_video(page_folder(video) / "truth.mp4", truth, LAYER_FPS)
     write_page(video)

@@ -92,3 +92,12 @@ class Player {
     this.onMoment(this.k, this.playing);
   }
 }
+
+// A video element of an mp4 that is part of the page, in base64.
+function embedded(mp4) {
+  const bytes = Uint8Array.from(atob(mp4), (letter) => letter.charCodeAt(0));
+  const video = document.createElement("video");
+  Object.assign(video, { muted: true, playsInline: true, preload: "auto" });
+  video.src = URL.createObjectURL(new Blob([bytes], { type: "video/mp4" }));
+  return video;
+}
