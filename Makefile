@@ -1,4 +1,4 @@
-# make demo   set up everything, then run the whole pipeline on the tiny weights; leaves a video and demo.png
+# make demo   set up everything, then run the whole pipeline on the tiny weights; leaves a video, its page and demo.png
 # make test   set up everything, then run all tests; with another Python: make test PYTHON=python3.13
 # make test-fast  the tests that are not marked slow, of every room something: for daily work
 # make sample make the committed scene folder and reference pictures again
@@ -30,7 +30,6 @@ SEED := 42
 THREADS := 2
 # make demo FLAGS=--overwrite after a change of RATE, BATCH, TRUE_GS or GUIDANCE, which no folder is named after
 FLAGS :=
-TINY = --weights tiny --device cpu $(FLAGS)
 NAME = $(shell name=$$(basename '$(STYLE)'); echo "$${name%.*}")
 # The folder of the anchors; sampleA has three.
 RUN = $(OUT)/$(shell '$(BIN)/python' -c 'import sys; from utils.layout import anchor_run_name as name; \
@@ -42,12 +41,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: demo test test-fast lint sample tiny-weights clean
 
 demo: $(SETUP)
-	OMP_NUM_THREADS=$(THREADS) '$(BIN)/python' sag_distribution_alignment.py --path_image '$(STYLE)' --prompt '$(PROMPT)' \
-		--pfix '$(NAME)' --max_train_steps $(STEPS) --learning_rate $(RATE) --train_batch_size $(BATCH) \
-		--output_dir '$(OUT)/loras' $(TINY)
-	'$(BIN)/python' sag_generate_anchor_view.py --epoch $(STEPS) --target assets/sampleA --prompt '$(PROMPT)' --pfix '$(NAME)' \
-		--num_replacement 12 --true_gs $(TRUE_GS) --seed $(SEED) --loras '$(OUT)/loras' --output_dir '$(OUT)' $(TINY)
-	'$(BIN)/python' ggi.py --target '$(RUN)' --scene assets/sampleA --prompt '$(PROMPT)' --guidance_scale $(GUIDANCE) $(VIDEO) $(TINY)
+	'$(BIN)/python' generate.py --scene assets/sampleA --reference '$(STYLE)' --name '$(NAME)' --prompt '$(PROMPT)' \
+		--seed $(SEED) --output '$(OUT)' --threads $(THREADS) --weights tiny --device cpu $(FLAGS) -- \
+		--alignment.max_train_steps $(STEPS) --alignment.learning_rate $(RATE) --alignment.train_batch_size $(BATCH) \
+		--anchors.true_gs $(TRUE_GS) --ggi.guidance_scale $(GUIDANCE) $(patsubst --%,--ggi.%,$(VIDEO))
 	'$(BIN)/python' -m synthetic.demo --run '$(RUN)' --scene assets/sampleA --reference '$(STYLE)'
 
 # A file stays with one worker, which shares what its tests make; one thread each. Memory that is given back and asked

@@ -203,8 +203,8 @@ def open_job(args: Arguments, preset: Preset, target: Path) -> VideoJob:
     return VideoJob(scene, anchors, noises, run, prompt, geometry, refill)
 
 
-def main() -> None:
-    args = parse_args()
+def prepare(args: Arguments) -> tuple[Preset, Path]:
+    """Check all that the anchors do not decide; fills in sizes. Returns the preset and the transformer's folder."""
     find_ffmpeg()  # needed at the end: told at the start
     preset = load_preset(args.weights)
     args.width, args.height = args.width or preset.video_size[0], args.height or preset.video_size[1]
@@ -215,6 +215,12 @@ def main() -> None:
     require_video_transformer(transformer)
     check_size(args, read_json(transformer / "config.json"))
     check_carrying(args)
+    return preset, transformer
+
+
+def main() -> None:
+    args = parse_args()
+    preset, transformer = prepare(args)
     jobs = [open_job(args, preset, target) for target in args.target]
     require_distinct([job.run for job in jobs])
     for job in jobs:

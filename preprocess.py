@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -78,7 +78,7 @@ FILES = ARC_FRAMES + LATENT_FRAMES  # edges, maps and corres_end.png of an arc
 OWNED = ("arc[0-9]", "arc[0-9][0-9]", "arc[0-9][0-9][0-9]", SCENE_FILE, CAMERAS_FILE, SCENE_MANIFEST, PREVIEW_FOLDER)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--scene", type=Path, required=True, help="mesh: GLB, glTF, OBJ, PLY, STL or OFF")
@@ -113,7 +113,7 @@ def parse_args() -> argparse.Namespace:
     add("--preview", action="store_true", help="also write a contact sheet, an mp4 of the edges and a view from above")
     add("--write_camera_path", type=Path, help="also write the path as camera_path.json for nerfstudio's viewer")
     add("--overwrite", action="store_true", help="replace arcs that were made with other arguments")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def read_path(args: argparse.Namespace) -> CameraPath:
@@ -212,8 +212,8 @@ def _sha256(*arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def main() -> None:
-    args = parse_args()
+def prepare(args: argparse.Namespace) -> tuple[Geometry, CameraPath, Run]:
+    """Read and check everything: the mesh in the cameras' world, the sampled path, the run. Fills in sizes."""
     check_arguments(args)
     choose_sizes(args)
     geometry = load_geometry(args.scene, args.scene_up and f"+{args.scene_up}")
@@ -228,6 +228,12 @@ def main() -> None:
             print(f"note: {count} {kind} faces of {args.scene} are left out")
     arguments = result_arguments(args, geometry, path)
     run = open_run(args.output, arguments, overwrite=args.overwrite, owned=OWNED, manifest_name=SCENE_MANIFEST)
+    return geometry, path, run
+
+
+def main() -> None:
+    args = parse_args()
+    geometry, path, run = prepare(args)
     if args.write_camera_path:
         write_camera_path(args.write_camera_path, path)
     arcs = [Arc(i, args.output / f"arc{i}") for i in range(count_arcs(len(path.c2w)))]

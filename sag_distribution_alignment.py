@@ -12,6 +12,7 @@ curve, and a copy of the references. The same command continues an interrupted r
 uninterrupted one.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from utils.layout import find_checkpoints
 from utils.runs import Run, open_run
 
 
-def parse_args() -> Arguments:
+def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     parser = Parser(__doc__)
     add, where = parser.add_argument, partial(parser.add_argument, decides=False)
     where("--path_image", type=Path, nargs="+", required=True, metavar="PNG", help="reference picture(s)")
@@ -56,7 +57,7 @@ def parse_args() -> Arguments:
     add_attention_flag(parser)
     add_memory_flags(parser)
     add_weight_flags(parser, FLUX_STAGE)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def resume_step(args: Arguments, run: Run) -> int | None:
@@ -71,8 +72,8 @@ def resume_step(args: Arguments, run: Run) -> int | None:
     return None if wanted == "latest" else int(wanted)
 
 
-def main() -> None:
-    args = parse_args()
+def prepare(args: Arguments) -> tuple[Preset, list[Reference], Run]:
+    """Read and check everything that needs no network. Fills in what the weights decide."""
     preset = load_preset(args.weights)
     args.resolution = args.resolution or preset.resolution
     args.edges = args.edges or preset.edges
@@ -94,6 +95,12 @@ def main() -> None:
         defaults=args.defaults(),
     )
     settle_precision(args, [run])
+    return preset, references, run
+
+
+def main() -> None:
+    args = parse_args()
+    preset, references, run = prepare(args)
     first_step = resume_step(args, run)
     trained = run.trained_steps if first_step is None else first_step
     if trained >= args.max_train_steps:

@@ -129,6 +129,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     add("--width", type=positive_int, help="pixels (default: the weights' preset, else the edge frames' width)")
     add("--height", type=positive_int, help="pixels (default: the weights' preset, else the edge frames' height)")
     where("--output_dir", type=Path, help="folder to put the run into (default: SCENE/multiviews)")
+    where("--first", type=positive_int, metavar="N", help="draw the first N anchors only, for an early look")
     where(
         "--redo", type=non_negative_int, nargs="+", default=[], metavar="K", help="anchors of a finished run, from 0"
     )
@@ -300,21 +301,21 @@ def draw_anchors(
     with runtime.advise_on_oom():
         stage = AnchorStage(runtime, paths, states, prompts, settings_of(AnchorSettings, args), others)
         mine = runtime.share(jobs)
-        steps = sum(len(job.redo or job.prompts) for job in mine) * args.num_steps
+        steps = sum(len(job.redo or job.prompts[: args.first]) for job in mine) * args.num_steps
         with tqdm(total=steps, desc="anchors", unit="step", disable=not runtime.is_main) as progress:
             for job in mine:
                 stage.put_on(job.pfix)
                 noted = {"lora_folder": str(loras[job.pfix][0].parents[1].resolve())}
                 job.run.begin(weights=weights, scene=str(job.scene.folder.resolve()), **noted, **added)
-                draw_job(stage, job, progress)
+                draw_job(stage, job, progress, args.first)
     runtime.wait()
 
 
-def draw_job(stage: "AnchorStage", job: AnchorJob, progress: tqdm) -> None:
-    """Draw all anchors of one scene, in order, and their contact sheet."""
+def draw_job(stage: "AnchorStage", job: AnchorJob, progress: tqdm, first: int | None = None) -> None:
+    """Draw all anchors of one scene, in order, and their contact sheet; the `first` only, if given, without one."""
     from models.latents import find_or_make
 
-    for k in job.redo or range(len(job.prompts)):
+    for k in job.redo or range(len(job.prompts[:first])):
         end = progress.n + stage.settings.num_steps
         path, kept = anchor_path(job.run.folder, k), anchor_latents_path(job.run.folder, k)
         if job.redo:
@@ -325,6 +326,8 @@ def draw_job(stage: "AnchorStage", job: AnchorJob, progress: tqdm) -> None:
             job.run.save()
         kept.unlink(missing_ok=True)
         progress.update(end - progress.n)
+    if not job.redo and first and first < len(job.prompts):
+        return
     write_image(job.run.folder / CONTACT_SHEET, anchor_sheet(job.scene, job.run.folder))
     redone = {str(k): {"seed": job.seed, "prompt": job.prompts[k]} for k in job.redo}
     job.run.finish(**({"redone": job.run.manifest.get("redone", {}) | redone} if redone else {}))

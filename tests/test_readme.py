@@ -88,8 +88,9 @@ def test_make_demo_leaves_a_video(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     printed = [line for line in done.stdout.splitlines() if " " not in line]  # the others are make's commands
     paths = [Path(line) for line in printed if line.endswith((".png", ".mp4"))]
-    assert [path.name for path in paths[-4:]] == ["video.mp4", "contact_sheet.png", "demo.mp4", "demo.png"]
+    assert [path.name for path in paths[-4:]] == ["contact_sheet.png", "video.mp4", "demo.mp4", "demo.png"]
     assert all(path.is_file() for path in paths[-4:])
-    metadata, frames = probe_video(paths[-4])
+    assert str(paths[-3].with_name("index.html")) in printed
+    metadata, frames = probe_video(paths[-3])
     assert frames == 91 and metadata["size"] == (144, 96)
     assert probe_video(paths[-2])[1] == 91

@@ -1,0 +1,131 @@
+"""The whole chain in one command: what it refuses before it begins, what it tells, how it goes on after a kill."""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from models.runtime.chain import split_flags
+from tests.scene.preprocess_common import BOXES, write_boxes, write_path
+from tests.support.helpers import ROOT, SECONDS, assert_same, call, contents, write_picture
+from tests.support.stages import STATE
+from utils.cli import InputError
+from utils.files import read_json
+from utils.layout import find_checkpoints
+
+QUICK = """--preprocess.edge_size 144x96 --preprocess.map_size 72x48 --preprocess.latent_size 18x12
+    --alignment.max_train_steps 4 --alignment.checkpointing_steps 2 --anchors.num_steps 4 --anchors.num_replacement 2
+    --ggi.num_inference_steps 2"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """--scene, --cameras and --reference of one arc, their files with a space in their names."""
+    folder = tmp_path_factory.mktemp("my files")
+    mesh, cameras = write_boxes(folder / "boxes.glb", *BOXES, up="y"), write_path(folder / "path.json", 46)
+    return ("--scene", mesh, "--cameras", cameras, "--reference", write_picture(folder / "a style.png", 160, 120))
+
+
+@pytest.mark.parametrize(
+    ("flags", "telling"),
+    [
+        (("--scene", "missing.glb"), "missing.glb"),
+        (("--scene", "tests"), "tests is a folder: --cameras and --path go with a mesh"),
+        (("--cameras", "missing.json"), "missing.json"),
+        (("--path", "orbit"), "either --cameras FILE or --path"),
+        (("--reference", "missing.png"), "missing.png does not exist"),
+        (("--name", "a/b"), "'a/b' is not one plain folder name"),
+        (("--", "--ggi.width", 40), "40x32"),
+        (("--", "--ggi.speed", 2), "ggi.py: unrecognized arguments: --speed 2"),
+        (("--", "--anchors.height", 3), "--height 3: these weights need a multiple"),
+        (("--", "--anchors.seed", -1), "a video needs one of each"),
+        (("--", "--anchors.pfix", "a", "b"), "a video needs one of each"),
+        (("--", "--ggi.target", "a", "b"), "one video at a time"),
+        (("--", "--alignment.resolution", 41), "--resolution 41: these weights need a multiple"),
+        (("--", "--ggi.cogvideox", "missing/folder/here"), "missing/folder/here"),
+        (("--", "--ggi.model_path", "missing"), "missing"),
+        (("--", "--video.width", 48), "--width: after -- come flags such as"),
+    ],
+)
+def test_what_a_stage_would_refuse_is_refused_at_once(
+    tmp_path: Path, inputs: tuple, capsys, flags: tuple, telling: str
+):
+    assert call("generate", *inputs, "--output", tmp_path / "out", *flags) == 2
+    printed = capsys.readouterr()
+    assert telling in printed.err and printed.err.count("\n") == 1 and not printed.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_lora_of_the_name_is_refused_at_once(tmp_path: Path, inputs: tuple, loras: Path, capsys):
+    shutil.copytree(loras, tmp_path / "out" / "loras")
+    assert call("generate", *inputs, "--output", tmp_path / "out", "--name", "town") == 2
+    assert "holds a run with other arguments" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "scene").exists()
+
+
+def test_flags_go_to_their_stages():
+    words = ["--b.x", "1", "2", "--a.no-chain", "--b.y", "--z"]
+    assert split_flags(words, ("a", "b")) == {"a": ["--no-chain"], "b": ["--x", "1", "2", "--y", "--z"]}
+    with pytest.raises(InputError, match="after -- come flags"):
+        split_flags(["1"], ("a",))
+
+
+def command(inputs: tuple, output: Path, *flags: object) -> list[str]:
+    words = (*inputs, "--output", output, "--weights", "tiny", "--device", "cpu", *flags, "--", *shlex.split(QUICK))
+    return [sys.executable, str(ROOT / "generate.py"), *map(str, words)]
+
+
+def end(line: list[str], cache: Path) -> list[str]:
+    """Run to the end; returns the lines of standard output."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+def kill_when_there(line: list[str], folder: Path, pattern: str) -> None:
+    """Kill generate.py alone as soon as a file is there: the stage must not go on without it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder.parent / "other cache")}
+    process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + SECONDS
+    while not any(folder.glob(pattern)) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    printed, _ = process.communicate(timeout=60)  # ends when the stage has let go of the pipe too
+    assert process.returncode == -signal.SIGKILL, printed
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_it_ends_with_the_same_files(tmp_path: Path, inputs: tuple):
+    whole, killed, cache = tmp_path / "whole", tmp_path / "killed", tmp_path / "cache"
+    printed = end(command(inputs, whole), cache)
+    video, page = map(Path, printed[-2:])
+    assert (video.name, page.name) == ("video.mp4", "index.html") and video.is_file() and page.is_file()
+    told = [line.split() for line in printed[:4]]
+    assert [words[:3] for words in told] == [
+        ["preprocess", "59", "files,"],
+        ["alignment", "4", "steps,"],
+        ["anchors", "8", "steps,"],
+        ["ggi", "2", "steps,"],
+    ]
+    assert not any("about" in words for words in told) and len(read_json(*cache.rglob("*.json"))) == 4
+    assert "preprocess.py --scene" in page.read_text() and "ggi.py --target" in page.read_text()
+
+    printed = end(command(inputs, killed, "--preview"), cache)
+    assert all(", about " in line for line in printed[:2])
+    picture = Path(printed[-1])
+    assert picture.parent.parent == killed / "preview"
+    assert [path.name for path in picture.parent.glob("*.png")] == ["image_00.png"]
+    assert list(find_checkpoints(killed / "loras" / "a style")) == [2]
+    shutil.rmtree(killed / "scene")
+    for pattern in ("scene/scene.glb", "loras/*/checkpoint-4", "*_e004_*/image_00.png", "*_e004_*/d0.5*/0000.png"):
+        kill_when_there(command(inputs, killed), killed, pattern)
+    end(command(inputs, killed), cache)
+    found, wanted = (contents(folder, "preview/", "preprocess.json", STATE) for folder in (killed, whole))
+    assert_same(found, wanted)
