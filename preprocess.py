@@ -126,7 +126,7 @@ def read_path(args: argparse.Namespace) -> CameraPath:
         fov=args.fov,
         axes=args.camera_axes,
     )
-    if args.camera_axes is None and args.cameras.suffix.lower() not in (".glb", ".gltf"):  # whose axes are certain
+    if args.camera_axes is None and args.cameras.suffix.lower() not in (".glb", ".gltf"):  # glTF fixes its axes
         for warning in suspicions(path):
             print(f"warning: {args.cameras}: {warning}", file=sys.stderr)
     return path.subset(*map(int, args.frames.split(":"))) if args.frames else path

@@ -1,4 +1,4 @@
-"""Numbers that are not finite stop a run: NaN and infinity in weights, LoRAs, losses, latents and pictures.
+"""Stop a run at NaN and infinity: in weights, LoRAs, losses, latents and pictures.
 
 A tensor is checked on its own device by its smallest and largest value: one pass, no copy, and one answer for all
 tensors of a network. NaN spreads through a network, so weights and results are checked, and nothing in between.
@@ -31,7 +31,7 @@ def are_finite(tensors: Iterable[torch.Tensor]) -> list[bool]:
 def _extremes(tensor: torch.Tensor) -> torch.Tensor:
     """Smallest and largest value, float32 [2]; both are NaN if any value is."""
     tensor = tensor.detach()
-    if tensor.element_size() == 1:  # torch compares no 8-bit floats
+    if tensor.element_size() == 1:  # torch cannot compare 8-bit floats
         tensor = tensor.to(torch.bfloat16)
     return torch.stack(torch.aminmax(tensor)).float()
 

@@ -61,14 +61,14 @@ def add_lora_flag(parser: Parser) -> None:
         action="extend",
         nargs="+",
         default=[],
-        decides=False,  # its content does, not where it lies
+        decides=False,  # its content decides the result, not its path
         metavar="FILE[:WEIGHT]",
         help="LoRAs of other programs (kohya, ai-toolkit, XLabs, BFL …) to add to FLUX; weight 1 if not given",
     )
 
 
 def weighted_file(text: str) -> tuple[Path, float]:
-    """argparse type: an existing file, and the weight behind a colon, or 1."""
+    """argparse type: an existing file, and the weight after a colon, or 1."""
     path, _, weight = text.rpartition(":")
     found = (Path(text), 1.0) if Path(text).exists() or not path else (Path(path), finite_float(weight))
     if not found[0].is_file():

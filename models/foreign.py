@@ -1,7 +1,7 @@
-"""Networks of others: whether each is what it is taken for, and whether they fit together, before any is loaded.
+"""Check networks that a user brings, before loading: each has the expected architecture, and they fit together.
 
-Only configurations and the headers of files are read. Every function raises InputError that says in one line what a
-network is and what is needed instead.
+Reads only configurations and the headers of files. Every InputError says in one line what a network is and what is
+needed instead.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from utils.runs import is_first_process
 
 FLUX_CHANNELS, LATENT_CHANNELS = 64, 16  # of packed latents, and of both VAEs
 KNOWN_CHANNELS = {384: "FLUX.1 Fill-dev", 128: "FLUX.1 Canny-dev or Depth-dev"}
-# what lies in a file, by a key that only such files have
+# part of a tensor's name that only such files have -> what the file holds
 CONTENTS = {
     ".quant_state.": "weights quantised by bitsandbytes",
     "._data": "weights quantised by quanto",
@@ -137,7 +137,7 @@ def read_config(name: str, path: Path) -> dict:
 
 
 def read_folder_config(name: str, folder: Path) -> dict:
-    """The config as it is written."""
+    """Read config.json, without defaults, and check its class."""
     config = read_json(folder / "config.json")
     found = config.get("_class_name", NETWORKS[name])
     if found != NETWORKS[name]:

@@ -34,7 +34,7 @@ class Source:
 
     @property
     def names(self) -> list[str]:
-        """The repository's name, and its others, under which the cache may hold it."""
+        """All names under which the cache may hold the repository, its own first."""
         others = [name for name in RENAMED if self.repo.startswith(RENAMED) and not self.repo.startswith(name)]
         return [self.repo, *(name + self.repo.partition("/")[2] for name in others)]
 
@@ -94,7 +94,7 @@ def other_commits(source: Source) -> list[str]:
 def check_access(name: str, source: Source, lack: str, instead: str = "") -> None:
     """Raise InputError unless this user can download the repository now.
 
-    name: the flag that names another source. lack: what a download is to bring. instead: what else there is.
+    name: the flag that names another source. lack: what is to be downloaded. instead: other ways out, for the message.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -120,7 +120,7 @@ def check_access(name: str, source: Source, lack: str, instead: str = "") -> Non
 
 
 def _quoted(error: "HfHubHTTPError") -> str:
-    """What the hub itself says of a refusal; it may be the token that lacks a right."""
+    """The hub's own words on a refusal, such as a token that lacks a right."""
     return f" (the hub: {error.server_message})" if getattr(error, "server_message", None) else ""
 
 

@@ -1,4 +1,4 @@
-"""What text encoders leave out of a prompt: they read so many tokens, and cut off the rest without a word."""
+"""Warn about prompts that are too long: text encoders silently truncate them to a number of tokens."""
 
 import sys
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ def cut_off(tokenizer, prompt: str, limit: int) -> str:
 
 
 def warn_of_cuts(encoder: str, tokenizer, prompts: Iterable[str], limit: int) -> None:
-    """Say on stderr, a line per prompt, what an encoder of `limit` tokens does not read."""
+    """Print on stderr, a line per prompt, the part that an encoder of `limit` tokens does not read."""
     cuts = [cut for prompt in dict.fromkeys(prompts) if (cut := cut_off(tokenizer, prompt, limit))]
     for cut in cuts[:MOST_SHOWN] if is_first_process() else ():
         shown, more = cut[:MOST_CHARACTERS], len(cut) - MOST_CHARACTERS

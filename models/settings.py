@@ -25,7 +25,7 @@ LOGS = ["tensorboard", "none"]
 AUTO = "auto: bf16 for full weights, and for tiny ones where the device computes in it, else no"
 
 
-CONTROL_MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "lq")  # InstantX' and Shakker's numbers of them
+CONTROL_MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "lq")  # in InstantX' and Shakker's order
 
 
 def control_mode(text: str) -> int:

@@ -23,7 +23,7 @@ ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TI
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read a picture as uint8 RGB [H, W, 3]: upright, its transparent parts on white, 16 bits brought to 8.
+    """Read a picture as uint8 RGB [H, W, 3]: upright, its transparent parts on white, 16 bits reduced to 8.
 
     Raises InputError when it is missing or unreadable, larger than Pillow opens without a warning, longer than
     `MOST_ASPECT`, or holds no 8 or 16 bits per channel. What is left out is noted on stderr, once per folder.
@@ -42,7 +42,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 @contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image]:
-    """Open a picture of anyone's. Whatever goes wrong in the block is an InputError that names the file."""
+    """Open a picture file. Any error in the block becomes an InputError that names the file."""
     if path.is_dir():
         raise InputError(f"{path} is a folder, not a picture")
     if not path.is_file():
@@ -69,7 +69,7 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
 
 
 def _describe(path: Path) -> str:
-    """What a file is that Pillow does not know."""
+    """Describe a file that Pillow does not recognise."""
     with path.open("rb") as file:
         head = file.read(16)
     kinds = {
@@ -118,7 +118,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 @functools.cache
 def _note(folder: Path, about: str) -> None:
-    """Say on stderr what was done to pictures of a folder; once."""
+    """Print on stderr, once per folder, what was done to its pictures."""
     print(f"note: {folder}: {about}", file=sys.stderr, flush=True)
 
 

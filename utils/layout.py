@@ -114,7 +114,7 @@ def edge_frame_indices(num_frames: int) -> list[int]:
 
 
 def same_aspect(edge_size: tuple[int, int], map_size: tuple[int, int]) -> bool:
-    """Whether the maps show what the edges show, to a pixel of their width."""
+    """Whether maps and edges have the same aspect, to within a pixel of the maps' width."""
     return abs(edge_size[0] * map_size[1] / edge_size[1] - map_size[0]) <= 1
 
 

@@ -1,4 +1,4 @@
-"""FLUX with its ControlNet: the schedule, one velocity with true CFG, and the autoencoder's two directions.
+"""FLUX with its ControlNet: the schedule, one velocity with true CFG, encoding and decoding of pictures.
 
 The reference runs the ControlNet for both branches of true CFG; diffusers' ControlNet pipeline reuses the positive
 residuals. The numbers must agree with the reference, so this is a thin layer over diffusers' models instead.
@@ -35,7 +35,7 @@ class FluxModels:
     controlnet: FluxControlNetModel
     vae: AutoencoderKL
     device: str = "cpu"  # where they compute; offloaded weights are elsewhere
-    control_mode: int | None = None  # of a ControlNet for several kinds of pictures (`num_mode`): the one it is given
+    control_mode: int | None = None  # kind of picture that a ControlNet for several kinds (`num_mode`) is given
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ def decode_latents(models: FluxModels, latents: torch.Tensor) -> torch.Tensor:
 
 
 def encode_control(models: FluxModels, edges: torch.Tensor) -> torch.Tensor:
-    """What the ControlNet reads of edge images [B, 3, H, W] in [-1, 1].
+    """Turn edge images [B, 3, H, W] in [-1, 1] into the ControlNet's input.
 
-    XLabs' reads them as they are. InstantX's and Shakker's, which have no layers for pictures, read their latents,
-    [B, 16, H/8, W/8]: the mean of the posterior, so that no draw decides where an edge is.
+    XLabs' takes the images themselves. InstantX's and Shakker's, which have no layers for pictures, take latents
+    [B, 16, H/8, W/8]: the mean of the posterior, so that the position of an edge does not depend on a random draw.
     """
     reads_pictures = models.controlnet.input_hint_block is not None
     return edges if reads_pictures else encode_image(models, edges, None)
@@ -183,7 +183,7 @@ def guided_velocity(positive: torch.Tensor, negative: torch.Tensor | None, true_
 
 
 def is_picture(control: torch.Tensor) -> bool:
-    """Whether what a ControlNet reads is a picture, not latents."""
+    """Whether a ControlNet's input is a picture, not latents."""
     return control.shape[1] == 3
 
 

@@ -1,8 +1,8 @@
 """LoRAs of other programs on FLUX's transformer (`--lora`): kohya, ai-toolkit, diffusers, peft, ComfyUI, XLabs, BFL.
 
 They differ in the names of layers and factors only. A table of all spellings takes any number of blocks of any width,
-and tells what does not fit; diffusers' own converters, whose results are the same, refuse a LoRA as a whole. What fits
-is added to the weights themselves, so that it costs nothing afterwards and goes with every memory mode.
+and reports what does not fit; diffusers' own converters, whose results are the same, refuse a LoRA as a whole. What
+fits is merged into the weights, so that it costs nothing at inference and works in every memory mode.
 """
 
 import re
@@ -21,11 +21,11 @@ from utils.files import read_json
 from utils.layout import lora_sources
 from utils.runs import is_first_process
 
-# FILE's name of a factor: module, which of the two
+# name of a factor in a file: (module, which of the two)
 _FACTOR = re.compile(r"(.+?)[._](?:lora[._])?(A|B|down|up)(?:\.default)?\.weight")
 _PREFIX = re.compile(r"^(base_model\.model\.|transformer\.|(model\.)?diffusion_model\.|lora_(unet|transformer)_)+")
 _SHIFT_FIRST = "adaLN_modulation"  # the original stores (shift, scale), diffusers (scale, shift)
-METADATA = "lora_adapter_metadata"  # of diffusers: peft's configuration, its keys behind `transformer.`
+METADATA = "lora_adapter_metadata"  # diffusers' key of peft's configuration, whose own keys begin with `transformer.`
 
 Spellings = Mapping[str, list[str]]  # a layer's name -> the layers of diffusers among which its rows are divided
 
@@ -41,14 +41,14 @@ class OtherLora:
 
 @dataclass(frozen=True)
 class Alphas:
-    """peft's: {pattern of layers: alpha}, that of the other layers (None: the rank), and how ranks divide them."""
+    """peft's alphas: {pattern of layers: alpha}, the other layers' (None: rank), and whether √rank divides them."""
 
     layers: Mapping[re.Pattern, float]
     others: float | None
     by_root: bool
 
     def scale(self, layer: str, rank: int) -> float:
-        """What an update of this rank is multiplied by."""
+        """The factor of an update of this rank."""
         found = (alpha for pattern, alpha in self.layers.items() if pattern.fullmatch(layer))
         alpha = next(found, rank if self.others is None else self.others)
         return alpha / (rank**0.5 if self.by_root else rank)
@@ -82,7 +82,7 @@ def read_other_lora(path: Path, weight: float, config: Mapping) -> OtherLora:
 
 
 def spell(config: Mapping, sizes: Mapping[str, torch.Size]) -> Spellings:
-    """Every spelling of every layer that is a matrix. sizes: {layer of diffusers: shape}."""
+    """All spellings of the names of all linear layers. sizes: {layer of diffusers: shape}."""
     known = {name: [name] for name in sizes}
     for pattern, targets in FLUX_RULES:
         for i in range(max(config["num_layers"], config["num_single_layers"])):
@@ -119,7 +119,7 @@ def find_modules(
 
 
 def read_alphas(path: Path, metadata: Mapping) -> Alphas:
-    """Those of peft's configuration in the file's header or beside it; none if there is neither."""
+    """Read the alphas of peft's configuration in the file's header or beside it; none if there is neither."""
     settings = metadata.get(METADATA)
     if not isinstance(settings, dict):
         config = lora_sources(path)[1:]
@@ -148,7 +148,7 @@ def report_fit(path: Path, left: list[str], count: int) -> None:
 
 @torch.no_grad()
 def merge_lora(transformer: FluxTransformer2DModel, lora: OtherLora) -> None:
-    """Add a LoRA to the weights, which are not fused or quantised yet. Sums are rounded once, from float32."""
+    """Merge a LoRA into the weights, before these are fused or quantised. Sums are rounded once, from float32."""
     for name, (down, up) in lora.factors.items():
         layer = transformer.get_submodule(name)
         update = up.float() @ down.float()

@@ -1,6 +1,6 @@
 """The LoRA that stays frozen inside the in-between transformer while it is trained: Go-with-the-Flow's, as released.
 
-It is read in diffusers' format or peft's, with the scale that the file or the file beside it says.
+It is read in diffusers' format or peft's, with the scale stated in the file or in the one beside it.
 """
 
 import math
@@ -25,9 +25,8 @@ Tensors = dict[str, torch.Tensor]
 def read_frozen_lora(path: Path, config: Mapping) -> Tensors:
     """Read a LoRA file in diffusers' format as {module.lora_A.weight, module.lora_B.weight: tensor}.
 
-    A scale (alpha / rank) is multiplied into lora_B: of the module's own alpha, else of the adapter's configuration;
-    without either alpha is taken as the rank, which is printed. Raises InputError unless it fits a transformer of
-    this config.
+    lora_B is multiplied by the scale alpha / rank. alpha: the module's own, else the adapter configuration's, else the
+    rank, which is printed. Raises InputError unless the LoRA fits a transformer of this config.
     """
     tensors, metadata = read_lora(path)
     adapter = read_adapter(path, metadata)

@@ -327,7 +327,7 @@ class InbetweenStage:
 
     @torch.no_grad()
     def replacement(self, arc: ArcInputs, noise: torch.Tensor) -> Replacement:
-        """The carried anchors as latents. noise: the start noise."""
+        """Encode the carried anchors. noise: the start noise."""
         frames = edge_frame_indices(self.num_frames)
         latents = self.pipe.encode_video(to_signed(arc.carried.frames[frames])[None])
         self.pipe.maybe_free_model_hooks()
@@ -339,7 +339,7 @@ class InbetweenStage:
         return self.pipe.decode_video(latents)
 
     def finish(self, frames: np.ndarray, arc: ArcInputs) -> np.ndarray:
-        """Put the carried anchors over an arc's frames, uint8 [46, H, W, 3], as far as the settings ask for it."""
+        """Composite carried anchors over frames, uint8 [46, H, W, 3], or match their colours, as the settings say."""
         settings, carried = self.settings, arc.carried
         if settings.composite:
             return composite(frames, carried.frames, getattr(carried, settings.composite))

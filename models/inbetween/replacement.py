@@ -1,8 +1,8 @@
-"""Guide the in-betweening by anchors that were carried along the geometry to every frame.
+"""Guide the in-betweening by anchors that were carried (reprojected) along the geometry to every frame.
 
-In its first steps, after each, the latents are replaced by those of the carried frames, noised to the next timestep,
-where the carried frames are seen: as stage 2 does with the previous anchor. The idea, with other sources of frames:
-SDEdit (Meng et al. 2022), Time-to-Move (Singer et al. 2025), WorldForge (Song et al. 2025).
+After each of the first steps, latents are replaced by those of the carried frames, noised to the next timestep,
+outside their holes: as stage 2 does with the previous anchor. The idea, with other sources of frames: SDEdit
+(Meng et al. 2022), Time-to-Move (Singer et al. 2025), WorldForge (Song et al. 2025).
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ CELL, GROUP = 8, 4  # pixels and frames of a latent cell
 
 @dataclass(frozen=True)
 class Replacement:
-    """What `CogVideoXInbetweenPipeline` puts in the place of its latents after each of the first `steps` steps.
+    """Replace the latents of `CogVideoXInbetweenPipeline` after each of the first `steps` steps.
 
     latents: of the carried frames [1, F', 16, h, w]. mask: bool [1, F', 1, h, w]. noise: the start noise, as latents.
     """
@@ -39,7 +39,7 @@ class Replacement:
 
 
 def latent_coverage(seen: np.ndarray, coverage: float) -> torch.Tensor:
-    """Cells of the video's latents that enough is seen of, in every frame of theirs: bool [1, F', 1, h, w].
+    """Mask of the latent cells that are seen to a share `coverage` in each of their frames: bool [1, F', 1, h, w].
 
     seen: bool [F, H, W], F = 4 (F' - 1) + 1: the first frame is a group alone. coverage: share of a cell's pixels.
     """

@@ -124,7 +124,7 @@ def _decode(value: str) -> object:
 def blaming(what: str) -> Iterator[None]:
     """Turn any exception of a library in the block into an InputError: the files that it reads are a user's.
 
-    Those that have a message of their own, and running out of memory, stay as they are.
+    Errors with a message of their own, and running out of memory, pass unchanged.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Whether a component's tensors fit its configuration, and its tokenizers their encoders, before it is loaded.
+"""Check, before loading, that a component's tensors fit its configuration, and its tokenizers their encoders.
 
 Networks are built on the meta device and compared with the headers of their files: no weights are read.
 """
@@ -52,7 +52,7 @@ def _require_tensors(name: str, folder: Path) -> None:
 def _require_tokenizers(name: str, folder: Path) -> None:
     """Raise InputError unless each tokenizer has the vocabulary that its text encoder expects.
 
-    transformers makes an empty tokenizer, without a word, when the file of its vocabulary is missing.
+    transformers silently makes an empty tokenizer when the vocabulary file is missing.
     """
     classes = read_json(folder / "model_index.json")
     for tokenizer, encoder in ENCODERS[name].items():

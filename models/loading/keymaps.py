@@ -123,13 +123,13 @@ def _split_rows(tensor: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
     return tensor.split([hidden, hidden, hidden, tensor.shape[0] - 3 * hidden])
 
 
-_WRAPPED = re.compile(r"(?:model\.)?diffusion_model\.")  # before the names of a transformer in files for ComfyUI
-_SCALES = (".scale_weight", ".weight_scale")  # one number per matrix of 8 bits
-_NO_WEIGHTS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")  # of no use for products of 16 bits
+_WRAPPED = re.compile(r"(?:model\.)?diffusion_model\.")  # prefix of a transformer's names in files for ComfyUI
+_SCALES = (".scale_weight", ".weight_scale")  # one factor per 8-bit matrix
+_NO_WEIGHTS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")  # not needed for 16-bit products
 
 
 def unwrapped(source: Mapping[str, torch.Tensor]) -> StateDict:
-    """The transformer of a single file: without prefix and what lies beside it; 8-bit floats become bfloat16."""
+    """The transformer's tensors in a single file, without prefix and other networks; 8-bit floats become bfloat16."""
     if any(_WRAPPED.match(key) for key in source):  # the others are text encoders and a VAE
         source = {_WRAPPED.sub("", key, count=1): tensor for key, tensor in source.items() if _WRAPPED.match(key)}
     state = {key: tensor for key, tensor in source.items() if not key.endswith((*_SCALES, *_NO_WEIGHTS))}

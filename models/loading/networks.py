@@ -17,7 +17,7 @@ from models.loading.whole import CONVERTIBLE, ENCODERS, component_folder
 from utils.cli import InputError
 from utils.files import read_json
 
-LACKING = ("missing_keys", "mismatched_keys", "error_msgs")  # what libraries say of files that are not whole
+LACKING = ("missing_keys", "mismatched_keys", "error_msgs")  # how libraries report incomplete files
 
 # The scripts show their own progress bar.
 diffusers.utils.logging.disable_progress_bar()
@@ -43,7 +43,7 @@ def load_model(name: str, cls: type, path: Path, dtype: torch.dtype) -> torch.nn
 def load_strictly(
     name: str, cls: type, folder: Path, dtype: torch.dtype, kinds: Sequence[str] = LACKING
 ) -> torch.nn.Module:
-    """Load a folder with a library's `from_pretrained`, frozen. kinds: of its complaints, those that are errors."""
+    """Load a folder with a library's `from_pretrained`, frozen. kinds: entries of its report that are errors."""
     options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True, "use_safetensors": True}
     with blaming(f"{name}: {folder} cannot be loaded"):
         model, info = cls.from_pretrained(folder, **options)

@@ -1,4 +1,4 @@
-"""The components of a weight set, and whether their files are whole: told before anything is loaded.
+"""Check that the files of a weight set's components are complete, before anything is loaded.
 
 `require_whole` reads no weights: a second is enough for the largest networks. Whether a network's tensors fit its
 configuration, and tokenizers their encoders: `models/loading/fit.py`. Nothing heavy is imported here.
@@ -58,7 +58,7 @@ ENCODERS = {
     "cogvideox_text": {"tokenizer": "text_encoder"},
 }
 SNR = ("prediction_type", "rescale_betas_zero_snr", "snr_shift_scale")
-SCHEDULES = {  # entries of scheduler_config.json, which diffusers would replace by other values in silence
+SCHEDULES = {  # entries of scheduler_config.json, for which diffusers would silently use other values
     "flux_text": (),  # FLUX's schedule is computed (`models/flux/network.py`)
     "cogvideox_text": ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", *SNR, "timestep_spacing"),
 }
@@ -67,7 +67,7 @@ TOKENIZER = "tokenizer.json"
 VOCABULARIES = {"CLIPTokenizer": ("vocab.json", "merges.txt"), "T5Tokenizer": ("spiece.model",)}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHARD = re.compile(r"(?P<stem>.+)-\d+-of-\d+\.safetensors")
-MAGIC = {  # first bytes of what is often named .safetensors
+MAGIC = {  # first bytes of other files that are often named .safetensors
     b"version https://git-lfs": "a Git LFS pointer: run git lfs pull",
     b"<": "a web page, not weights: download the file itself",
     b"PK\x03\x04": "a pickle or another zip archive: convert it to safetensors",

@@ -207,7 +207,7 @@ def place(model: torch.nn.Module, how: str, device: str) -> None:
 
     Raises FloatingPointError when its weights are not finite.
     """
-    if how != RESIDENT:  # their weights change when they are moved, or stay
+    if how != RESIDENT:  # before they are quantised, or while they stay on the CPU
         require_finite_weights(model)
     if how == OFFLOADED:
         from diffusers import ModelMixin

@@ -14,9 +14,9 @@ WAIT = timedelta(days=7)  # how long processes wait for each other: encoding a l
 
 
 def require_plain_launch() -> None:
-    """Keep out what accelerate's configuration of this user asks for and these scripts do not offer.
+    """Keep settings of the user's accelerate configuration out that these scripts do not support.
 
-    Raises InputError for what changes a training throughout; says that dynamo is left out.
+    Raises InputError for those that would change the training; prints that dynamo is ignored.
     """
     asked = lambda name: os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"  # noqa: E731
     if foreign := [name for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG") if asked(name)]:

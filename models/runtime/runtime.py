@@ -60,7 +60,7 @@ class Runtime:
     def attention(self) -> AbstractContextManager:
         """Use the requested attention kernel in the block.
 
-        torch's own choice is slow for alignment in bfloat16 on a CPU, where few tokens have room for all scores.
+        torch's own choice is slow for alignment in bfloat16 on a CPU, whose few tokens leave room for all scores.
         """
         if self.kernel is None and (self.stage, self.device, self.autocast) == ("alignment", "cpu", torch.bfloat16):
             return sdpa_kernel(SDPBackend.MATH)

@@ -137,9 +137,9 @@ def save_state(accelerator: Accelerator, folder: Path, module, optimizer, averag
 
 
 def find_fault(folder: Path) -> str:
-    """What keeps a training from going on from a state, told from its files; empty if nothing is seen.
+    """Why training cannot resume from a state, judged by its files; empty if no fault is found.
 
-    Random states are checked here, because accelerate goes on without them in silence.
+    Random states are checked here, because accelerate silently resumes without them.
     """
     if not folder.is_dir():
         return f"{folder} is missing"

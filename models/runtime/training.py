@@ -155,7 +155,7 @@ def fit(
             trained.require_finite(step + 1, settings)
         if training.sheet and ((step + 1) % settings.sheet_steps == 0 or last):
             trained.paint(accelerator, run.folder / SAMPLES_FOLDER / f"{step + 1:06d}.png")
-        if checkpoint:  # after its sheet: the last ends the run
+        if checkpoint:  # after the sheet: a run resumed from its last checkpoint draws none
             write_checkpoint(accelerator, run, step + 1, losses, partial(trained.save, accelerator))
             if main and training.kept_states:
                 _forget_states(run, training.kept_states)
@@ -168,8 +168,8 @@ def fit(
 def resume_from(accelerator, trained: "_Trained", run: Run, wanted: int | None) -> int:
     """Load the state of a checkpoint, and return its step: `wanted`, or the newest one whose state is whole.
 
-    Says why a newer one is passed over. 0: a run without checkpoints. Raises InputError when no state can be loaded:
-    to start again would replace what was trained.
+    Prints why newer ones are skipped. Returns 0 for a run without checkpoints. Raises InputError when no state can be
+    loaded: starting again would replace the trained weights.
     """
     checkpoints = {} if run.replaces or wanted == 0 else find_checkpoints(run.folder)
     faults = []
@@ -258,7 +258,7 @@ def require_finite_loss(loss: float, step: int, settings: TrainSettings) -> None
 
 
 def _diverged(settings: TrainSettings) -> str:
-    """Likely causes of a training that is not finite, and what remains of it."""
+    """Words of an error: likely causes of a training that diverged, and what is kept of it."""
     fp16 = ", float16 (--mixed_precision fp16) too narrow" if settings.mixed_precision == "fp16" else ""
     return (
         f"--learning_rate {settings.learning_rate:g} is too high{fp16}, or a file that it reads is damaged; the "

@@ -1,4 +1,4 @@
-"""Signs that a camera file does not hold what its format says: other axes, or transposed matrices."""
+"""Detect camera files that do not follow their format: other axes, or transposed matrices."""
 
 import numpy as np
 

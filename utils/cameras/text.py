@@ -1,4 +1,4 @@
-"""Trajectories as lines of numbers: RealEstate10K (world-to-camera, normalised lens) and TUM (positions, quaternions).
+"""Trajectories as lines of numbers: RealEstate10K (world-to-camera, relative focal) and TUM (positions, quaternions).
 
 TIME FX FY CX CY K1 K2 and 3 x 4 world-to-camera matrix     after a first line with the address of the video
 TIME TX TY TZ QX QY QZ QW                                   camera-to-world; comments begin with #

@@ -19,7 +19,7 @@ FEW_PIXELS = 0.02  # of the width; images that differ by less are cropped to one
 
 @dataclass(frozen=True)
 class Given:
-    """What the user says about a camera file; it counts where the file itself says nothing.
+    """What the user states about a camera file, used where the file itself does not say.
 
     up: the world's up axis, '+y' or '+z'. size: (width, height) in pixels, for formats that store none. fov: vertical
     field of view in degrees, for formats without a lens. axes: one of AXES, for files that do not keep to their
@@ -127,7 +127,7 @@ def one_size(
     """(size, focal [P, 2], center [P, 2]) of all cameras at the size that most of them have.
 
     Sizes that differ by a few pixels, as undistorting leaves them, are cropped or extended around the middle; others
-    are scaled to the same width first. Scaling by a few pixels would make the zoom tremble.
+    are scaled to the same width first. Scaling by a few pixels would make the zoom jitter.
     """
     if not sizes:
         return DEFAULT_SIZE, focal, center

@@ -1,4 +1,4 @@
-"""Whether mesh and cameras are of one world, and which of its axes points up."""
+"""Decide whether mesh and cameras share one world, and which of its axes points up."""
 
 import json
 from dataclasses import replace
@@ -24,10 +24,10 @@ def has_no_axes(cameras: Path) -> bool:
 def settle_up(
     geometry: Geometry, path: Path, cameras: Path | None = None, world_up: str | None = None
 ) -> tuple[Geometry, str | None]:
-    """The scene of the file `path` with the up axis that it is taken to have, and a note on it if the file says none.
+    """The scene of the file `path` with its stated or assumed up axis, and a note if it is assumed.
 
     cameras, world_up: file of the cameras and the up axis of their world. Where neither format has an axis of its own,
-    mesh and cameras are of one world: both are turned together or neither is.
+    mesh and cameras share one world: both are rotated or neither is.
     """
     if geometry.up_stated:
         return geometry, None

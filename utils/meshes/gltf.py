@@ -166,7 +166,7 @@ class GltfFile:
         return self._views[index]
 
     def _has_data(self, index: int) -> bool:
-        """Whether a buffer is more than the place of data that are compressed elsewhere."""
+        """Whether a buffer has bytes; the fallback buffer of compressed data has none."""
         buffer = entry(self.tree, "buffers", index)
         fallback = any(buffer.get("extensions", {}).get(name, {}).get("fallback") for name in MESHOPT)
         return "uri" in buffer or (index == 0 and self.chunk is not None and not fallback)

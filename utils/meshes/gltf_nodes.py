@@ -1,4 +1,4 @@
-"""The nodes of a glTF scene: which are shown, where they stand, and the joints that hold skinned meshes.
+"""The nodes of a glTF scene: which are visible, their world matrices, and the joints of skinned meshes.
 
 Everything is taken at rest: as the nodes say, before any animation.
 """
@@ -129,7 +129,7 @@ class Joints:
         return entry(self.file.tree, "skins", skin)["joints"]
 
     def matrices(self, skin: int) -> np.ndarray:
-        """What each joint does to a vertex: its place in the world · its inverse bind matrix, float64 [J, 4, 4]."""
+        """The matrix of each joint for vertices: its world matrix · its inverse bind matrix, float64 [J, 4, 4]."""
         joints, inverse = self.of(skin), entry(self.file.tree, "skins", skin).get("inverseBindMatrices")
         worlds = np.array([self._world(joint) for joint in joints]).reshape(-1, 4, 4)
         if inverse is None:

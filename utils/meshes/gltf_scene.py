@@ -188,7 +188,7 @@ def _morphed(file: GltfFile, values: np.ndarray | None, target: int | None, weig
 
 
 def _vertex_matrices(source: _Primitive, joints: np.ndarray, count: int) -> np.ndarray:
-    """What the skin does to each of `count` vertices: float64 [V, 3, 4]. joints: float64 [J, 4, 4]."""
+    """The skin's matrix for each of `count` vertices: float64 [V, 3, 4]. joints: float64 [J, 4, 4]."""
     matrices, total = np.zeros((count, 3, 4)), np.zeros(count)
     for k in range(len(source.attributes)):
         numbers = source.values(f"JOINTS_{k}", "VEC4", INDICES[:2])

@@ -15,7 +15,7 @@ from utils.meshes.gltf_scene import read_gltf
 from utils.meshes.mesh import UPS, Geometry, assemble
 from utils.meshes.plain import read_plain
 
-CUSTOMS = {".glb": "+y", ".gltf": "+y", ".obj": "+y", ".ply": "+z", ".stl": "+z", ".off": "+z"}  # who says nothing
+CUSTOMS = {".glb": "+y", ".gltf": "+y", ".obj": "+y", ".ply": "+z", ".stl": "+z", ".off": "+z"}  # if none is stated
 BY_BLENDER = "export it as glTF (Blender: File > Export > glTF, or tools/blender_export.py)"
 OTHERS = {
     **dict.fromkeys((".blend", ".fbx", ".dae", ".usd", ".usda", ".usdc", ".usdz", ".abc", ".x3d", ".wrl"), BY_BLENDER),
@@ -36,8 +36,8 @@ OTHERS = {
 def load_geometry(path: Path, up: str | None = None) -> Geometry:
     """Read a scene. Raises InputError when it cannot be read or holds no triangles.
 
-    up: '+y' or '+z', the axis that points up in the file; None takes the file's `world_up` or the custom of its
-    format: +y for glTF and OBJ, +z for all others. The coordinates stay as they are: see `turn`.
+    up: '+y' or '+z', the axis that points up in the file; None takes the file's `world_up` or its format's
+    convention: +y for glTF and OBJ, +z for all others. The coordinates stay as they are: see `turn`.
     """
     path = Path(path)
     kind = path.suffix.lower()

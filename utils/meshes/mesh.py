@@ -27,8 +27,8 @@ class Geometry:
     corner_normals: np.ndarray | None  # float32 [F, 3, 3] unit shading normals, where the file has them
     up: str  # '+y' or '+z'
     dropped: dict[str, int]  # {'degenerate': n, 'duplicate': n} faces that were removed
-    up_stated: bool = True  # False where `up` is only the custom of the file's format
-    notes: tuple[str, ...] = ()  # what the file leaves open, or holds and is not drawn
+    up_stated: bool = True  # False where `up` is only the convention of the file's format
+    notes: tuple[str, ...] = ()  # what was assumed about the file, or left out of it
 
 
 @dataclass

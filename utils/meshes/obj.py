@@ -1,4 +1,4 @@
-"""Read OBJ files: vertices, normals and faces; materials, textures, lines and curves are left alone."""
+"""Read OBJ files: vertices, normals and faces; materials, textures, lines and curves are ignored."""
 
 from array import array
 from pathlib import Path
@@ -19,7 +19,7 @@ def read_obj(path: Path, data: bytes) -> list[Polygons]:
     lines = data.replace(b"\\\n", b" ").split(b"\n")  # a backslash at the end continues the line
     begins = b"o" if any(line.split(None, 1)[:1] == [b"o"] for line in lines if b"o" in line[:9]) else b"g"
     positions, normals = array("d"), array("d")
-    faces = {path.stem: _Faces()}  # a name that comes again goes on with its object
+    faces = {path.stem: _Faces()}  # a repeated name continues its object
     current, number = faces[path.stem], 0
     try:
         for line in lines:
@@ -49,7 +49,7 @@ def read_obj(path: Path, data: bytes) -> list[Polygons]:
 
 
 class _BadIndex(ValueError):
-    """A reference to something that cannot exist."""
+    """A reference to an element that does not exist."""
 
 
 class _Faces:

@@ -1,6 +1,6 @@
 """Read OBJ, PLY, STL and OFF files as streams of numbers: any white space, any line end, any text encoding.
 
-A file that holds less than it promises is refused with both numbers; bytes after what it promises are left alone.
+A file that holds less than it promises is refused with both numbers; bytes after what it promises are ignored.
 """
 
 import codecs
@@ -98,7 +98,7 @@ def _read_ascii_stl(path: Path, text: bytes) -> list[Polygons]:
 
 
 def _read_off(path: Path, data: bytes) -> list[Polygons]:
-    """The one object of a file. Colours and texture coordinates are left alone."""
+    """The one object of a file. Colours and texture coordinates are ignored."""
     lines = [line.split() for line in re.sub(rb"#[^\n]*", b"", data).split(b"\n")]
     lines, width = [line for line in lines if line], 3
     if lines and (head := OFF_NAME.fullmatch(lines[0][0].decode("latin-1"))):

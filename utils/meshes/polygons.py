@@ -1,4 +1,4 @@
-"""Polygons of a mesh file become triangles: convex ones as fans, all others cut by ears in their own plane."""
+"""Triangulate the polygons of a mesh file: convex ones as fans, all others by ear clipping in their own plane."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,7 @@ def make_parts(path: Path, objects: list[Polygons]) -> tuple[list[Part], list[st
 
 
 def triangulate(points: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:
-    """Triangles of polygons, int64 [T, 3], as indices into `points`, and how many polygons cross themselves.
+    """Triangles of polygons, int64 [T, 3], as indices into `points`, and how many polygons intersect themselves.
 
     points: float64 [N, 3], the corners of all polygons in turn. counts: int [P]; fewer than three give nothing.
     """

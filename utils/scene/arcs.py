@@ -1,4 +1,4 @@
-"""How many arcs a camera path needs, so that neighbouring anchors share enough of what they see."""
+"""Choose the number of arcs of a camera path, so that neighbouring anchors share enough of what they see."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -23,7 +23,7 @@ def choose_num_arcs(
 ) -> tuple[int, list[float]]:
     """The smallest number of arcs whose ends all share at least `least`, by bisection, and the share of each arc.
 
-    path_of: the path, resampled to a number of arcs. most: what is taken when no number up to it is enough.
+    path_of: the path, resampled to a number of arcs. most: upper limit, also the result if no number is enough.
     """
     shares = {}
 

@@ -1,8 +1,8 @@
-"""Carry pictures along a scene's geometry: what other views of a scene show, as one view would see it.
+"""Carry pictures along a scene's geometry: reproject what other views of a scene show to one view.
 
     carried = carry(caster, [Picture(anchor, view, nearness), ...], target)
 
-Rays decide what is seen, not a z-buffer. Several pictures that see a point are mixed: those that show it in less than
+Rays decide visibility, not a z-buffer. Several pictures that see a point are blended: those that show it in less than
 full resolution count less, then the nearer one counts more, and each fades out towards the border of what it sees, so
 that no seam runs through a face. The idea of projecting pictures as textures that depend on the view: Debevec et al.,
 SIGGRAPH 1996; of fading at borders: Buehler et al., Unstructured Lumigraph Rendering, SIGGRAPH 2001.
@@ -21,7 +21,7 @@ from utils.meshes.mesh import dot
 from utils.scene.raycast import RayCaster
 from utils.scene.views import Sight, View, find_in, look, resize_view
 
-FADE = 8.0  # pixels of the target over which a picture fades in from the border of what it sees
+FADE = 8.0  # pixels of the target over which a picture fades in from the border of what it shows
 SHARPNESS = 4  # power of the resolution, in source pixels per target pixel, by which pictures are weighed
 GRAZING = 0.2  # cosine between the line of sight and the normal, below which a colour is not sure
 MAGNIFICATION = 2.0  # target pixels per source pixel, above which it is not sure
@@ -68,7 +68,7 @@ class CarriedVideo:
 def carry_anchors(
     caster: RayCaster, views: Sequence[View], anchors: Mapping[int, np.ndarray], frames: Sequence[int]
 ) -> CarriedVideo:
-    """Anchors carried to some frames of a path, mixed by their nearness in time where several see a point.
+    """Carry anchors to some frames of a path, blended by their nearness in time where several see a point.
 
     views: one per frame of the path, at the size of the result. anchors: {number of its frame, from 0: its picture}.
     """
@@ -86,7 +86,7 @@ def carry_anchors(
 
 
 def carry(caster: RayCaster, pictures: Sequence[Picture], target: View) -> Carried:
-    """What `pictures` show of what the view `target` sees. The sky is at infinity."""
+    """Carry `pictures` to the view `target`. The sky is at infinity."""
     sight = look(caster, target)
     shape = (target.height, target.width)
     own_density, _ = _footprint(caster, sight, target)
@@ -113,7 +113,7 @@ def carry(caster: RayCaster, pictures: Sequence[Picture], target: View) -> Carri
 
 
 def _footprint(caster: RayCaster, sight: Sight, view: View) -> tuple[np.ndarray, np.ndarray]:
-    """How `view` shows what is seen: (density, cosine), both float32 [N].
+    """How well `view` samples the points seen: (density, cosine), both float32 [N].
 
     density: its pixels per unit of area, per unit of solid angle for the sky. cosine: between the line of sight and
     the normal, without sign; 1 for the sky.
@@ -128,7 +128,7 @@ def _footprint(caster: RayCaster, sight: Sight, view: View) -> tuple[np.ndarray,
 def _sample(pixels: np.ndarray, position: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Colours at `position` [H, W, 2]: float32 [H, W, 3]. scale: source pixels per target pixel, [H, W].
 
-    Bilinear; where the source is finer, from pictures of half the size each, between two of them.
+    Bilinear; trilinear in an image pyramid where the source is finer.
     """
     level = np.log2(np.maximum(scale, 1))
     levels = [pixels.astype(np.float32)]
@@ -163,7 +163,7 @@ def borders(caster: RayCaster, sight: Sight) -> np.ndarray:
 
 
 def fill_holes(picture: np.ndarray, holes: np.ndarray) -> np.ndarray:
-    """Inpainting by OpenCV (Telea 2004). picture: uint8 [H, W, 3]. holes: bool [H, W]; all of it stays black."""
+    """Inpaint holes with OpenCV (Telea 2004). picture: uint8 [H, W, 3]. holes: bool [H, W]; all of it stays black."""
     if not holes.any() or holes.all():
         return picture
     return cv2.inpaint(picture, holes.astype(np.uint8), INPAINT_RADIUS, cv2.INPAINT_TELEA)

@@ -1,9 +1,9 @@
-"""Put carried pixels over generated frames, so that no patch shows.
+"""Composite carried pixels over generated frames, without visible seams.
 
     frames = composite(generated, video.frames, video.seen)     # video: carry_anchors(…)
 
 The low frequencies of the generated frames are first matched to the carried ones, nearby and beyond their border; a
-carried pixel then fades in within a pixel or two. Wider feathers, and mixing band by band, lose lines.
+carried pixel then fades in within a pixel or two. Wider feathers, and multi-band blending, lose lines.
 """
 
 import cv2
@@ -28,7 +28,7 @@ def match_colours(frames: np.ndarray, carried: np.ndarray, chosen: np.ndarray) -
 
 
 def _match(frame: np.ndarray, carried: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Add the blurred difference of chosen pixels, carried on into the others: float32 [H, W, 3]."""
+    """Add the blurred difference of chosen pixels, extrapolated to the others: float32 [H, W, 3]."""
     weight = chosen.astype(np.float32)
     difference = weight[..., None] * (carried.astype(np.float32) - frame)
     low = np.zeros_like(difference)

@@ -1,4 +1,4 @@
-"""Faces that lie in one plane and overlap, such as a rug on a floor: one of them is seen wherever both are.
+"""Overlapping coplanar faces, such as a rug on a floor: one of them is seen wherever both are.
 
 Rays meet such faces at depths that differ by rounding alone, so that either could be found. The rule, for each side of
 the plane: a face whose object turns its inside to the viewer gives way; else the smaller object wins, then the smaller

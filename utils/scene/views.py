@@ -110,7 +110,7 @@ def correspondence(caster: RayCaster, source: View, target: View, *, sky: bool =
 
 
 def find_in(caster: RayCaster, source: View, sight: Sight, *, sky: bool = True) -> Correspondence:
-    """Where a view sees what another view sees.
+    """Positions in the view `source` of everything that another view sees.
 
     A point is visible in the source if it projects into the image and a ray from the source's eye reaches it, from the
     same side of its face. The sky is visible where a ray of the same direction hits nothing.
