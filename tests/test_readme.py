@@ -1,6 +1,7 @@
 """The commands of README and docs: the bash blocks use existing flags, and `make demo` makes a video."""
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -84,7 +85,8 @@ def test_make_demo_leaves_a_video(tmp_path):
         "STEPS=2",  # instead of 200, on one crop instead of eight: the rest of the demo is unchanged
         "BATCH=1",
     ]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}  # for the times that generate.py notes
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     printed = [line for line in done.stdout.splitlines() if " " not in line]  # the others are make's commands
     paths = [Path(line) for line in printed if line.endswith((".png", ".mp4"))]
