@@ -45,7 +45,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompt", type=prompt_text, default="", help="what the video shows, for every stage")
     add("--seed", type=seed, default=42, help="noise seed of the anchors")
     add("--preview", action="store_true", help="stop after half of the alignment and one anchor of half the steps")
-    add("--backbone", help="video model, as of ggi.py")
     add("--weights", choices=["full", "tiny"], default="full", help="weight set")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if any")
     add("--threads", type=positive_int, help="OpenMP threads of the alignment (default: as many as torch takes)")
@@ -107,7 +106,7 @@ def plan_anchors(args: argparse.Namespace, scene: layout.Scene, lora: Path, epoc
 def plan_video(args: argparse.Namespace, scene: layout.Scene, draw: Stage) -> Stage:
     """The last stage, and a look at the weights of all."""
     flags = ["--target", draw.result, "--scene", scene.folder, "--prompt", args.prompt]
-    stage = make_stage(args, SCRIPTS, "ggi", *flags, *(["--backbone", args.backbone] if args.backbone else []))
+    stage = make_stage(args, SCRIPTS, "ggi", *flags)
     if len((given := stage.args).target) > 1:
         raise InputError("--ggi.target: one video at a time")
     preset, transformer = quietly(ggi.prepare, given)
