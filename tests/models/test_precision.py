@@ -128,7 +128,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     monkeypatch.setattr(train_ggi, "train", train)
     monkeypatch.setattr(sag_generate_anchor_view, "draw_anchors", draw)
     monkeypatch.setattr(ggi, "fill_arcs", draw)
-    monkeypatch.setattr(ggi, "finish_video", lambda job, fps: None)
+    monkeypatch.setattr(ggi, "finish_video", lambda *others: None)
     return found
 
 
