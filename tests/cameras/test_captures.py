@@ -95,6 +95,9 @@ def test_splat_cameras(tmp_path: Path) -> None:
     file = write(tmp_path / "cameras.json", cameras[::8] + [c for i, c in enumerate(cameras) if i % 8])
     assert_same(path, read_cameras(file, up="+z"), 1e-12)
     assert_same(path, read_cameras(write(file, [{**c, "cx": 540, "cy": 360} for c in cameras]), up="+z"), 1e-12)
+    unnamed = [{key: value for key, value in c.items() if key != "img_name"} for c in cameras]
+    for others in (unnamed, [{**c, "img_name": c["id"]} for c in cameras], [{**c, "img_name": "a"} for c in cameras]):
+        assert_same(path, read_cameras(write(file, others[::-1]), up="+z"), 1e-12)
     with pytest.raises(InputError, match="--cameras_up y or z"):
         read_cameras(file)
     with pytest.raises(InputError, match="camera 1: 'fx' must be"):

@@ -109,14 +109,17 @@ def write_camera_path(file: Path, path: CameraPath) -> None:
 
 
 def read_splat_cameras(path: Path, data: list, given: Given) -> CameraPath:
-    """Read cameras.json of 3D Gaussian Splatting: poses camera-to-world with OpenCV axes, in order of image names."""
+    """Read cameras.json of 3D Gaussian Splatting: poses camera-to-world with OpenCV axes.
+
+    They are taken in the order of image names; without names, or where these are equal, in that of ids.
+    """
     if not data or not all(isinstance(entry, dict) and {"position", "rotation"} <= entry.keys() for entry in data):
         raise InputError(
             f"{path} must hold a JSON object, or a list of cameras with 'position' and 'rotation' (Gaussian splats)"
         )
     up = stated_up(given, path)
-    if all(isinstance(entry.get("img_name"), str) for entry in data):  # test images come first in the file
-        data = sorted(data, key=lambda entry: natural(entry["img_name"]))
+    keys = [key for key in ("img_name", "id") if all(isinstance(entry.get(key), int | str) for entry in data)]
+    data = sorted(data, key=lambda entry: [natural(str(entry[key])) for key in keys])  # test images come first in it
     sizes, poses, focal, center = [], np.tile(np.eye(4), (len(data), 1, 1)), [], []
     for pose, entry, number in zip(poses, data, range(1, len(data) + 1), strict=True):
         where = f"{path}: camera {number}"
