@@ -149,6 +149,9 @@ def change(*keys: object, value: object) -> Callable[[Gltf], None]:
         (change("nodes", 0, "camera", value=None), "no camera"),
         (change("nodes", 0, "camera", value=3), "cameras\\[3\\]"),
         (change("cameras", 0, value={"type": "orthographic", "orthographic": {}}), "orthographic"),
+        (change("cameras", 0, "type", value="orthographic"), "orthographic"),  # whatever lens lies beside it
+        (change("cameras", 0, "perspective", value=None), "no lens"),
+        (change("cameras", 0, "perspective", value={"znear": 0.1}), "camera 0: 'yfov' is missing"),
         (change("cameras", 0, "perspective", "yfov", value=0), "yfov"),
         (change("cameras", 0, "perspective", "yfov", value="wide"), "yfov"),
         (change("cameras", 0, "perspective", "aspectRatio", value=1e-9), "aspect ratio"),

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.spatial.transform import Slerp
 
 from utils.cameras.path import DEFAULT_SIZE, MAX_NUMBER, MAX_POSES, CameraPath, make_path
-from utils.cameras.values import Given, to_number, to_numbers, unit_rotation, world_up
+from utils.cameras.values import Given, required, to_number, to_numbers, unit_rotation, world_up
 from utils.cli import InputError
 from utils.layout import ARC_FRAMES
 from utils.meshes.gltf import FLOATS, FLOATS_OR_NORMALIZED, GltfFile, Refused, entry, open_gltf, refusals
@@ -154,11 +154,13 @@ def _channels(file: GltfFile, chain: list[int]) -> Channels:
 
 def _lens(file: GltfFile, index: object, size: tuple[int, int]) -> tuple[tuple[int, int], float]:
     """(width, height) and focal length in pixels; pixels are square. size: has the aspect of lenses without one."""
-    lens = entry(file.tree, "cameras", index).get("perspective")
-    if lens is None:
+    camera = entry(file.tree, "cameras", index)
+    if camera.get("type") == "orthographic":
         raise InputError(f"{file.path}: the camera is orthographic; only perspective cameras are supported")
-    height = DEFAULT_SIZE[1]
-    angle = to_number(lens["yfov"], f"{file.path}: 'yfov'")
+    lens, height = camera.get("perspective"), DEFAULT_SIZE[1]
+    if not isinstance(lens, dict):
+        raise InputError(f"{file.path}: the camera has no lens ('perspective'); export the camera again")
+    angle = to_number(required(lens, "yfov", f"{file.path}: camera {index}"), f"{file.path}: 'yfov'")
     aspect = to_number(lens.get("aspectRatio", size[0] / size[1]), f"{file.path}: 'aspectRatio'")
     if not (0 < angle < math.pi and 0.01 < aspect < 100):
         raise InputError(f"{file.path}: a camera of yfov {angle:g} and aspect ratio {aspect:g} cannot be used")
