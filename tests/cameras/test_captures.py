@@ -173,6 +173,9 @@ def test_realestate_text(tmp_path: Path, capsys) -> None:
         np.testing.assert_allclose(back.c2w, path.c2w, atol=1e-6)
         assert back.size == wanted and back.fps == pytest.approx(29.97, abs=0.01)
         np.testing.assert_allclose(back.focal / back.size[1], path.focal / 720, rtol=1e-6)
+    file.write_text(realestate(path, np.arange(46) * 2e6))  # a pose every other second is no frame number either
+    back = read_cameras(file, up="+z")
+    assert back.numbers == path.numbers and back.fps == 0.5
     with pytest.raises(InputError, match="--cameras_up"):
         read_cameras(file)
     with pytest.raises(InputError, match="lens of their own"):
@@ -235,6 +238,7 @@ def test_time_stamps_keep_gaps_and_uneven_rates(tmp_path: Path) -> None:
         ("0 0 0 0 0 0 0 1\nx 0 0 1 0 0 0 1\n", "line 2: expected numbers"),
         ("0 0 0 0 0 0 0 1\n0.1 0 0 0 0 0 0 1\n1e7 0 0 1 0 0 0 1\n1e7 0 0 1 0 0 0 1\n", "times must grow"),
         ("0 0 0 0 0 0 0 1\n0.1 0 0 0 0 0 0 1\n1e7 0 0 1 0 0 0 1\n2.3e7 0 0 1 0 0 0 1\n", "at most 100000"),
+        ("1403636579763555584 0 0 0 0 0 0 1\n1403636579813555456 0 0 1 0 0 0 1\n", "5e\\+07 apart; give seconds"),
         ("0 0 1 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 0\n1 0 1 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 0\n", "focal length"),
     ],
 )

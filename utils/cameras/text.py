@@ -85,8 +85,8 @@ def _realestate(rows: np.ndarray, given: Given) -> tuple[np.ndarray, np.ndarray,
 def _timed(path: CameraPath, rows: np.ndarray, second: float, where: Path) -> CameraPath:
     """The path with frame numbers and rate from its time stamps rows[:, 0]. second: of their unit.
 
-    Stamps of a steady rate, gaps included, give the numbers; others are resampled to the rate of `path`. Stamps too
-    close together or too far apart for seconds are frame numbers.
+    Stamps of a steady rate, gaps included, give the numbers; others are resampled to the rate of `path`. Whole stamps
+    too close together for microseconds, or in a format of seconds, are frame numbers.
     """
     stamps = rows[:, 0]
     steps = np.diff(stamps)
@@ -94,7 +94,11 @@ def _timed(path: CameraPath, rows: np.ndarray, second: float, where: Path) -> Ca
         late = int(np.argmax(steps <= 0))
         raise InputError(f"{where}: time {stamps[late + 1]:.15g} comes after {stamps[late]:.15g}; times must grow")
     usual = float(np.median(steps))
-    if (stamps == stamps.round()).all() and not 1e-3 * second <= usual < second:
+    if (stamps == stamps.round()).all() and (second == 1 or usual < 1e-3 * second):
+        if stamps[-1] - stamps[0] > MAX_POSES:
+            raise InputError(
+                f"{where}: its whole time stamps are {usual:.3g} apart; give seconds (as decimals) or frame numbers"
+            )
         return replace(path, numbers=tuple(int(n) for n in stamps - stamps[0] + 1))
     frames = np.round(steps / usual)
     if (frames >= 1).all() and (np.abs(steps / usual - frames) <= STEADY).all():
