@@ -5,6 +5,7 @@ and reports what does not fit; diffusers' own converters, whose results are the 
 fits is merged into the weights, so that it costs nothing at inference and works in every memory mode.
 """
 
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -120,15 +121,16 @@ def find_modules(
 
 def read_alphas(path: Path, metadata: Mapping) -> Alphas:
     """Read the alphas of peft's configuration in the file's header or beside it; none if there is neither."""
-    settings = metadata.get(METADATA)
-    if not isinstance(settings, dict):
-        config = lora_sources(path)[1:]
-        settings = read_json(config[0]) if config else {}
-    settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
+    settings, beside = metadata.get(METADATA), lora_sources(path)[1:]
+    if settings is None:
+        settings = read_json(beside[0]) if beside else {}
     try:
+        settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
         patterns = settings.get("alpha_pattern") or {}
         layers = {re.compile(rf"(.*\.)?({key})"): float(alpha) for key, alpha in patterns.items()}
         others = float(settings["lora_alpha"]) if settings.get("lora_alpha") is not None else None
+        if not all(math.isfinite(alpha) for alpha in (*layers.values(), others or 0)):
+            raise ValueError("NaN or infinity")
     except (AttributeError, TypeError, ValueError, re.error) as error:
         raise InputError(f"--lora {path}: its header names no usable alpha ({error})") from error
     return Alphas(layers, others, bool(settings.get("use_rslora")))

@@ -1,6 +1,5 @@
 """LoRAs of other programs: every program's names give the same weights, and the same as in diffusers."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -242,11 +241,20 @@ def test_diffusers_pipeline_s_header_is_read(transformer, original: dict, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "header", [{"lora_alpha": "much"}, {"alpha_pattern": [1]}, {"alpha_pattern": {"(": 1}}, {"lora_alpha": []}]
+    "header",
+    [
+        '{"lora_alpha": "much"}',
+        '{"alpha_pattern": [1]}',
+        '{"alpha_pattern": {"(": 1}}',
+        '{"lora_alpha": []}',
+        '{"lora_alpha": NaN}',
+        '{"alpha_pattern": {"to_q": Infinity}}',
+        '{"lora_alpha": 8',
+    ],
 )
-def test_a_header_without_a_usable_alpha_is_refused(transformer, original: dict, header: dict, tmp_path: Path):
+def test_a_header_without_a_usable_alpha_is_refused(transformer, original: dict, header: str, tmp_path: Path):
     state = write_names(separate(transformer, original), lambda name: f"transformer.{name}", AB, None)
-    path = save(tmp_path / "a.safetensors", state, {"lora_adapter_metadata": json.dumps(header)})
+    path = save(tmp_path / "a.safetensors", state, {"lora_adapter_metadata": header})
     with pytest.raises(InputError, match="no usable alpha"):
         read_other_lora(path, 1.0, transformer.config)
 
