@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
+import torch
 import transformers
 
 from models.loading.files import MODEL_KINDS, Shards, blaming, build_empty, reference_layout
@@ -36,7 +37,9 @@ def require_fit(paths: Mapping[str, Path]) -> None:
 def _require_tensors(name: str, folder: Path) -> None:
     if folder.is_file():
         kind = CONVERTIBLE[name]
-        build_empty(MODEL_KINDS[kind][0], *reference_layout(kind, folder))
+        config, tensors = reference_layout(kind, folder)
+        _require_floats(folder, tensors)
+        build_empty(MODEL_KINDS[kind][0], config, tensors)
         return
     config, shards = read_json(folder / "config.json"), Shards(folder)
     if config.get("quantization_config") or any(OLD_NAMES in key for key in shards):
@@ -46,7 +49,17 @@ def _require_tensors(name: str, folder: Path) -> None:
         config, tensors = ggi_transformer(config, plan)
     else:
         tensors = {key: shards.empty_like(key) for key in shards}
+    _require_floats(folder, tensors)
     build_empty(getattr(diffusers, NETWORKS[name]), config, tensors)
+
+
+def _require_floats(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise InputError for integers, which would be taken for the numbers that they stand for."""
+    if whole := next((key for key, tensor in tensors.items() if not tensor.is_floating_point()), None):
+        raise InputError(
+            f"{path}: {whole} holds {tensors[whole].dtype}, and no quantization_config says how to read it: fetch the "
+            "weights in bfloat16"
+        )
 
 
 def _require_tokenizers(name: str, folder: Path) -> None:

@@ -119,6 +119,10 @@ FLUX_FAULTS = {
         change_tensors("transformer", lambda t: t | {"proj_out.bias": torch.zeros(3)}),
         "proj_out.bias has shape (3,)",
     ),
+    "integers without their scales": (
+        change_tensors("transformer", lambda t: {key: value.to(torch.int8) for key, value in t.items()}),
+        "holds torch.int8, and no quantization_config says how to read it",
+    ),
     "a config of another size": (change_config("transformer", num_layers=3), "missing keys"),
     "a config that builds nothing": (change_config("transformer", num_attention_heads=0), "is not a whole"),
     "another network": (change_config("transformer", _class_name="UNet"), "holds UNet; FluxTransformer2DModel is"),
