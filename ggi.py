@@ -76,7 +76,7 @@ from utils.videos.page import INDEX
 from utils.videos.run import VideoJob, arcs_to_refill, finish_video, is_done, make_page, save_arc
 
 if TYPE_CHECKING:
-    from models.inbetween.pipeline import ArcInputs, InbetweenStage
+    from models.inbetween.stage import ArcInputs, InbetweenStage
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
@@ -243,7 +243,8 @@ def main() -> None:
 def fill_arcs(args: Arguments, preset: Preset, jobs: list[VideoJob], transformer: Path) -> None:
     """Generate all missing arcs, divided among the processes."""
     with heavy_imports():
-        from models.inbetween.pipeline import InbetweenStage, caption_image
+        from models.inbetween.stage import caption_image
+        from models.inbetween.stages import CogVideoXStage
         from models.loading.fit import require_fit
         from models.runtime.memory import look_up_plan
         from models.runtime.runtime import first_here, open_runtime
@@ -263,7 +264,7 @@ def fill_arcs(args: Arguments, preset: Preset, jobs: list[VideoJob], transformer
             anchor = read_image(job.anchors[0])
             job.prompt = caption_image(anchor, caption_model, runtime.device, runtime.dtype, args.seed)
         prompts = [job.prompt for job in jobs]
-        stage = InbetweenStage(runtime, paths, transformer, prompts, settings_of(InbetweenSettings, args), size)
+        stage = CogVideoXStage(runtime, paths, transformer, prompts, settings_of(InbetweenSettings, args), size)
         weights = runtime.weight_identity(paths | {"transformer": transformer})
         if runtime.is_main:
             for job in jobs:
@@ -309,7 +310,7 @@ def share_arcs(jobs: Sequence[VideoJob], chain: bool) -> list[tuple[VideoJob, li
 
 def arc_inputs(stage: "InbetweenStage", job: VideoJob, arc: Arc) -> "ArcInputs":
     """An arc's two end pictures, edges and noise."""
-    from models.inbetween.pipeline import ArcInputs
+    from models.inbetween.stage import ArcInputs
 
     chained = stage.settings.chain and arc.index
     start = chain_path(job.run.folder, arc.index) if chained else job.anchors[arc.index]

@@ -14,7 +14,8 @@ from models.flags import resolve_device
 from models.flux.anchors import Anchor, AnchorStage
 from models.flux.lora import read_loras
 from models.foreign import require_cogvideox, require_flux, require_video_transformer
-from models.inbetween.pipeline import ArcInputs, InbetweenStage
+from models.inbetween.stage import ArcInputs, InbetweenStage
+from models.inbetween.stages import CogVideoXStage
 from models.loading.fit import require_fit
 from models.loading.networks import component_config
 from models.precision import automatic_precision
@@ -92,7 +93,7 @@ def open_inbetween_stage(
     require_fit(paths | {"inbetween": transformer})
     (width, height), guided = preset.video_size, settings.guidance_scale != 1 and any(prompts)
     runtime = _open(preset, "ggi", pixels=width * height, frames=preset.num_frames, batch=1 + guided, **how)
-    return InbetweenStage(runtime, paths, transformer, prompts, settings, preset.video_size)
+    return CogVideoXStage(runtime, paths, transformer, prompts, settings, preset.video_size)
 
 
 def fill_arcs(stage: InbetweenStage, scene: Scene, anchors: Sequence[np.ndarray], prompt: str) -> np.ndarray:

@@ -5,9 +5,8 @@ diffusers' image-to-video pipeline already concatenates noise and conditions, so
 is overridden.
 """
 
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,27 +17,17 @@ from diffusers import (
     CogVideoXImageToVideoPipeline,
     CogVideoXTransformer3DModel,
 )
-from PIL import Image
 
-from models.finite import require_finite, require_finite_weights
-from models.inbetween.replacement import Replacement, latent_coverage
-from models.latents import draw_noise, posterior_sample, to_signed
-from models.loading.files import blaming, load_ggi_transformer
-from models.loading.networks import free_caches, load_encoders, load_model, load_pipeline, load_strictly
+from models.finite import require_finite
+from models.inbetween.stage import place_networks
+from models.latents import draw_noise, posterior_sample
+from models.loading.files import load_ggi_transformer
+from models.loading.networks import free_caches, load_encoders, load_model, load_pipeline
 from models.prompts import warn_of_cuts
-from models.runtime.memory import ON_DEMAND, PLACEMENTS, RESIDENT, place, place_pipeline
+from models.runtime.memory import PLACEMENTS, RESIDENT, place, place_pipeline
 from models.runtime.rotary import use_complex_rotary
 from models.runtime.runtime import Runtime
-from models.runtime.speed import first_block_cache
-from models.settings import InbetweenSettings
-from utils.edges import resize_edges
-from utils.files import read_json
-from utils.images import resize_image
-from utils.layout import LATENT_FRAMES, edge_frame_indices
-from utils.noise import blend_noise
 from utils.runs import derive_seed
-from utils.scene.carry import CarriedVideo
-from utils.scene.composite import composite, match_colours
 
 LATENT_CHANNELS = 16
 CHANNELS = 3 * LATENT_CHANNELS  # noisy latents | images | edges
@@ -184,26 +173,6 @@ def encode_video_prompts(
     return embeds
 
 
-@torch.no_grad()
-def caption_image(image: np.ndarray, path: Path, device: str, dtype: torch.dtype, seed: int) -> str:
-    """Describe an image, uint8 [H, W, 3], with the BLIP-2 model in `path`, then free the model."""
-    from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessorPil
-
-    # The processor is assembled here because its own loader requires torchvision.
-    model = load_strictly("caption_model", Blip2ForConditionalGeneration, path, dtype, ("mismatched_keys",))
-    place(model, RESIDENT, device)
-    with blaming(f"caption_model: {path} cannot be loaded"):
-        processor = Blip2Processor(
-            BlipImageProcessorPil.from_pretrained(path, local_files_only=True),
-            AutoTokenizer.from_pretrained(path, local_files_only=True),
-            num_query_tokens=model.config.num_query_tokens,
-        )
-    torch.manual_seed(seed)
-    inputs = processor(images=Image.fromarray(image), return_tensors="pt").to(device, dtype)
-    tokens = model.generate(**inputs, max_new_tokens=40)
-    return processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
-
-
 def load_inbetween(
     paths: dict[str, Path],
     transformer: Path,
@@ -227,13 +196,7 @@ def load_inbetween(
     )
     pipeline.scheduler = CogVideoXDDIMScheduler.from_config(pipeline.scheduler.config)  # whatever it was
     prepare_networks(**networks, tiling=tiling)
-    if ON_DEMAND in kept.values():
-        for network in networks.values():
-            require_finite_weights(network)
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
-        for name in networks:
-            place(getattr(pipeline, name), kept[name], device)
+    place_networks(pipeline, kept, device)
     pipeline.set_progress_bar_config(leave=False, desc="steps")
     return pipeline
 
@@ -245,102 +208,3 @@ def load_video_vae(runtime: Runtime, paths: Mapping[str, Path]) -> AutoencoderKL
         vae.enable_tiling()
     place(vae, RESIDENT, runtime.device)
     return vae
-
-
-@dataclass(frozen=True)
-class ArcInputs:
-    """The inputs of one arc. Pictures may have any size; the stage resizes them.
-
-    index: its position on the path. start, end: anchors, or the last frame of the arc before, uint8 [H, W, 3]. edges:
-    uint8 [46, H, W, 3]. noise: warped, float32 [13, h, w, 16]. carried: the anchors carried to every frame, at the
-    stage's size; needed for replacement, composite and colour matching.
-    """
-
-    index: int
-    start: np.ndarray
-    end: np.ndarray
-    edges: np.ndarray
-    noise: np.ndarray
-    prompt: str
-    carried: CarriedVideo | None = None
-
-
-class InbetweenStage:
-    """Stage 3, ready to fill arcs: CogVideoX with two end images, and every prompt encoded.
-
-    paths: components of GGI_STAGE. transformer: folder of the in-between transformer. prompts: every prompt that an
-    arc will use. size: (width, height) in pixels.
-    """
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        paths: Mapping[str, Path],
-        transformer: Path,
-        prompts: Sequence[str],
-        settings: InbetweenSettings,
-        size: tuple[int, int],
-    ):
-        self.runtime, self.settings, self.size = runtime, settings, size
-        config = read_json(transformer / "config.json")
-        self.num_frames = (LATENT_FRAMES - 1) * config["temporal_compression_ratio"] + 1
-        device, dtype, length = runtime.device, runtime.dtype, config["max_text_seq_length"]
-        self.texts = encode_video_prompts(
-            paths["cogvideox_text"], [*prompts, ""], device, dtype, length, runtime.placement["text"]
-        )
-        tiling = runtime.preset.vae_tiling
-        self.pipe = load_inbetween(paths, transformer, device, dtype, runtime.placement, tiling=tiling)
-        runtime.compile(self.pipe.transformer)
-
-    def with_settings(self, **changes: object) -> "InbetweenStage":
-        """A copy that shares the networks but has other settings."""
-        other = copy.copy(self)
-        other.settings = replace(self.settings, **changes)
-        return other
-
-    def conditions(self, arc: ArcInputs) -> torch.Tensor:
-        """Encode an arc's conditions, [1, 13, 32, h, w] on the device."""
-        ends = (to_signed(resize_image(picture, *self.size))[None] for picture in (arc.start, arc.end))
-        frames = [resize_edges(edges, *self.size) for edges in arc.edges]
-        edges = to_signed(np.stack([frames[i] for i in edge_frame_indices(self.num_frames)]))[None]
-        eps = ConditionEps.draw(*arc.noise.shape[:3], seed=self.settings.seed, arc=arc.index)
-        return self.pipe.encode_conditions(*ends, edges, eps)
-
-    def denoise(self, arc: ArcInputs, conditions: torch.Tensor | None = None) -> torch.Tensor:
-        """Denoise an arc; returns latents [1, 13, 16, h, w]. conditions: replace the arc's own."""
-        settings = self.settings
-        warped = torch.from_numpy(arc.noise).movedim(-1, 1)[None]
-        fresh = draw_noise(warped.shape, derive_seed(settings.seed, arc.index, 1))
-        noise = blend_noise(warped, fresh, settings.degradation).to(self.pipe.transformer.dtype)
-        replacement = self.replacement(arc, noise) if settings.num_replacement else None
-        with self.runtime.attention(), first_block_cache(self.pipe.transformer, settings.cache):
-            latents = self.pipe(
-                self.conditions(arc) if conditions is None else conditions,
-                noise,
-                self.texts[arc.prompt],
-                self.texts[""],
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-                on_step=replacement,
-            )
-        return require_finite(latents, f"the denoised latents of arc {arc.index}")
-
-    @torch.no_grad()
-    def replacement(self, arc: ArcInputs, noise: torch.Tensor) -> Replacement:
-        """Encode the carried anchors. noise: the start noise."""
-        frames = edge_frame_indices(self.num_frames)
-        latents = self.pipe.encode_video(to_signed(arc.carried.frames[frames])[None])
-        self.pipe.maybe_free_model_hooks()
-        mask = latent_coverage(arc.carried.seen[frames], self.settings.replacement_coverage)
-        return Replacement(latents, mask, noise, self.settings.num_replacement)
-
-    def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """Decode latents into uint8 [num_frames, H, W, 3]: the arc's 46 frames, and the padding after them."""
-        return self.pipe.decode_video(latents)
-
-    def finish(self, frames: np.ndarray, arc: ArcInputs) -> np.ndarray:
-        """Composite carried anchors over frames, uint8 [46, H, W, 3], or match their colours, as the settings say."""
-        settings, carried = self.settings, arc.carried
-        if settings.composite:
-            return composite(frames, carried.frames, getattr(carried, settings.composite))
-        return match_colours(frames, carried.frames, carried.seen) if settings.colour_match else frames

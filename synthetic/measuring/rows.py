@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from models.flux.anchors import AnchorStage
-from models.inbetween.pipeline import ArcInputs, load_video_vae
+from models.inbetween.pipeline import load_video_vae
+from models.inbetween.stage import ArcInputs
 from models.runtime.runtime import plain_runtime
 from models.weights import FLUX_STAGE, GGI_STAGE
 from synthetic.measuring import baselines, figures

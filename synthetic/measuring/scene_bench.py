@@ -13,7 +13,8 @@ import torch
 from models.flux.alignment import Alignment
 from models.flux.anchors import Anchor, AnchorStage
 from models.flux.lora import LoraState, read_loras
-from models.inbetween.pipeline import ArcInputs, InbetweenStage
+from models.inbetween.stage import ArcInputs, InbetweenStage
+from models.inbetween.stages import CogVideoXStage
 from models.loading.networks import component_config
 from models.precision import MIXED
 from models.runtime.runtime import plain_runtime
@@ -131,7 +132,7 @@ class SceneBench:
 
     def inbetween_stage(self, settings: InbetweenSettings) -> InbetweenStage:
         runtime, transformer = plain_runtime(self.preset, "ggi", self.preset.dtype), Path(self.preset.ggi_transformer)
-        stage = InbetweenStage(runtime, self.paths, transformer, [self.prompt], settings, self.preset.video_size)
+        stage = CogVideoXStage(runtime, self.paths, transformer, [self.prompt], settings, self.preset.video_size)
         stage.pipe.set_progress_bar_config(disable=True)
         return stage
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.inbetween.pipeline import ArcInputs, InbetweenStage
 from models.inbetween.replacement import latent_coverage
+from models.inbetween.stage import ArcInputs, InbetweenStage
+from models.inbetween.stages import CogVideoXStage
 from models.latents import to_signed
 from models.runtime.runtime import plain_runtime
 from models.settings import InbetweenSettings
@@ -27,7 +28,7 @@ def stage() -> InbetweenStage:
         paths = locate(argparse.Namespace(), preset, GGI_STAGE)
     settings = InbetweenSettings(num_inference_steps=STEPS, guidance_scale=1.0)
     runtime = plain_runtime(preset, "ggi", "float32")
-    made = InbetweenStage(runtime, paths, Path(preset.ggi_transformer), ["a town"], settings, SIZE)
+    made = CogVideoXStage(runtime, paths, Path(preset.ggi_transformer), ["a town"], settings, SIZE)
     made.pipe.set_progress_bar_config(disable=True)
     return made
 

@@ -24,7 +24,8 @@ from transformers import (
 
 from models.flags import resolve_device
 from models.flux.network import encode_flux_prompts, load_flux
-from models.inbetween.pipeline import caption_image, encode_video_prompts, load_inbetween
+from models.inbetween.pipeline import encode_video_prompts, load_inbetween
+from models.inbetween.stage import caption_image
 from models.loading.networks import component_config, load_model
 from models.weights import (
     FLUX_STAGE,
