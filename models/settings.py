@@ -22,6 +22,7 @@ from utils.cli import (
 )
 
 LOGS = ["tensorboard", "none"]
+CONTROLS = ["edges", "depth"]
 AUTO = "auto: bf16 for full weights, and for tiny ones where the device computes in it, else no"
 
 
@@ -162,6 +163,43 @@ class InbetweenSettings:
         "a little different (default: off)",
         type=positive_float,
         metavar="THRESHOLD",
+    )
+
+
+WAN_NEGATIVE = (  # in the model's own examples; mind that it asks for no paintings and no style
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
+    "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
+    "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three "
+    "legs, many people in the background, walking backwards"
+)
+
+
+@dataclass(frozen=True)
+class WanVaceSettings(InbetweenSettings):
+    """Stage 3 by Wan VACE: its usual sampling, and how it is controlled. It was not trained on warped noise."""
+
+    degradation: float = flag(1.0, "share of fresh noise: 0 keeps the warped noise, 1 drops it", type=unit_float)
+    num_inference_steps: int = flag(30, "UniPC steps", type=positive_int)
+    guidance_scale: float = flag(5.0, "classifier-free guidance scale; 1 switches it off", type=guidance_float)
+    chain: bool = flag(
+        False,
+        "start each arc from its anchor (default); --chain: from the last generated frame of the one before; its "
+        "colours drift",
+        action=argparse.BooleanOptionalAction,
+    )
+    flow_shift: float = flag(3.0, "shift of the noise schedule: 3 at 480 lines, 5 at 720", type=positive_float)
+    neg_prompt: str = flag(WAN_NEGATIVE, "negative prompt")
+    control: str = flag(
+        "edges",
+        "what the frames between are controlled by; depth needs preprocess.py --passes depth",
+        choices=CONTROLS,
+    )
+    control_weight: float = flag(1.0, "strength of the control branch", type=non_negative_float)
+    latent_mask: str = flag(
+        "nearest",
+        "which frame tells a latent frame whether it is given: nearest, as in diffusers and the original, where the "
+        "start anchor counts as free; groups: all frames of its causal group must be given",
+        choices=["nearest", "groups"],
     )
 
 

@@ -36,6 +36,7 @@ WEIGHTS = ROOT / "checkpoints"  # <name>/preset.json beside each weight set
 
 FLUX_STAGE = ("flux_transformer", "flux_vae", "flux_text", "controlnet")
 GGI_STAGE = ("cogvideox_vae", "cogvideox_text")
+WAN_STAGE = ("wan_vae", "wan_transformer", "wan_text")
 EPOCH = 1350  # the released in-between transformer's
 RELEASE = "https://drive.google.com/drive/folders/1IhI9qDv6tH5T7XzeEjx27UYw2EqZ7MKY"  # its authors' folder
 FLOW_LORA = (

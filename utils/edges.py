@@ -38,6 +38,7 @@ CONTRAST = (4.0, 7.5)  # Lab units that an isolated edge needs: at REFERENCE_WID
 SURROUND_WEIGHT = 2.2  # how much nearby edges raise that threshold
 FAINTEST, FULL = 0.08, 0.5  # visibility drawn as black, as white
 SHORTEST = (50.0, 6.0)  # extent of a line drawn at half brightness; half as long: gone
+THINNED, SCRIBBLE_PEN = 1.5, 0.7  # pixels of the video: blur that joins a soft line into one crest, pen of a scribble
 PEN_PRESSURE = 1.7  # above 1 the middle of a line saturates, which makes it wider than the pen
 
 
@@ -70,6 +71,20 @@ def resize_edges(edges: np.ndarray, width: int, height: int) -> np.ndarray:
     """
     _require_rgb(edges, "edges")
     return resize_image(edges, width, height)
+
+
+def scribble(edges: np.ndarray) -> np.ndarray:
+    """Soft edges as a drawing: thin dark lines on white, about as grey as the edges were bright.
+
+    edges: uint8 [H, W, 3], white on black, at the size that is looked at. Returns the same shape.
+    """
+    _require_rgb(edges, "edges")
+    grey = edges[..., 0].astype(np.float32)
+    crest = _crest(cv2.GaussianBlur(grey, (0, 0), THINNED))
+    brightness = cv2.dilate(grey, np.ones((3, 3), np.uint8)) / 255
+    lines = cv2.GaussianBlur(crest * brightness, (0, 0), SCRIBBLE_PEN)
+    drawn = np.minimum(STEP_PEAK * SCRIBBLE_PEN * lines, 1)
+    return np.repeat((255 * (1 - drawn) + 0.5).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def hed_edges(image: np.ndarray) -> np.ndarray:

@@ -30,6 +30,9 @@ COMPONENTS = {
     "cogvideox_vae": ("cogvideox", "vae", ["vae/*"]),
     "cogvideox_transformer": ("cogvideox", "transformer", ["transformer/*"]),
     "cogvideox_text": ("cogvideox", None, ["model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/*"]),
+    "wan_vae": ("wan", "vae", ["vae/*"]),
+    "wan_transformer": ("wan", "transformer", ["transformer/*"]),
+    "wan_text": ("wan", None, ["model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/*"]),
 }
 CONVERTIBLE = {  # component -> its kind in models.convert
     "flux_transformer": "flux",
@@ -45,22 +48,27 @@ NETWORKS = {
     "cogvideox_transformer": "CogVideoXTransformer3DModel",
     "cogvideox_vae": "AutoencoderKLCogVideoX",
     "inbetween": "CogVideoXTransformer3DModel",
+    "wan_transformer": "WanVACETransformer3DModel",
+    "wan_vae": "AutoencoderKLWan",
 }
 SIZES = ("in_channels", "sample_width", "sample_height", "temporal_compression_ratio", "max_text_seq_length")
 NEEDED = {  # class -> numbers of its config.json that the stages read themselves
     "CogVideoXTransformer3DModel": (*SIZES, "use_learned_positional_embeddings"),
     "AutoencoderKL": ("scaling_factor", "shift_factor"),
     "AutoencoderKLCogVideoX": ("scaling_factor",),
+    "WanVACETransformer3DModel": ("in_channels", "num_layers"),
 }
 # component -> {tokenizer: the text encoder that it serves}, folders of the pipeline
 ENCODERS = {
     "flux_text": {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     "cogvideox_text": {"tokenizer": "text_encoder"},
+    "wan_text": {"tokenizer": "text_encoder"},
 }
 SNR = ("prediction_type", "rescale_betas_zero_snr", "snr_shift_scale")
 SCHEDULES = {  # entries of scheduler_config.json, for which diffusers would silently use other values
     "flux_text": (),  # FLUX's schedule is computed (`models/flux/network.py`)
     "cogvideox_text": ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", *SNR, "timestep_spacing"),
+    "wan_text": ("num_train_timesteps",),  # the rest is set (`models/inbetween/stages.py`)
 }
 # A tokenizer is one file, or those of its kind (the last word of its class in transformers).
 TOKENIZER = "tokenizer.json"

@@ -56,6 +56,11 @@ PLACEMENTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "balanced": {"text": RESIDENT, "transformer": ON_DEMAND, "vae": ON_DEMAND},
         "low": {"text": OFFLOADED, "transformer": OFFLOADED, "vae": RESIDENT},
     },
+    "wan_vace": {  # umT5-XXL alone would fill a card of 12 GB
+        "full": {"text": RESIDENT, "transformer": RESIDENT, "vae": RESIDENT},
+        "balanced": {"text": OFFLOADED, "transformer": ON_DEMAND, "vae": ON_DEMAND},
+        "low": {"text": OFFLOADED, "transformer": OFFLOADED, "vae": RESIDENT},
+    },
     "training": {  # of all weights, which stay on the GPU in float32, as do their gradients
         "full": {"optimizer": RESIDENT},
         "balanced": {"optimizer": EIGHT_BITS},
