@@ -21,6 +21,7 @@ import sag_distribution_alignment as alignment
 import sag_generate_anchor_view as anchors
 from models.flags import add_memory_flags, add_overwrite_flag
 from models.foreign import require_cogvideox, require_flux
+from models.inbetween.backbones import DEFAULT
 from models.runtime.chain import Stage, describe, make_stage, quietly, require_room, run_stage, split_flags
 from models.weights import FLUX_STAGE, GGI_STAGE, load_preset, locate
 from utils import layout
@@ -109,7 +110,9 @@ def plan_video(args: argparse.Namespace, scene: layout.Scene, draw: Stage) -> St
     stage = make_stage(args, SCRIPTS, "ggi", *flags)
     if len((given := stage.args).target) > 1:
         raise InputError("--ggi.target: one video at a time")
-    preset, transformer = quietly(ggi.prepare, given)
+    if given.backbone != DEFAULT:
+        raise InputError(f"--ggi.backbone {given.backbone}: this chain ends in {DEFAULT}; run ggi.py by itself")
+    preset, beside = quietly(ggi.prepare, given)
     elements_per_cell(scene.map_size, (given.width // 8, given.height // 8))
     name = layout.video_run_name(given.degradation, given.epoch, given.num_inference_steps)
     steps, guided = len(scene.arcs) * given.num_inference_steps, given.guidance_scale != 1 and given.prompt != ""
@@ -117,7 +120,7 @@ def plan_video(args: argparse.Namespace, scene: layout.Scene, draw: Stage) -> St
     stage.costs(steps, given.width * given.height, (given.output_dir or draw.result) / name, **size)
     paths = locate(argparse.Namespace(**vars(draw.args) | vars(given)), preset, (*FLUX_STAGE, *GGI_STAGE))
     require_flux(paths, draw.args.control_mode)
-    require_cogvideox(paths, transformer)
+    require_cogvideox(paths, beside["transformer"])
     return stage
 
 

@@ -23,40 +23,26 @@ import numpy as np
 from tqdm import tqdm
 
 from models.flags import add_attention_flag, add_compile_flag, add_memory_flags, add_overwrite_flag, resolve_device
-from models.foreign import require_cogvideox, require_video_transformer
+from models.inbetween.backbones import BACKBONES, DEFAULT, Backbone, Paths
 from models.precision import automatic_precision, settle_precision
-from models.settings import InbetweenSettings
-from models.weights import (
-    EPOCH,
-    GGI_STAGE,
-    Preset,
-    add_weight_flags,
-    caption_source,
-    find_inbetween,
-    load_preset,
-    locate,
-    require_same_weights,
-)
+from models.weights import Preset, add_weight_flags, caption_source, locate, require_same_weights
 from utils.cli import (
     Arguments,
     InputError,
     Parser,
-    add_settings,
     heavy_imports,
     positive_int,
     prompt_text,
     run_script,
-    settings_of,
 )
 from utils.edges import resize_edges
-from utils.files import files_sha256, read_json
+from utils.files import files_sha256
 from utils.images import find_ffmpeg, read_image, write_image
 from utils.layout import (
     ARC_FRAMES,
     ARC_STEPS,
     CAMERAS_FILE,
     CONTACT_SHEET,
-    LATENT_FRAMES,
     SCENE_FILE,
     VIDEO_FILE,
     Arc,
@@ -66,7 +52,6 @@ from utils.layout import (
     find_scene,
     latents_path,
     load_scene,
-    video_run_name,
 )
 from utils.noise import load_or_make_noise
 from utils.runs import Run, is_first_process, open_run, require_distinct
@@ -82,6 +67,9 @@ if TYPE_CHECKING:
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     parser = Parser(__doc__)
     add, where = parser.add_argument, partial(parser.add_argument, decides=False)
+    backbones_help = "video model; each has flags of its own: ggi.py --backbone wan_vace --help"
+    add("--backbone", choices=BACKBONES, default=DEFAULT, help=backbones_help)
+    backbone = chosen_backbone(argv)
     where(
         "--target",
         type=Path,
@@ -99,8 +87,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
         help="what the video shows; may be empty (default: a caption of the first anchor by BLIP-2)",
     )
     add("--caption_model", metavar="REPO|PATH", help="BLIP-2 for the caption (default: Salesforce/blip2-opt-2.7b)")
-    add("--model_path", type=Path, help="folder with checkpoint-<epoch>/transformer (default: checkpoints for full)")
-    add("--epoch", type=positive_int, default=EPOCH, help="training step of the in-between transformer")
     add("--width", type=positive_int, help="pixels (default: the weights' preset)")
     add("--height", type=positive_int, help="pixels (default: the weights' preset)")
     add(
@@ -108,13 +94,20 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     )
     where("--fps", type=positive_int, default=12, help="frames per second of video.mp4")
     where("--output_dir", type=Path, help="folder to put the video's folder into (default: RUN)")
-    add_settings(parser, InbetweenSettings)
+    backbone.add_flags(parser)
     add_overwrite_flag(parser)
     add_attention_flag(parser)
     add_compile_flag(parser)
     add_memory_flags(parser)
-    add_weight_flags(parser, GGI_STAGE)
+    add_weight_flags(parser, backbone.components)
     return parser.parse_args(argv)
+
+
+def chosen_backbone(argv: Sequence[str] | None) -> Backbone:
+    """The video model that --backbone names, on which the other flags depend."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--backbone", nargs="?", default=DEFAULT)
+    return BACKBONES.get(parser.parse_known_args(argv)[0].backbone, BACKBONES[DEFAULT])
 
 
 def check_anchors(anchors: Sequence[Path]) -> None:
@@ -127,32 +120,16 @@ def check_anchors(anchors: Sequence[Path]) -> None:
             )
 
 
-def check_size(args: Arguments, config: dict) -> None:
-    """Raise InputError for a size that the transformer does not support. config: its config.json."""
-    if config.get("in_channels") != 48:
-        raise InputError(f"the transformer has {config.get('in_channels')} input channels; in-betweening needs 48")
-    frames = (LATENT_FRAMES - 1) * config["temporal_compression_ratio"] + 1
-    if args.num_frames != frames:
-        raise InputError(
-            f"--num_frames {args.num_frames}: an arc has {LATENT_FRAMES} latent frames, which are {frames}"
-        )
-    trained = (8 * config["sample_width"], 8 * config["sample_height"])
-    if config["use_learned_positional_embeddings"] and (args.width, args.height) != trained:
-        raise InputError(
-            f"{args.width}x{args.height}: these weights have learned positions for {trained[0]}x{trained[1]}; use "
-            "that size, and make the scene from edges of its aspect"
-        )
-    if args.width % 16 or args.height % 16:
-        raise InputError(f"{args.width}x{args.height}: width and height must be multiples of 16")
-
-
-def result_arguments(args: Arguments, scene: Scene, noises: Sequence[np.ndarray]) -> dict:
+def result_arguments(args: Arguments, scene: Scene, noises: Sequence[np.ndarray | None]) -> dict:
     """The arguments, and hashes of the inputs, that decide the video."""
+    own = BACKBONES[args.backbone].inputs(args, scene)
+    if noises[0] is not None:
+        own["noise_sha256"] = hashlib.sha256(np.stack(noises)).hexdigest()
     edges = [path for arc in scene.arcs for path in arc.edge_paths]
     geometry = [scene.folder / name for name in (SCENE_FILE, CAMERAS_FILE)] if carries(args) else []
     return args.identity() | {
         "edges_sha256": files_sha256(edges),
-        "noise_sha256": hashlib.sha256(np.stack(noises)).hexdigest(),
+        **own,
         **({"geometry_sha256": files_sha256(geometry)} if geometry else {}),
     }
 
@@ -185,8 +162,10 @@ def open_job(args: Arguments, preset: Preset, target: Path) -> VideoJob:
         raise InputError(
             f"{scene.folder} has no {missing}, which --num_replacement, --composite and --colour_match need"
         )
-    folder = (args.output_dir or target) / video_run_name(args.degradation, args.epoch, args.num_inference_steps)
-    noises = [load_or_make_noise(arc, (args.width // 8, args.height // 8)) for arc in scene.arcs]
+    backbone, latent_size = BACKBONES[args.backbone], (args.width // 8, args.height // 8)
+    folder = (args.output_dir or target) / backbone.run_name(args)
+    takes_noise = backbone.takes_noise(args)
+    noises = [load_or_make_noise(arc, latent_size) if takes_noise else None for arc in scene.arcs]
     arguments = result_arguments(args, scene, noises)
     automatic = automatic_precision(args, preset.dtype, resolve_device(args.device))
     anchors_hash = {"anchors_sha256": files_sha256(anchors)}  # compared one by one below
@@ -203,33 +182,33 @@ def open_job(args: Arguments, preset: Preset, target: Path) -> VideoJob:
     return VideoJob(scene, anchors, noises, run, prompt, geometry, refill)
 
 
-def prepare(args: Arguments) -> tuple[Preset, Path]:
-    """Check all that the anchors do not decide; fills in sizes. Returns the preset and the transformer's folder."""
+def prepare(args: Arguments) -> tuple[Preset, Paths]:
+    """Check all that the anchors do not decide; fills in sizes. Returns the preset and files beside the components."""
     find_ffmpeg()  # needed at the end: told at the start
-    preset = load_preset(args.weights)
-    args.width, args.height = args.width or preset.video_size[0], args.height or preset.video_size[1]
+    backbone = BACKBONES[args.backbone]
+    preset = backbone.preset(args)
+    width, height = backbone.size(args, preset)
+    args.width, args.height = args.width or width, args.height or height
     args.num_frames = args.num_frames or preset.num_frames
     if len(args.target) > 1 and (args.output_dir or args.scene):
         raise InputError("--output_dir and --scene go with a single --target")
-    transformer = find_inbetween(preset, args.model_path, args.epoch)
-    require_video_transformer(transformer)
-    check_size(args, read_json(transformer / "config.json"))
+    beside = backbone.check(args, preset)
     check_carrying(args)
-    return preset, transformer
+    return preset, beside
 
 
 def main() -> None:
     args = parse_args()
-    preset, transformer = prepare(args)
+    preset, beside = prepare(args)
     jobs = [open_job(args, preset, target) for target in args.target]
     require_distinct([job.run for job in jobs])
     for job in jobs:
         if job.run.finished and is_first_process():
-            require_same_weights(job.run, args, preset, GGI_STAGE, transformer=transformer)
+            require_same_weights(job.run, args, preset, BACKBONES[args.backbone].components, **beside)
     unfinished = [job for job in jobs if not job.run.finished]
     if unfinished:
         settle_precision(args, [job.run for job in unfinished])
-        fill_arcs(args, preset, unfinished, transformer)
+        fill_arcs(args, preset, unfinished, beside)
     for job in jobs if is_first_process() else ():
         if job.run.finished and job.run.manifest.get("fps") == args.fps:
             print(f"{job.run.folder} is finished")
@@ -240,32 +219,25 @@ def main() -> None:
         print_results(job.run)
 
 
-def fill_arcs(args: Arguments, preset: Preset, jobs: list[VideoJob], transformer: Path) -> None:
-    """Generate all missing arcs, divided among the processes."""
+def fill_arcs(args: Arguments, preset: Preset, jobs: list[VideoJob], beside: Paths) -> None:
+    """Generate all missing arcs, divided among the processes. beside: from `prepare`."""
     with heavy_imports():
         from models.inbetween.stage import caption_image
-        from models.inbetween.stages import CogVideoXStage
-        from models.loading.fit import require_fit
-        from models.runtime.memory import look_up_plan
         from models.runtime.runtime import first_here, open_runtime
 
-    size = (args.width, args.height)
+    backbone = BACKBONES[args.backbone]
     uncaptioned = [job for job in jobs if job.prompt is None]
     caption_model = first_here(args, partial(caption_source, args.caption_model)) if uncaptioned else None
-    paths = first_here(args, partial(locate, args, preset, GGI_STAGE))
-    require_cogvideox(paths, transformer)
-    require_fit(paths | {"inbetween": transformer})
-    guided = args.guidance_scale != 1 and args.prompt != ""
-    pixels = args.width * args.height
-    plan = look_up_plan(preset.name, "ggi", pixels=pixels, frames=args.num_frames, batch=1 + guided)
-    runtime = open_runtime(args, preset, "ggi", plan)
+    paths = first_here(args, partial(locate, args, preset, backbone.components)) | beside
+    backbone.check_networks(paths)
+    runtime = open_runtime(args, preset, backbone.stage, backbone.plan(args, preset, paths))
     with runtime.advise_on_oom():
         for job in uncaptioned:  # the same in every process, because sampling is seeded
             anchor = read_image(job.anchors[0])
             job.prompt = caption_image(anchor, caption_model, runtime.device, runtime.dtype, args.seed)
         prompts = [job.prompt for job in jobs]
-        stage = CogVideoXStage(runtime, paths, transformer, prompts, settings_of(InbetweenSettings, args), size)
-        weights = runtime.weight_identity(paths | {"transformer": transformer})
+        stage = backbone.open_stage(runtime, paths, prompts, args)
+        weights = runtime.weight_identity(paths)
         if runtime.is_main:
             for job in jobs:
                 job.begin(weights=weights, prompt=job.prompt, scene=str(job.scene.folder.resolve()))
@@ -309,12 +281,13 @@ def share_arcs(jobs: Sequence[VideoJob], chain: bool) -> list[tuple[VideoJob, li
 
 
 def arc_inputs(stage: "InbetweenStage", job: VideoJob, arc: Arc) -> "ArcInputs":
-    """An arc's two end pictures, edges and noise."""
+    """An arc's two end pictures, edges (or another control) and noise."""
     from models.inbetween.stage import ArcInputs
 
     chained = stage.settings.chain and arc.index
     start = chain_path(job.run.folder, arc.index) if chained else job.anchors[arc.index]
-    edges = np.stack([resize_edges(read_image(path), *stage.size) for path in arc.edge_paths])
+    paths = arc.control_paths(stage.control)
+    edges = np.stack([resize_edges(read_image(path), *stage.size) for path in paths])
     carried = carry_to(arc, job, stage.settings.sources) if job.geometry else None
     return ArcInputs(
         arc.index,

@@ -38,6 +38,7 @@ NUMBERS = (
     "patch_size",
     "num_layers",
 )
+LISTS = {"wan_transformer": ("patch_size",), "wan_vae": ("patch_size",)}  # entries of NUMBERS that are lists, or null
 KIND_NAMES = {"flux": "a FLUX transformer", "autoencoder": "a FLUX VAE", "controlnet": "an XLabs ControlNet"}
 
 
@@ -97,6 +98,18 @@ def require_cogvideox(paths: Mapping[str, Path], transformer: Path) -> None:
     require_equal("inbetween", {"inbetween": transformer}, "text_embed_dim", config["text_embed_dim"], wide)
 
 
+def require_wan(paths: Mapping[str, Path]) -> None:
+    """Make sure that the components of WAN_STAGE are a Wan VACE with the VAE of Wan 2.1, and fit together."""
+    transformer, vae = (read_config(name, paths[name]) for name in ("wan_transformer", "wan_vae"))
+    require_equal("wan_transformer", paths, "in_channels", transformer["in_channels"], LATENT_CHANNELS)
+    require_equal("wan_transformer", paths, "vace_in_channels", transformer["vace_in_channels"], 96)
+    require_equal("wan_transformer", paths, "patch_size", list(transformer["patch_size"]), [1, 2, 2])
+    require_equal("wan_vae", paths, "z_dim", vae["z_dim"], LATENT_CHANNELS)
+    require_equal("wan_vae", paths, "scale_factor_spatial", vae["scale_factor_spatial"], 8)
+    wide = read_encoder("wan_text", paths["wan_text"], "text_encoder").get("d_model")
+    require_equal("wan_transformer", paths, "text_dim", transformer["text_dim"], wide)
+
+
 def require_video_transformer(folder: Path) -> None:
     """Make sure that the config in this folder is that of a transformer of CogVideoX-5B. Imports nothing heavy."""
     config = read_folder_config("inbetween", folder)
@@ -131,7 +144,8 @@ def read_config(name: str, path: Path) -> dict:
     config = read_folder_config(name, folder)
     parameters = inspect.signature(getattr(diffusers, NETWORKS[name]).__init__).parameters
     config = {key: p.default for key, p in parameters.items() if p.default is not p.empty} | config
-    if wrong := [key for key in NUMBERS if key in config and type(config[key]) is not int]:
+    numbers = [key for key in NUMBERS if key in config and key not in LISTS.get(name, ())]
+    if wrong := [key for key in numbers if type(config[key]) is not int]:
         raise InputError(f"{name}: {folder / 'config.json'}: {wrong[0]} is {config[wrong[0]]!r}, not a whole number")
     return config
 

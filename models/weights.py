@@ -65,18 +65,21 @@ class Preset:
     controlnet: str
     cogvideox: str
     ggi_transformer: str | None  # None: --model_path/checkpoint-<epoch>/transformer
+    wan: str | None = None  # None: has no Wan VACE
+    video_sizes: tuple[tuple[int, int], ...] = ()  # to choose from, where there are several
 
 
-def load_preset(name: str) -> Preset:
-    """Read `checkpoints/<name>/preset.json`."""
+def load_preset(name: str, video: str | None = None) -> Preset:
+    """Read `checkpoints/<name>/preset.json`. video: a video model of its own, whose entries and name replace those."""
     folder = WEIGHTS / name
-    entries = read_json(folder / "preset.json")
+    entries = read_json(folder / "preset.json") | (read_json(WEIGHTS / video / "preset.json") if video else {})
     for key in ("flux", "controlnet", "cogvideox", "ggi_transformer"):
         if entries[key] and (folder / entries[key]).exists():
             entries[key] = str(folder / entries[key])  # paths in a preset are relative to it
     for key in ("image_size", "video_size"):
         entries[key] = entries[key] and tuple(entries[key])
-    return Preset(name=name, **entries)
+    entries["video_sizes"] = tuple(map(tuple, entries.get("video_sizes", ())))
+    return Preset(name=video or name, **entries)
 
 
 def add_weight_flags(parser: argparse.ArgumentParser, components: Iterable[str]) -> None:

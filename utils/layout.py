@@ -1,6 +1,7 @@
 """The scene folder: its arcs, their numbering, and the names of everything in it. File names are defined here only.
 
 arc0/hed/0001.png ... 0046.png      soft edges, white on black
+arc0/depth/0001.png ... 0046.png    inverse depth, if it was asked for
 arc0/corres/0004.png ... 0046.png   12 correspondence maps between latent frames
 arc0/corres_end.png                 from the arc's first frame to its last
 arc0/noises.npy                     flow-warped noise for 90x60 latents (others: noises_WxH.npy)
@@ -52,6 +53,11 @@ class Arc:
     @property
     def edge_paths(self) -> list[Path]:
         return [self.folder / "hed" / f"{n:04d}.png" for n in range(self.first, self.last + 1)]
+
+    def control_paths(self, control: str) -> list[Path]:
+        """What a video model may be controlled by. control: edges, or depth (`preprocess.py --passes depth`)."""
+        folder = self.folder / {"edges": "hed", "depth": "depth"}[control]
+        return [folder / path.name for path in self.edge_paths]
 
     @property
     def corres_paths(self) -> list[Path]:

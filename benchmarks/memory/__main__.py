@@ -18,17 +18,18 @@ STAGES = ("alignment", "anchors", "ggi", "training")
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, "python -m benchmarks.memory")
-    parser.add_argument("--weights", choices=["full", "tiny"], default="full", help="sizes of the networks")
+    parser.add_argument("--weights", choices=["full", "tiny", "wan_vace"], default="full", help="which networks")
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse_args()
     from benchmarks.memory.table import count_stage
+    from benchmarks.memory.wan import count_wan
     from models.runtime.memory import PLAN_FILE
 
-    path = WEIGHTS / args.weights / PLAN_FILE
-    write_json(path, {stage: count_stage(args.weights, stage) for stage in STAGES})
+    path, wan = WEIGHTS / args.weights / PLAN_FILE, args.weights == "wan_vace"
+    write_json(path, count_wan() if wan else {stage: count_stage(args.weights, stage) for stage in STAGES})
     print(path)
 
 

@@ -128,7 +128,7 @@ def text_phases(
     """{placement: phase of a pipeline folder's text encoders, loaded together, on one prompt of `length` tokens}."""
     models = {cls: empty_model(encoder_builder(folder, name, cls), dtype) for name, cls in encoders.items()}
     held = sum(held_bytes(model) for model in models.values())
-    model = models[T5EncoderModel]  # the largest of them
+    model = max(models.values(), key=held_bytes)
     with without_data(dtype), torch.no_grad():
         materialize(model)
         tokens = torch.empty(1, length, dtype=torch.long)
@@ -137,7 +137,7 @@ def text_phases(
     return phases | ({OFFLOADED: Phase("text", work.layers, work.activations)} if is_gpu(device) else {})
 
 
-def _plan(
+def combine_phases(
     stage: str,
     builders: dict[str, Build],
     dtype: torch.dtype,
@@ -190,7 +190,7 @@ def plan_anchors(
             "decoding": count_work({"vae": models.vae}, anchor_decoding(models, size), device),
         }
     text = text_phases(paths["flux_text"], FLUX_ENCODERS, dtype, length, device)
-    return _plan("anchors", builders, dtype, phases, text, device)
+    return combine_phases("anchors", builders, dtype, phases, text, device)
 
 
 def with_lora(build: Build, rank: int) -> Build:
@@ -232,11 +232,11 @@ def plan_alignment(
         training = count_activations(step, *trained, on_gpu=is_gpu(device))
     count = sum(parameter.numel() for parameter in loras)
     training -= 4 * count  # gradients: counted below
-    master = 4 - torch.empty((), dtype=dtype).element_size()  # bytes beyond those in `dtype`, which `_plan` counts
+    master = 4 - torch.empty((), dtype=dtype).element_size()  # bytes beyond those in `dtype`, which the plan counts
     optimizer = count * (LORA_STATE + master)
     phases = {"training": Work(tuple(builders), training, optimizer=optimizer)}
     text = text_phases(paths["flux_text"], FLUX_ENCODERS, dtype, length, device)
-    return _plan("alignment", builders, dtype, phases, text, device)
+    return combine_phases("alignment", builders, dtype, phases, text, device)
 
 
 def plan_ggi(
@@ -264,4 +264,4 @@ def plan_ggi(
         }
         length = network.config.max_text_seq_length
     text = text_phases(paths["cogvideox_text"], VIDEO_ENCODERS, dtype, length, device)
-    return _plan("ggi", builders, dtype, phases, text, device)
+    return combine_phases("ggi", builders, dtype, phases, text, device)

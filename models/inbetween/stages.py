@@ -100,7 +100,7 @@ class WanVaceStage(InbetweenStage):
         device, dtype, kept = runtime.device, runtime.dtype, runtime.placement
         texts = [*prompts, settings.neg_prompt]
         self.texts = encode_wan_prompts(paths["wan_text"], texts, device, dtype, kept["text"])
-        self.pipe = load_wan_vace(paths, device, dtype, kept, paths.get("lora"))
+        self.pipe = load_wan_vace(paths, device, dtype, kept, paths.get("lora"), tiling=runtime.preset.vae_tiling)
         runtime.compile(self.pipe.transformer)
 
     def conditions(self, arc: ArcInputs) -> torch.Tensor:

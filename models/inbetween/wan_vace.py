@@ -27,6 +27,7 @@ GROUP = 4  # frames of a latent frame, but for the first
 NUM_FRAMES = GROUP * (LATENT_FRAMES - 1) + 1
 MASK_CHANNELS = 64  # pixels of a latent cell
 TEXT_TOKENS = 512
+TILE, TILE_STRIDE = (512, 512), (480, 416)  # height, width in pixels: two tiles of 832x480
 
 
 class WanVaceInbetweenPipeline(WanVACEPipeline):
@@ -34,6 +35,7 @@ class WanVaceInbetweenPipeline(WanVACEPipeline):
 
     _conditions: torch.Tensor | None = None
     _references = 0
+    tiled_decoding = False
 
     @torch.no_grad()
     def encode_conditions(
@@ -135,13 +137,19 @@ class WanVaceInbetweenPipeline(WanVACEPipeline):
         pixels = video.movedim(1, 2).to(self._execution_device, self.vae.dtype)
         return (self.vae.encode(pixels).latent_dist.mode().float() - mean) / deviation
 
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [1, 16, F', h, w] -> video [1, 3, F, 8 h, 8 w], about in [-1, 1]."""
+        mean, deviation = self._deviations()
+        self.vae.use_tiling = self.tiled_decoding
+        try:
+            return self.vae.decode((latents.to(mean) * deviation + mean).to(self.vae.dtype), return_dict=False)[0]
+        finally:
+            self.vae.use_tiling = False  # encoding needs less memory
+
     @torch.no_grad()
     def decode_video(self, latents: torch.Tensor) -> np.ndarray:
         """Latents [1, 16, F', h, w] -> frames uint8 [F, 8 h, 8 w, 3]."""
-        mean, deviation = self._deviations()
-        scaled = latents.to(mean) * deviation + mean
-        video = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].float()
-        require_finite(video, "the decoded frames")
+        video = require_finite(self.decode_latents(latents).float(), "the decoded frames")
         return (video[0] / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).movedim(0, -1).cpu().numpy()
 
 
@@ -153,6 +161,7 @@ def encode_wan_prompts(
     As the pipeline does, zeros follow a text's own tokens. (Its own function needs ftfy, for damaged Unicode.)
     """
     pipeline = load_encoders("wan_text", WanVACEPipeline, path, dtype)
+    align(pipeline.text_encoder, device)
     place_pipeline(pipeline, how, device)
     texts = {prompt: " ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts}
     warn_of_cuts("umT5", pipeline.tokenizer, texts.values(), TEXT_TOKENS)
@@ -171,20 +180,50 @@ def encode_wan_prompts(
 
 
 def load_wan_vace(
-    paths: Mapping[str, Path], device: str, dtype: torch.dtype, kept: Mapping[str, str], lora: Path | None = None
+    paths: Mapping[str, Path],
+    device: str,
+    dtype: torch.dtype,
+    kept: Mapping[str, str],
+    lora: Path | None = None,
+    *,
+    tiling: bool,
 ) -> WanVaceInbetweenPipeline:
-    """Load the pipeline without its text encoder; the VAE in float32. kept: {network: placement}. lora: merged."""
+    """Load the pipeline without its text encoder; the VAE in float32.
+
+    kept: {network: placement}. lora: merged into the weights. tiling: decode in tiles.
+    """
     networks = {
         "transformer": load_model("wan_transformer", WanVACETransformer3DModel, paths["wan_transformer"], dtype),
         "vae": load_model("wan_vae", AutoencoderKLWan, paths["wan_vae"], torch.float32),
     }
     no_text = {"text_encoder": None, "tokenizer": None}
     pipeline = load_pipeline("wan_text", WanVaceInbetweenPipeline, paths["wan_text"], dtype, **networks, **no_text)
+    set_tiles(pipeline, tiling)
     if lora:
         merge_lora(pipeline, lora)
+    for network in networks.values():
+        align(network, device)
     place_networks(pipeline, kept, device)
     pipeline.set_progress_bar_config(leave=False, desc="steps")
     return pipeline
+
+
+def align(network: torch.nn.Module, device: str) -> None:
+    """Copy weights that a CPU computes with out of their memory-mapped file.
+
+    There they may begin anywhere, and products round by where their factors begin; a launch of several processes
+    loads them elsewhere.
+    """
+    if device == "cpu":
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.data = tensor.data.clone()
+
+
+def set_tiles(pipeline: WanVaceInbetweenPipeline, tiling: bool) -> None:
+    """Decode videos larger than a tile in tiles: less memory, and slightly other numbers where tiles overlap."""
+    pipeline.vae.enable_tiling(*TILE, *TILE_STRIDE)
+    pipeline.vae.disable_tiling()  # as soon as it has the sizes
+    pipeline.tiled_decoding = tiling
 
 
 def merge_lora(pipeline: WanVaceInbetweenPipeline, path: Path) -> None:

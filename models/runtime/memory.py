@@ -115,6 +115,17 @@ def look_up_plan(
     return {mode: [scaled(Phase(**phase)) for phase in phases] for mode, phases in entry["modes"].items()}
 
 
+def scale_plan(plan: Plan, factor: float) -> Plan:
+    """A plan for networks of another width: a rough estimate."""
+    return {
+        mode: [
+            replace(phase, weights=round(phase.weights * factor), activations=round(phase.activations * factor))
+            for phase in phases
+        ]
+        for mode, phases in plan.items()
+    }
+
+
 def shard_plan(plan: Plan, processes: int) -> Plan:
     """The plan of `full`, the only mode for FSDP, with weights and optimizer divided among processes.
 

@@ -16,10 +16,10 @@ Angles = tuple[torch.Tensor, torch.Tensor]  # float32 cosines and sines [S, head
 def use_complex_rotary(
     network: CogVideoXTransformer3DModel | FluxTransformer2DModel | FluxControlNetModel, use: bool = True
 ) -> None:
-    """Switch all blocks to this module's attention processors, or back to diffusers'."""
+    """Switch all blocks to this module's attention processors, or back to diffusers'. Wan has only diffusers'."""
     if isinstance(network, CogVideoXTransformer3DModel):
         network.set_attn_processor(CogVideoXComplexAttention() if use else CogVideoXAttnProcessor2_0())
-    else:
+    elif isinstance(network, FluxTransformer2DModel | FluxControlNetModel):
         network.set_attn_processor(FluxComplexAttention() if use else FluxAttnProcessor())
 
 

@@ -90,6 +90,6 @@ def compile_blocks(transformer: torch.nn.Module) -> None:
     # Only as a setting does the vector width keep cached programs apart: those for AVX-512 give NaN under AVX2.
     torch._inductor.config.cpp.simdlen = VECTOR_BITS.get(torch.backends.cpu.get_cpu_capability())
     use_complex_rotary(transformer, False)  # it cannot compile complex numbers, and fuses diffusers' formula
-    for name in ("transformer_blocks", "single_transformer_blocks"):
+    for name in ("transformer_blocks", "single_transformer_blocks", "blocks", "vace_blocks"):
         for block in getattr(transformer, name, ()):
             block.compile(dynamic=False)  # true CFG uses batches of one and of two

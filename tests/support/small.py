@@ -35,7 +35,8 @@ def small_checkpoints() -> Path:
         if not folder.exists():
             with atomic_path(folder) as temporary:
                 write_small_weights(temporary / "tiny")
-                shutil.copytree(WEIGHTS / "full", temporary / "full")
+                for name in ("full", "wan_vace"):
+                    shutil.copytree(WEIGHTS / name, temporary / name)
     return folder
 
 

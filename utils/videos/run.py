@@ -29,15 +29,16 @@ SHEET_COLUMNS = 8  # frames per arc on the contact sheet
 
 @dataclass
 class VideoJob:
-    """The anchors of one scene, and the run of the video made from them. noises: float32 [13, h, w, 16] per arc.
+    """The anchors of one scene, and the run of the video made from them.
 
-    prompt: the given one, or the caption stored by an interrupted run; None until one exists. geometry: of the scene,
-    at the video's size, where anchors are carried. refill: numbers of finished arcs whose anchors were replaced since.
+    noises: float32 [13, h, w, 16] per arc, None where it has no weight. prompt: the given one, or the caption
+    stored by an interrupted run; None until one exists. geometry: of the scene, at the video's size, where anchors are
+    carried. refill: numbers of finished arcs whose anchors were replaced since.
     """
 
     scene: Scene
     anchors: list[Path]
-    noises: list[np.ndarray]
+    noises: list[np.ndarray | None]
     run: Run
     prompt: str | None
     geometry: SceneGeometry | None = None
@@ -108,6 +109,6 @@ def finish_video(job: VideoJob, fps: int, carried: Iterable[np.ndarray] | None =
 
 def make_page(job: VideoJob, fps: int, carried: Iterable[np.ndarray] | None = None) -> None:
     """Write the page of a video that is complete."""
-    height, width = (8 * cells for cells in job.noises[0].shape[1:3])
+    height, width = read_image(frame_path(job.run.folder, 0)).shape[:2]
     collect(job.run.folder, job.anchors, job.scene, (width, height), fps, carried)
     write_page(job.run.folder)

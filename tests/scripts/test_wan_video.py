@@ -1,0 +1,179 @@
+"""ggi.py --backbone wan_vace, end to end on a small random Wan VACE."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.helpers import (
+    GGI,
+    assert_same,
+    assert_whole,
+    call,
+    contents,
+    forbid_models,
+    kill_at,
+    probe_video,
+    run,
+    start,
+    write_picture,
+)
+from tests.support.scenes import make_scene
+from tests.support.small import HEIGHT, WIDTH
+from tests.support.wan import wan_folder
+from utils.files import read_json
+from utils.images import read_image, write_image
+from utils.layout import load_scene
+from utils.runs import MANIFEST
+
+pytestmark = pytest.mark.slow
+
+VIDEO = "wan_vace_edges_d1.0_n2"
+ARCS = 3
+
+
+def new_target(folder: Path, arcs: int) -> Path:
+    """A scene with anchors, which are any pictures."""
+    target = make_scene(folder, arcs, edge_size=(72, 48)) / "multiviews" / "run"
+    for k in range(arcs + 1):
+        write_picture(target / f"image_{k:02d}.png", 72, 48, seed=k)
+    return target
+
+
+def fill(target: Path, *arguments: object) -> tuple:
+    networks = ("--weights", "full", "--wan", wan_folder(), "--dtype", "float32")
+    short = ("--width", WIDTH, "--height", HEIGHT, "--num_inference_steps", 2, "--prompt", "a town")
+    return ("--backbone", "wan_vace", "--target", target, *networks, *short, *arguments)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scene of three arcs with its video; made by the real command."""
+    target = new_target(tmp_path_factory.mktemp("wan") / "scene", ARCS)
+    result = run(GGI, *fill(target))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(target / VIDEO / name) for name in ("video.mp4", "contact_sheet.png")]
+    return target
+
+
+def test_frames_video_and_contact_sheet(target: Path):
+    folder = target / VIDEO
+    assert len(list(folder.glob("[0-9]*.png"))) == 46 * ARCS
+    metadata, frames = probe_video(folder / "video.mp4")
+    assert (metadata["size"], frames) == ((WIDTH, HEIGHT), 45 * ARCS + 1)
+    assert read_image(folder / "contact_sheet.png").std() > 0
+    manifest = read_json(folder / MANIFEST)
+    assert manifest["finished"] and {"wan_transformer", "wan_vae", "wan_text"} == manifest["weights"].keys()
+    assert manifest["arguments"]["backbone"] == "wan_vace" and "noise_sha256" not in manifest["arguments"]
+    assert not list(target.parents[1].rglob("noises*"))  # warped noise has no weight
+
+
+def test_killed_then_continued_by_two_processes(tmp_path: Path, target: Path):
+    command = fill(target, "--output_dir", tmp_path)
+    kill_at(tmp_path / VIDEO / "0000.png", GGI, *command, begin=partial(start, processes=2))
+    assert_whole(tmp_path / VIDEO, contents(target / VIDEO), "latents")
+    result = run(GGI, *command, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert_same(contents(tmp_path / VIDEO), contents(target / VIDEO))
+
+
+def test_a_finished_run_says_so(target: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    forbid_models(monkeypatch)
+    assert call(GGI, *fill(target)) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+REFUSED = {
+    ("--num_frames", 81): "--num_frames 81: an arc and its padding are 49 frames",
+    ("--cache", 0.1): "--cache does not go with Wan VACE",
+    ("--weights", "tiny"): "--weights tiny has no Wan VACE",
+    ("--width", 50): "50x32: width and height must be multiples of 16",
+    ("--control", "depth"): "preprocess.py --passes depth",
+    ("--lora", "none.safetensors"): "--lora none.safetensors does not exist",
+    ("--style_reference", "none.png"): "--style_reference none.png does not exist",
+    ("--epoch", 2): "unrecognized arguments: --epoch 2",
+    ("--composite",): "has no scene.glb",
+    ("--num_replacement", 3): "there are 2 steps in all",
+    ("--attention", "cudnn"): "--attention cudnn: cpu has no such kernel",
+    ("--wan", "./nowhere"): "./nowhere does not exist",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED, ids=lambda flags: flags[0])
+def test_refused_in_one_line(
+    tmp_path: Path, target: Path, flags: tuple, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    forbid_models(monkeypatch)
+    assert call(GGI, *fill(target, "--output_dir", tmp_path, *flags)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and REFUSED[flags] in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_of_wan_are_none_of_the_papers_model(target: Path, capsys: pytest.CaptureFixture):
+    assert call(GGI, "--target", target, "--control", "edges") == 2
+    assert "unrecognized arguments: --control edges" in capsys.readouterr().err
+
+
+def test_a_lora_that_is_none_is_refused(tmp_path: Path, target: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "lora.safetensors").write_bytes(b"no weights")
+    flags = ("--lora", tmp_path / "lora.safetensors", "--output_dir", tmp_path / "out")
+    assert call(GGI, *fill(target, *flags)) == 2
+    assert "error: --lora" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A scene of one arc, with depth, and its video."""
+    target = new_target(tmp_path_factory.mktemp("one") / "scene", 1)
+    (arc,) = load_scene(target.parents[1]).arcs
+    for number, path in enumerate(arc.control_paths("depth")):
+        path.parent.mkdir(exist_ok=True)
+        write_image(path, np.add.outer(np.arange(48), np.arange(72) + number).astype(np.uint16) * 300)
+    assert call(GGI, *fill(target)) == 0
+    return target, contents(target / VIDEO)
+
+
+FLAGS = [
+    ("--control", "depth"),
+    ("--control_weight", 0.5),
+    ("--latent_mask", "groups"),
+    ("--degradation", 0.5),
+    ("--flow_shift", 5),
+    ("--guidance_scale", 2),
+    ("--neg_prompt", "fog"),
+    ("--seed", 1),
+    ("--num_inference_steps", 3),
+    ("--style_reference", "STYLE"),
+]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: flags[0])
+def test_flag_changes_the_video(tmp_path: Path, one: tuple[Path, dict[str, bytes]], flags: tuple):
+    target, before = one
+    if flags[1] == "STYLE":
+        flags = (flags[0], write_picture(tmp_path / "style.png"))
+    assert call(GGI, *fill(target, "--output_dir", tmp_path / "out", *flags)) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    assert (folder / "0020.png").read_bytes() != before["0020.png"]
+
+
+def test_arcs_are_chained_only_when_asked(tmp_path: Path, target: Path):
+    assert call(GGI, *fill(target, "--output_dir", tmp_path, "--chain")) == 0
+    before, after = contents(target / VIDEO), contents(tmp_path / VIDEO)
+    assert after["0010.png"] == before["0010.png"]
+    assert after["0060.png"] != before["0060.png"]
+
+
+def test_size_is_the_preset_that_fits_the_edges(tmp_path: Path):
+    from ggi import parse_args, prepare
+
+    for edges, wanted in {(72, 48): (720, 480), (104, 60): (832, 480), (104, 104): (720, 480)}.items():
+        scene = make_scene(tmp_path / f"{edges}", 1, edge_size=edges)
+        (scene / "multiviews" / "run").mkdir(parents=True)
+        args = parse_args(["--backbone", "wan_vace", "--target", str(scene / "multiviews" / "run")])
+        prepare(args)
+        assert (args.width, args.height, args.num_frames) == (*wanted, 49)
+        shutil.rmtree(scene)
