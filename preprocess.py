@@ -46,6 +46,7 @@ from utils.files import atomic_path
 from utils.images import write_image
 from utils.layout import (
     ARC_FRAMES,
+    ARC_STEPS,
     CAMERAS_FILE,
     LATENT_FRAMES,
     PREVIEW_FOLDER,
@@ -65,6 +66,7 @@ from utils.noise import write_noise
 from utils.particles import elements_per_cell, warp_noise
 from utils.runs import Run, open_run
 from utils.scene.arcs import choose_num_arcs
+from utils.scene.depth import depth_range, write_depths
 from utils.scene.lines import find_lines, make_line_scene, shade, soften
 from utils.scene.preview import write_preview
 from utils.scene.raycast import RayCaster
@@ -108,6 +110,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--camera_axes", choices=AXES, help="axes of the cameras (default: the format's; opencv has +y down)")
     add("--fov", type=positive_float, help="vertical field of view in degrees, for TUM trajectories")
     add("--no_sky", action="store_true", help="no correspondences where nothing is hit, as in the reference")
+    passes_help = "further pictures of every frame: depth, to control Wan VACE; may be added to a finished scene"
+    add("--passes", nargs="+", choices=["depth"], default=[], help=passes_help)
     add("--seed", type=non_negative_int, default=0, help="seed of the noise")
     add("--threads", type=positive_int, default=os.cpu_count() or 1, help="frames worked on at a time")
     add("--preview", action="store_true", help="also write a contact sheet, an mp4 of the edges and a view from above")
@@ -241,6 +245,8 @@ def main() -> None:
         print(f"{args.output} is finished")
     else:
         make_scene(args, geometry, path, arcs, run)
+    if "depth" in args.passes:
+        add_depth(args, geometry, path, arcs, run)
     if args.preview:
         write_preview(args.output, geometry, path, args.fps or path.fps)
     print(args.output)
@@ -268,6 +274,19 @@ def make_scene(args: argparse.Namespace, geometry: Geometry, path: CameraPath, a
                 run.save(arcs=statistics)
             bar.update(FILES * (arc.index + 1) - bar.n)
     run.finish()
+
+
+def add_depth(args: argparse.Namespace, geometry: Geometry, path: CameraPath, arcs: list[Arc], run: Run) -> None:
+    """Write the depth of every frame that has none, and its range into the manifest."""
+    caster, views = RayCaster(geometry), make_views(path, args.edge_size)
+    sampled = make_views(path, args.map_size)[:: ARC_STEPS // (LATENT_FRAMES - 1)]
+    limits = depth_range(caster, sampled)
+    run.save(depth=limits and {"near": limits[0], "far": limits[1], "unit": "metres, inverse, 65535 to 1; 0: sky"})
+    with ThreadPoolExecutor(args.threads) as pool:
+        for arc in tqdm(arcs, desc="depth", unit="arc"):
+            numbers = range(arc.first - 1, arc.last)
+            wanted = dict(zip(arc.control_paths("depth"), (views[n] for n in numbers), strict=True))
+            write_depths(caster, wanted, limits, pool)
 
 
 def edge_drawer(

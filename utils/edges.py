@@ -81,8 +81,7 @@ def scribble(edges: np.ndarray) -> np.ndarray:
     _require_rgb(edges, "edges")
     grey = edges[..., 0].astype(np.float32)
     crest = _crest(cv2.GaussianBlur(grey, (0, 0), THINNED))
-    brightness = cv2.dilate(grey, np.ones((3, 3), np.uint8)) / 255
-    lines = cv2.GaussianBlur(crest * brightness, (0, 0), SCRIBBLE_PEN)
+    lines = cv2.GaussianBlur(crest * grey / 255, (0, 0), SCRIBBLE_PEN)
     drawn = np.minimum(STEP_PEAK * SCRIBBLE_PEN * lines, 1)
     return np.repeat((255 * (1 - drawn) + 0.5).astype(np.uint8)[..., None], 3, axis=2)
 

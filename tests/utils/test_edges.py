@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.support.helpers import ROOT
 from utils.cli import InputError
-from utils.edges import check_edge_detector, edge_detector, hed_edges, resize_edges, soft_edges
+from utils.edges import check_edge_detector, edge_detector, hed_edges, resize_edges, scribble, soft_edges
 
 BACKGROUND, SQUARE = (90, 110, 140), (200, 180, 120)
 
@@ -210,6 +210,24 @@ def test_hed_without_its_package(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert "pip install controlnet_aux" in done.stderr and "--edges lines" in done.stderr
     assert not (tmp_path / "edges.png").exists()
+
+
+@pytest.mark.parametrize("width", [2, 4, 6])
+@pytest.mark.parametrize("brightness", [255, 120])
+def test_scribble_is_a_thin_dark_line_in_the_middle_of_a_soft_one(width: int, brightness: int) -> None:
+    edges = np.zeros((48, 64, 3), np.uint8)
+    edges[:, 30 : 30 + width] = brightness
+    drawn = scribble(edges)
+    assert drawn.shape == edges.shape and drawn.dtype == np.uint8 and (drawn == drawn[..., :1]).all()
+    row = 255 - drawn[24, :, 0].astype(float)
+    assert (row @ np.arange(64)) / row.sum() == pytest.approx(30 + (width - 1) / 2, abs=0.1)
+    assert 0.5 * brightness < row.max() <= brightness + 1
+    assert (row > row.max() / 2).sum() <= 2
+    assert (row[:27] == 0).all() and (row[34 + width :] == 0).all()
+
+
+def test_scribble_of_nothing_is_white() -> None:
+    assert (scribble(np.zeros((16, 16, 3), np.uint8)) == 255).all()
 
 
 STAND_IN = """
