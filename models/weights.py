@@ -2,6 +2,7 @@
 
     python -m models.weights check
     python -m models.weights fetch --weights full
+    python -m models.weights fetch --backbone wan_vace
 
 `check` lists which weights are on this machine, `fetch` downloads the rest. The scripts do the same: `locate`
 turns every component of a stage into a local path before anything is loaded, so that a gated repository or a missing
@@ -238,25 +239,35 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hashes", action="store_true", help="read all downloaded files and compare their SHA-256")
     parser.add_argument("--model_path", type=Path, help="folder with checkpoint-<epoch>/transformer, as of ggi.py")
     parser.add_argument("--epoch", type=positive_int, default=EPOCH, help="training step of that transformer")
-    add_source_flags(parser.add_argument_group("weights"), (*FLUX_STAGE, *GGI_STAGE))
+    backbone = {"choices": ["cogvideox", "wan_vace"], "default": "cogvideox", "help": "video model, as of ggi.py"}
+    parser.add_argument("--backbone", **backbone)
+    add_source_flags(parser.add_argument_group("weights"), (*FLUX_STAGE, *GGI_STAGE, *WAN_STAGE))
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    preset = load_preset(args.weights)
-    texts = {name: _source(args, preset, name) for name in (*FLUX_STAGE, *GGI_STAGE)}
+    open_model = args.backbone == "wan_vace"
+    if open_model and args.weights != "full":
+        raise InputError(f"--weights {args.weights} has no Wan VACE")
+    preset = load_preset(args.weights, args.backbone if open_model else None)
+    stage = WAN_STAGE if open_model else GGI_STAGE
+    texts = {name: _source(args, preset, name) for name in (*FLUX_STAGE, *stage)}
     if args.action == "fetch":
         _fetch_missing(texts)
     find = {name: partial(_find_present, name, text) for name, text in texts.items()}
-    find["inbetween"] = partial(find_inbetween, preset, args.model_path, args.epoch)
+    if not open_model:
+        find["inbetween"] = partial(find_inbetween, preset, args.model_path, args.epoch)
     paths, faults = _find_sound(find, args.action == "check")
-    if args.weights == "full":
+    if args.weights == "full" and not open_model:
         print(f"{'by hand':17} checkpoint-{EPOCH}, the in-between transformer: {RELEASE} into checkpoints/")
         print(f"{'':17} LoRA of Go-with-the-Flow, for train_ggi.py --lora: {FLOW_LORA}")
     absent = [name for name, text in texts.items() if name in faults and faults[name].startswith("missing: ")]
     if absent:
-        raise InputError(f"{len(absent)} components are missing: python -m models.weights fetch")
+        raise InputError(
+            f"{len(absent)} components are missing: python -m models.weights fetch"
+            + (" --backbone wan_vace" if open_model else "")
+        )
     if faults:
         raise InputError("; ".join(f"{name}: {fault}" for name, fault in faults.items()))
     if args.hashes:

@@ -9,10 +9,11 @@ import torch
 from benchmarks.memory.__main__ import STAGES
 from benchmarks.memory.plans import plan_alignment, plan_anchors
 from benchmarks.memory.table import count_stage
+from benchmarks.memory.wan import count_wan
 from benchmarks.setup import setup_of
-from models.runtime.memory import PLAN_FILE, Plan, look_up_plan, plan_on, shard_plan
+from models.runtime.memory import PLAN_FILE, SPARE, Plan, look_up_plan, plan_on, scale_plan, shard_plan
 from models.settings import AlignmentSettings
-from models.weights import WEIGHTS
+from models.weights import WEIGHTS, load_preset
 from tests.support.helpers import ROOT
 from utils.files import read_json
 
@@ -29,6 +30,24 @@ def test_the_table_is_the_count(weights: str, stage: str):
     table = read_json(WEIGHTS / weights / PLAN_FILE)
     assert list(table) == list(STAGES)
     assert table[stage] == count_stage(weights, stage), f"python -m benchmarks.memory --weights {weights}"
+
+
+@pytest.mark.slow
+def test_the_table_of_wan_is_the_count_and_fits_small_cards():
+    table = read_json(WEIGHTS / "wan_vace" / PLAN_FILE)
+    assert table == count_wan(), "python -m benchmarks.memory --weights wan_vace"
+    (width, height), room = load_preset("full", "wan_vace").video_size, 1 - SPARE
+    for name, mode, card in (("1.3B", "low", 8), ("1.3B", "balanced", 12), ("14B", "low", 8), ("14B", "full", 48)):
+        plan = look_up_plan("wan_vace", name, pixels=width * height)
+        assert max(phase.total for phase in plan[mode]) < room * card * 2**30, (name, mode)
+
+
+def test_a_plan_for_networks_of_another_width():
+    plan = look_up_plan("wan_vace", "1.3B", pixels=100)
+    half = scale_plan(plan, 0.5)
+    for mode, phases in plan.items():
+        for whole, scaled in zip(phases, half[mode], strict=True):
+            assert scaled.name == whole.name and scaled.total == pytest.approx(whole.total / 2, abs=2)
 
 
 # --- other sizes ---

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.scene.preprocess_common import BOXES, SMALL, run_main, write_boxes, write_path
 from tests.support.helpers import (
     GGI,
     assert_same,
@@ -24,7 +25,7 @@ from tests.support.scenes import make_scene
 from tests.support.small import HEIGHT, WIDTH
 from tests.support.wan import wan_folder
 from utils.files import read_json
-from utils.images import read_image, write_image
+from utils.images import read_image, resize_image, write_image
 from utils.layout import load_scene
 from utils.runs import MANIFEST
 
@@ -158,6 +159,28 @@ def test_flag_changes_the_video(tmp_path: Path, one: tuple[Path, dict[str, bytes
     assert call(GGI, *fill(target, "--output_dir", tmp_path / "out", *flags)) == 0
     (folder,) = (tmp_path / "out").iterdir()
     assert (folder / "0020.png").read_bytes() != before["0020.png"]
+
+
+def test_carried_anchors_guide_and_are_put_over(tmp_path: Path):
+    mesh, cameras = write_boxes(tmp_path / "boxes.glb", *BOXES, up="y"), write_path(tmp_path / "path.json")
+    scene = tmp_path / "scene"
+    with pytest.MonkeyPatch.context() as patch:
+        assert (
+            run_main(patch, "--scene", mesh, "--cameras", cameras, "--output", scene, *SMALL, "--passes", "depth") == 0
+        )
+    target = scene / "multiviews" / "run"
+    for k in (0, 1):
+        write_picture(target / f"image_{k:02d}.png", 72, 48, seed=k)
+    pictures = {}
+    for flags in ((), ("--num_replacement", 2), ("--composite",), ("--colour_match",)):
+        folder = tmp_path / "out" / "".join(map(str, flags))
+        assert call(GGI, *fill(target, "--control", "depth", "--output_dir", folder, *flags)) == 0
+        frame = folder / VIDEO.replace("edges", "depth") / "0000.png"
+        pictures[flags] = read_image(frame).astype(int)
+    anchor = resize_image(read_image(target / "image_00.png"), WIDTH, HEIGHT).astype(int)
+    distance = {flags: np.abs(picture - anchor).mean() for flags, picture in pictures.items()}
+    assert distance["--composite",] < 2 < distance[()]
+    assert distance["--num_replacement", 2] != distance[()] != distance["--colour_match",]
 
 
 def test_arcs_are_chained_only_when_asked(tmp_path: Path, target: Path):
