@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from models.flags import add_attention_flag, add_compile_flag, add_memory_flags, add_overwrite_flag, resolve_device
-from models.inbetween.backbones import BACKBONES, DEFAULT, Backbone, Paths
+from models.inbetween.backbones import BACKBONES, Paths, add_backbone_flag
 from models.precision import automatic_precision, settle_precision
 from models.weights import Preset, add_weight_flags, caption_source, locate, require_same_weights
 from utils.cli import (
@@ -67,9 +67,7 @@ if TYPE_CHECKING:
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     parser = Parser(__doc__)
     add, where = parser.add_argument, partial(parser.add_argument, decides=False)
-    backbones_help = "video model; each has flags of its own: ggi.py --backbone wan_vace --help"
-    add("--backbone", choices=BACKBONES, default=DEFAULT, help=backbones_help)
-    backbone = chosen_backbone(argv)
+    backbone = add_backbone_flag(parser, argv)
     where(
         "--target",
         type=Path,
@@ -101,13 +99,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     add_memory_flags(parser)
     add_weight_flags(parser, backbone.components)
     return parser.parse_args(argv)
-
-
-def chosen_backbone(argv: Sequence[str] | None) -> Backbone:
-    """The video model that --backbone names, on which the other flags depend."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--backbone", nargs="?", default=DEFAULT)
-    return BACKBONES.get(parser.parse_known_args(argv)[0].backbone, BACKBONES[DEFAULT])
 
 
 def check_anchors(anchors: Sequence[Path]) -> None:

@@ -4,30 +4,34 @@
     accelerate launch --config_file configs/fsdp.yaml --num_processes 8 train_ggi.py …    # or configs/ddp.yaml
     python train_ggi.py --weights tiny --dataset synthetic --from_scratch
     python -m torch.distributed.run --nproc_per_node 2 train_ggi.py --weights tiny …      # two processes on a CPU
+    python train_ggi.py --backbone wan_vace --lora_rank 32 --dataset DL3DV-10K            # a LoRA on Wan VACE
 
 Clips are encoded once, into --cache_dir. Writes RUN/checkpoint-<step>/transformer/, which `ggi.py --model_path RUN
 --epoch STEP` loads, loss curves, and sample sheets in RUN/samples. The same command continues an interrupted run, to
-the same weights as an uninterrupted one. Layout of a dataset folder: utils/data/clips.py.
+the same weights as an uninterrupted one. For Wan VACE it writes RUN/checkpoint-<step>/lora.safetensors, for `ggi.py
+--backbone wan_vace --lora FILE`. Layout of a dataset folder: utils/data/clips.py.
 """
 
+import dataclasses
 import hashlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.flags import add_attention_flag, add_memory_flags, add_overwrite_flag, resolve_launched_device
 from models.foreign import require_cogvideox
+from models.inbetween.backbones import BACKBONES, DEFAULT, add_backbone_flag
 from models.loading.whole import component_folder, require_kind, require_whole
 from models.precision import automatic_precision, settle_precision
-from models.settings import INBETWEEN_TRAINING, InbetweenTrainSettings, TrainSettings
-from models.weights import (
-    GGI_STAGE,
-    Preset,
-    add_weight_flags,
-    load_preset,
-    locate,
-    require_same_weights,
+from models.settings import (
+    INBETWEEN_TRAINING,
+    WAN_TRAINING,
+    InbetweenTrainSettings,
+    TrainSettings,
+    WanTrainSettings,
 )
+from models.weights import GGI_STAGE, Preset, add_weight_flags, locate, require_same_weights
 from utils.cli import (
     Arguments,
     InputError,
@@ -54,9 +58,10 @@ START = "cogvideox_transformer"
 FOLDER_FLAGS = ("captions", "edges", "flow", "stride", "windows")  # flags that apply only to --dataset FOLDER
 
 
-def parse_args() -> Arguments:
+def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     parser = Parser(__doc__)
     add, where = parser.add_argument, partial(parser.add_argument, decides=False)
+    backbone = add_backbone_flag(parser, argv)
     # Clip names and the dataset's identity decide the result, not these flags.
     where("--dataset", required=True, metavar="FOLDER|synthetic", help="folder of clips, or towns drawn on the fly")
     where("--clips", type=positive_int, help="clips of the synthetic dataset (default: 1000)")
@@ -67,17 +72,23 @@ def parse_args() -> Arguments:
     where("--flow", choices=FLOWS, help="optical flow that carries the noise (default: dis)")
     where("--stride", type=positive_int, help="frames of the source per frame of a clip (default: 1)")
     where("--windows", type=positive_int, help="clips of 46 frames from each longer one, evenly spread (default: 1)")
-    add("--init_from", type=Path, metavar="FOLDER", help="transformer to start from (default: the weights')")
-    add("--lora", type=Path, metavar="FILE", help="LoRA that stays frozen inside and is merged into what is saved")
+    if backbone is BACKBONES[DEFAULT]:
+        add("--init_from", type=Path, metavar="FOLDER", help="transformer to start from (default: the weights')")
+        add("--lora", type=Path, metavar="FILE", help="LoRA that stays frozen inside and is merged into what is saved")
+        add_settings(parser, InbetweenTrainSettings)
+        add_settings(parser, TrainSettings, **INBETWEEN_TRAINING)
+    else:
+        add("--width", type=positive_int, help="pixels (default: the weights' preset)")
+        add("--height", type=positive_int, help="pixels (default: the weights' preset)")
+        add_settings(parser, WanTrainSettings)
+        add_settings(parser, TrainSettings, **WAN_TRAINING)
     where("--cache_dir", type=Path, default=Path("cache/ggi"), help="folder of encoded clips")
     where("--output_dir", type=Path, default=Path("runs/ggi"), metavar="RUN", help="run folder")
-    add_settings(parser, InbetweenTrainSettings)
-    add_settings(parser, TrainSettings, **INBETWEEN_TRAINING)
     add_overwrite_flag(parser)
     add_attention_flag(parser)
     add_memory_flags(parser)
-    add_weight_flags(parser, GGI_STAGE)
-    return parser.parse_args()
+    add_weight_flags(parser, backbone.components)
+    return parser.parse_args(argv)
 
 
 def open_dataset(args: Arguments, preset: Preset) -> ClipSource:
@@ -122,12 +133,23 @@ def result_arguments(args: Arguments, source: ClipSource) -> dict:
     }
 
 
+def sized_preset(args: Arguments) -> Preset:
+    """The preset; for Wan VACE at the size that the flags ask for."""
+    preset = BACKBONES[args.backbone].preset(args)
+    if args.backbone == DEFAULT:
+        return preset
+    width, height = args.width or preset.video_size[0], args.height or preset.video_size[1]
+    if width % 16 or height % 16:
+        raise InputError(f"{width}x{height}: width and height must be multiples of 16")
+    return dataclasses.replace(preset, video_size=(width, height))
+
+
 def main() -> None:
     args = parse_args()
-    preset = load_preset(args.weights)
+    preset, components = sized_preset(args), BACKBONES[args.backbone].components
     args.dtype = preset.dtype if args.dtype == "auto" else args.dtype  # of saved weights: the same on every machine
     source = open_dataset(args, preset)
-    if args.lora and not args.lora.is_file():
+    if args.backbone == DEFAULT and args.lora and not args.lora.is_file():
         raise InputError(f"--lora {args.lora} does not exist")
     require_writable(args.cache_dir)
     run = open_run(
@@ -141,13 +163,16 @@ def main() -> None:
         raise InputError(f"--cache_dir {args.cache_dir} lies in --output_dir: a cache outlives runs")
     settle_precision(args, [run])
     if run.trained_steps >= args.max_train_steps:
-        require_same_weights(run, args, preset, GGI_STAGE)
+        require_same_weights(run, args, preset, components)
         if not run.finished:  # interrupted after its last checkpoint
             run.finish(steps=args.max_train_steps)
         print(f"{run.folder} is finished; raise --max_train_steps to train on")
         return
-    paths = locate(args, preset, GGI_STAGE) | {"start": find_start(args, preset)}
-    train(args, preset, source, run, paths)
+    paths = locate(args, preset, components)
+    if args.backbone == DEFAULT:
+        train(args, preset, source, run, paths | {"start": find_start(args, preset)})
+    else:
+        train_lora(args, preset, source, run, paths)
 
 
 def train(args: Arguments, preset: Preset, source: ClipSource, run: Run, paths: dict[str, Path]) -> None:
@@ -181,6 +206,32 @@ def train(args: Arguments, preset: Preset, source: ClipSource, run: Run, paths: 
         fit(run, training, settings[0], device=runtime.device, weights=weights, moments=moments)
     if runtime.is_main:
         print(find_checkpoints(run.folder)[args.max_train_steps])
+
+
+def train_lora(args: Arguments, preset: Preset, source: ClipSource, run: Run, paths: dict[str, Path]) -> None:
+    """Train a LoRA on Wan VACE. Its memory is not counted: the plan has the weights alone."""
+    with heavy_imports():
+        from models.inbetween.wan_training import LORA_FILE, WanTraining, fill_wan_cache, open_wan_cache
+        from models.runtime.memory import Phase
+        from models.runtime.runtime import open_training_runtime
+        from models.runtime.training import fit
+
+    BACKBONES[args.backbone].check_networks(paths)
+    folder = component_folder("wan_transformer", paths["wan_transformer"])
+    held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    runtime = open_training_runtime(args, preset, "training", {"full": [Phase("weights alone", held, 0)]})
+    if runtime.sharded:
+        raise InputError("a LoRA cannot be sharded (configs/fsdp.yaml): launch it with configs/ddp.yaml")
+    weights = runtime.weight_identity(paths)
+    run.require_begun_with(weights)
+    with runtime.advise_on_oom():
+        cache = open_wan_cache(args.cache_dir, source, weights, preset.video_size, args.dtype)
+        fill_wan_cache(runtime, source, paths, cache, preset.video_size)
+        settings = settings_of(TrainSettings, args)
+        training = WanTraining(runtime, paths, cache, settings, settings_of(WanTrainSettings, args))
+        fit(run, training, settings, device=runtime.device, weights=weights)
+    if runtime.is_main:
+        print(find_checkpoints(run.folder)[args.max_train_steps] / LORA_FILE)
 
 
 def open_cache(args, preset: Preset, source: ClipSource, paths: dict[str, Path], weights: dict, length: int):

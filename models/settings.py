@@ -215,6 +215,20 @@ INBETWEEN_TRAINING = {  # TrainSettings of the released in-between transformer
 }
 
 
+WAN_TRAINING = {"checkpointing_steps": 250, "gradient_accumulation_steps": 4, "ema_decay": 0.0}  # of TrainSettings
+
+
+@dataclass(frozen=True)
+class WanTrainSettings:
+    """Settings of the training of a LoRA on Wan VACE beyond TrainSettings."""
+
+    lora_rank: int = flag(32, "LoRA rank", type=positive_int)
+    caption_dropout: float = flag(0.1, "share of examples with an empty prompt", type=unit_float)
+    gradient_checkpointing: bool = flag(
+        True, "less memory, more time (default)", action=argparse.BooleanOptionalAction, decides=False
+    )
+
+
 @dataclass(frozen=True)
 class InbetweenTrainSettings:
     """Settings of stage 3's training beyond TrainSettings."""

@@ -96,24 +96,8 @@ class CogVideoX(Backbone):
     def check(self, args: argparse.Namespace, preset: Preset) -> Paths:
         transformer = find_inbetween(preset, args.model_path, args.epoch)
         require_video_transformer(transformer)
-        self._check_size(args, read_json(transformer / "config.json"))
+        check_size(args, read_json(transformer / "config.json"))
         return {"transformer": transformer}
-
-    def _check_size(self, args: argparse.Namespace, config: dict) -> None:
-        if config.get("in_channels") != 48:
-            raise InputError(f"the transformer has {config.get('in_channels')} input channels; in-betweening needs 48")
-        frames = (LATENT_FRAMES - 1) * config["temporal_compression_ratio"] + 1
-        if args.num_frames != frames:
-            raise InputError(
-                f"--num_frames {args.num_frames}: an arc has {LATENT_FRAMES} latent frames, which are {frames}"
-            )
-        trained = (8 * config["sample_width"], 8 * config["sample_height"])
-        if config["use_learned_positional_embeddings"] and (args.width, args.height) != trained:
-            raise InputError(
-                f"{args.width}x{args.height}: these weights have learned positions for {trained[0]}x{trained[1]}; use "
-                "that size, and make the scene from edges of its aspect"
-            )
-        require_multiples(args)
 
     def check_networks(self, paths: Paths) -> None:
         from models.loading.fit import require_fit
@@ -225,6 +209,24 @@ class WanVace(Backbone):
         return WanVaceStage(runtime, paths, prompts, settings, size, style)
 
 
+def check_size(args: argparse.Namespace, config: dict) -> None:
+    """Raise InputError for a size that CogVideoX's transformer does not support. config: its config.json."""
+    if config.get("in_channels") != 48:
+        raise InputError(f"the transformer has {config.get('in_channels')} input channels; in-betweening needs 48")
+    frames = (LATENT_FRAMES - 1) * config["temporal_compression_ratio"] + 1
+    if args.num_frames != frames:
+        raise InputError(
+            f"--num_frames {args.num_frames}: an arc has {LATENT_FRAMES} latent frames, which are {frames}"
+        )
+    trained = (8 * config["sample_width"], 8 * config["sample_height"])
+    if config["use_learned_positional_embeddings"] and (args.width, args.height) != trained:
+        raise InputError(
+            f"{args.width}x{args.height}: these weights have learned positions for {trained[0]}x{trained[1]}; use "
+            "that size, and make the scene from edges of its aspect"
+        )
+    require_multiples(args)
+
+
 def require_multiples(args: argparse.Namespace) -> None:
     if args.width % 16 or args.height % 16:
         raise InputError(f"{args.width}x{args.height}: width and height must be multiples of 16")
@@ -232,3 +234,12 @@ def require_multiples(args: argparse.Namespace) -> None:
 
 DEFAULT = "cogvideox"
 BACKBONES: Mapping[str, Backbone] = {DEFAULT: CogVideoX(), "wan_vace": WanVace()}
+
+
+def add_backbone_flag(parser: Parser, argv: Sequence[str] | None) -> Backbone:
+    """Add --backbone. Returns the video model that it names, on which the other flags depend."""
+    about = "video model; each has flags of its own: --backbone wan_vace --help"
+    parser.add_argument("--backbone", choices=BACKBONES, default=DEFAULT, help=about)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--backbone", nargs="?", default=DEFAULT)
+    return BACKBONES.get(first.parse_known_args(argv)[0].backbone, BACKBONES[DEFAULT])

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler
-from PIL import Image
 
 from models.inbetween.pipeline import ConditionEps, encode_video_prompts, load_inbetween
 from models.inbetween.replacement import Replacement
@@ -19,7 +18,7 @@ from models.settings import InbetweenSettings, WanVaceSettings
 from utils.edges import resize_edges, scribble
 from utils.files import read_json
 from utils.images import resize_image
-from utils.layout import LATENT_FRAMES, PADDING_FRAMES
+from utils.layout import LATENT_FRAMES
 from utils.runs import derive_seed
 
 
@@ -105,16 +104,8 @@ class WanVaceStage(InbetweenStage):
 
     def conditions(self, arc: ArcInputs) -> torch.Tensor:
         """[1, 96, 13, h, w]; 14 with a style reference, which comes first."""
-        start, end = self.ends(arc)
         inner = [self.draw_control(frame) for frame in arc.edges[1:-1]]
-        video = [start, *inner, *[end] * (1 + PADDING_FRAMES)]
-        mask = [0, *[255] * len(inner), *[0] * (1 + PADDING_FRAMES)]
-        return self.pipe.encode_conditions(
-            [Image.fromarray(frame) for frame in video],
-            [Image.new("L", self.size, value) for value in mask],
-            None if self.style is None else Image.fromarray(self.style),
-            by_group=self.settings.latent_mask == "groups",
-        )
+        return self.pipe.encode_arc(*self.ends(arc), inner, self.style, by_group=self.settings.latent_mask == "groups")
 
     def draw_control(self, frame: np.ndarray) -> np.ndarray:
         """A control frame as the model knows it: dark lines on white, or depth as it is. uint8 [H, W, 3]."""

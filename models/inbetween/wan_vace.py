@@ -7,7 +7,7 @@ into the first frames.
 """
 
 import html
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from models.loading.files import blaming
 from models.loading.networks import free_caches, load_encoders, load_model, load_pipeline
 from models.prompts import warn_of_cuts
 from models.runtime.memory import RESIDENT, place_pipeline
-from utils.layout import LATENT_FRAMES
+from utils.layout import LATENT_FRAMES, PADDING_FRAMES
 
 GROUP = 4  # frames of a latent frame, but for the first
 NUM_FRAMES = GROUP * (LATENT_FRAMES - 1) + 1
@@ -55,6 +55,24 @@ class WanVaceInbetweenPipeline(WanVACEPipeline):
         cells = self._group_masks(masks, references) if by_group else self.prepare_masks(masks, references)
         self.maybe_free_model_hooks()  # if networks are loaded on demand, the VAE makes room for the transformer
         return torch.cat([latents, cells], dim=1)
+
+    def encode_arc(
+        self,
+        start: np.ndarray,
+        end: np.ndarray,
+        inner: Sequence[np.ndarray],
+        style: np.ndarray | None = None,
+        *,
+        by_group: bool = False,
+    ) -> torch.Tensor:
+        """`encode_conditions` of an arc. start, end, inner: ends, 44 control frames, uint8 [H, W, 3] of one size."""
+        size, ends = start.shape[1::-1], 1 + PADDING_FRAMES
+        return self.encode_conditions(
+            [Image.fromarray(frame) for frame in (start, *inner, *[end] * ends)],
+            [Image.new("L", size, value) for value in (0, *[255] * len(inner), *[0] * ends)],
+            None if style is None else Image.fromarray(style),
+            by_group=by_group,
+        )
 
     def _group_masks(self, masks: torch.Tensor, references: list[list[torch.Tensor]]) -> torch.Tensor:
         """`prepare_masks`, with the largest value in each causal group. (It reads frame 1 for the first latent.)"""

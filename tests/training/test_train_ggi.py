@@ -14,6 +14,7 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 import ggi
+from models.inbetween.backbones import check_size
 from models.inbetween.training import load_start, new_transformer
 from models.loading.files import load_ggi_transformer
 from models.weights import Preset, find_inbetween
@@ -185,7 +186,7 @@ def test_ggi_finds_what_was_trained(trained, preset, monkeypatch):
     folder = find_inbetween(preset, args.model_path, args.epoch)
     assert folder == trained / "run" / "checkpoint-2" / "transformer"
     args.width, args.height, args.num_frames = *preset.video_size, preset.num_frames
-    ggi.check_size(args, read_json(folder / "config.json"))
+    check_size(args, read_json(folder / "config.json"))
     found = load_ggi_transformer(folder, torch.float32).state_dict()
     before = load_start(Path(preset.ggi_transformer)).state_dict()
     same = [name for name in before if torch.equal(found[name], before[name])]
