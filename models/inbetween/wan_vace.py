@@ -142,11 +142,8 @@ class WanVaceInbetweenPipeline(WanVACEPipeline):
 
     def _deviations(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation of the VAE's latents, [1, 16, 1, 1, 1]."""
-        config = self.vae.config
-        device = self._execution_device
-        return tuple(
-            torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std)
-        )
+        values = self.vae.config.latents_mean, self.vae.config.latents_std
+        return tuple(torch.tensor(value).view(1, -1, 1, 1, 1).to(self._execution_device) for value in values)
 
     @torch.no_grad()
     def encode_video(self, video: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The stages give the same on a pretend GPU and on the CPU; `test_devices.py` runs this file in a new process."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,21 @@ from models.flux.lora import add_lora
 from models.flux.network import encode_flux_prompts, load_flux, place_flux
 from models.inbetween import training as inbetween_training
 from models.inbetween.pipeline import CogVideoXInbetweenPipeline, ConditionEps, encode_video_prompts, load_inbetween
+from models.inbetween.stage import ArcInputs
+from models.inbetween.stages import WanVaceStage
 from models.latents import draw_noise, to_signed
 from models.loading.networks import load_model
-from models.runtime.memory import PLACEMENTS
+from models.runtime.memory import PLACEMENTS, RESIDENT
 from models.runtime.rotary import use_complex_rotary
-from models.settings import AnchorSettings
-from models.weights import FLUX_STAGE, GGI_STAGE, locate
+from models.runtime.runtime import plain_runtime
+from models.settings import AnchorSettings, WanVaceSettings
+from models.weights import FLUX_STAGE, GGI_STAGE, load_preset, locate
 from tests.support.helpers import ROOT
 from tests.support.pretend_gpu import DEVICE, PretendGpu
 from tests.support.small import HEIGHT, LATENT_SIZE, WIDTH, small_preset
+from tests.support.wan import wan_paths
 from utils.images import read_image
+from utils.layout import ARC_FRAMES
 
 PRESET = small_preset()
 PATHS = locate(argparse.Namespace(), PRESET, (*FLUX_STAGE, *GGI_STAGE))
@@ -93,6 +99,35 @@ def test_video():
         for mode, where in (("full", {DEVICE}), ("balanced", {"cpu"})):  # `balanced`: one network at a time
             found, seen = make_video(DEVICE, mode)
             assert abs(found.astype(int) - wanted).max() <= 1
+            assert seen == where
+
+
+def fill_by_wan(device: str, mode: str, conditions: torch.Tensor) -> tuple[np.ndarray, torch.Tensor, set[str]]:
+    """Frames of an arc by Wan VACE, latents of its video, and where its VAE was while the arc was denoised.
+
+    conditions: diffusers makes them by torch.tensor(…, device=…), which the pretend GPU lacks.
+    """
+    kept = PLACEMENTS["wan_vace"][mode] | {"text": RESIDENT}
+    runtime = replace(plain_runtime(load_preset("full", "wan_vace"), "wan_vace", "float32", device), placement=kept)
+    settings = WanVaceSettings(num_inference_steps=2)
+    stage = WanVaceStage(runtime, wan_paths(), ["a town"], settings, (WIDTH, HEIGHT))
+    seen = set()
+    stage.pipe.transformer.register_forward_pre_hook(lambda *_: seen.add(stage.pipe.vae.device.type))
+    frames = np.stack([PICTURE] * ARC_FRAMES)
+    arc = ArcInputs(0, PICTURE, PICTURE, frames, None, "a town")
+    encoded = stage.encode(stage.padded(frames)).cpu()
+    stage.pipe.maybe_free_model_hooks()
+    return stage.decode(stage.denoise(arc, conditions).cpu()), encoded, seen
+
+
+def test_video_by_wan():
+    conditions = draw_noise((1, 96, 13, *LATENTS), 1)
+    frames, encoded, _ = fill_by_wan("cpu", "full", conditions)
+    with PretendGpu():
+        for mode, where in (("full", {DEVICE}), ("balanced", {"cpu"})):
+            found, latents, seen = fill_by_wan(DEVICE, mode, conditions)
+            assert abs(found.astype(int) - frames).max() <= 1
+            assert (latents - encoded).abs().max() < 1e-3
             assert seen == where
 
 

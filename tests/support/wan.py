@@ -19,7 +19,7 @@ TEXT_DIM = 32
 
 def wan_pipeline(seed: int = 0) -> WanVACEPipeline:
     """Matrices are drawn wide enough that whatever changes an input changes the pictures."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = WanVACETransformer3DModel(
             num_attention_heads=2,
