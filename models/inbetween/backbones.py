@@ -13,12 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from models.foreign import require_cogvideox, require_video_transformer, require_wan
+from models.loading.whole import open_weights
 from models.settings import InbetweenSettings, WanVaceSettings
 from models.weights import EPOCH, GGI_STAGE, WAN_STAGE, WEIGHTS, Preset, find_inbetween, load_preset
 from utils.cli import InputError, Parser, add_settings, positive_int, settings_of
 from utils.files import files_sha256, read_json
 from utils.images import picture_size, read_image
-from utils.layout import ARC_FRAMES, LATENT_FRAMES, PADDING_FRAMES, Arc, Scene, find_scene, video_run_name
+from utils.layout import (
+    ARC_FRAMES,
+    LATENT_FRAMES,
+    PADDING_FRAMES,
+    Arc,
+    Scene,
+    find_scene,
+    same_aspect,
+    video_run_name,
+)
+from utils.runs import is_first_process
 
 if TYPE_CHECKING:
     from models.inbetween.stage import InbetweenStage
@@ -162,6 +173,8 @@ class WanVace(Backbone):
                 raise InputError(f"--{name} {path} does not exist")
         if args.style_reference:
             read_image(args.style_reference)
+        if args.lora:
+            open_weights(args.lora, "np")
         return {"lora": args.lora} if args.lora else {}
 
     def check_networks(self, paths: Paths) -> None:
@@ -171,7 +184,10 @@ class WanVace(Backbone):
         require_fit({name: paths[name] for name in self.components})
 
     def inputs(self, args: argparse.Namespace, scene: Scene) -> dict[str, object]:
-        found = {}
+        found, size = {}, (args.width, args.height)
+        if not same_aspect(scene.edge_size, size) and is_first_process():
+            stretched = "note: {}: edges of {}x{} are stretched to {}x{}".format(scene.folder, *scene.edge_size, *size)
+            print(stretched, file=sys.stderr)
         if args.style_reference:
             found["style_reference_sha256"] = files_sha256([args.style_reference])
         if args.control == "depth":

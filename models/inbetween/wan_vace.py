@@ -17,10 +17,11 @@ from PIL import Image
 
 from models.finite import require_finite
 from models.inbetween.stage import CELL, place_networks
-from models.loading.files import blaming
+from models.loading.files import blaming, read_lora
 from models.loading.networks import free_caches, load_encoders, load_model, load_pipeline
 from models.prompts import warn_of_cuts
 from models.runtime.memory import RESIDENT, place_pipeline
+from utils.cli import InputError
 from utils.layout import LATENT_FRAMES, PADDING_FRAMES
 
 GROUP = 4  # frames of a latent frame, but for the first
@@ -243,8 +244,13 @@ def set_tiles(pipeline: WanVaceInbetweenPipeline, tiling: bool) -> None:
 
 def merge_lora(pipeline: WanVaceInbetweenPipeline, path: Path) -> None:
     """Add a LoRA file in diffusers' format to the transformer's weights. Raises InputError unless all of it fits."""
+    tensors, _ = read_lora(path)
     with blaming(f"--lora {path} does not fit these weights"):
         pipeline.load_lora_weights(path.parent, weight_name=path.name, local_files_only=True)
         pipeline.fuse_lora(components=["transformer"])
+    given = sum("lora_" in key and key.endswith(".weight") for key in tensors)
+    taken = sum(".lora_" in name for name, _ in pipeline.transformer.named_parameters())
+    if taken != given:  # diffusers leaves out what it does not know
+        raise InputError(f"--lora {path} does not fit these weights: {taken} of its {given} factors are known")
     pipeline.unload_lora_weights()
     pipeline.transformer.requires_grad_(False)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.scene.preprocess_common import BOXES, SMALL, run_main, write_boxes, write_path
 from tests.support.helpers import (
@@ -118,11 +120,22 @@ def test_flags_of_wan_are_none_of_the_papers_model(target: Path, capsys: pytest.
     assert "unrecognized arguments: --control edges" in capsys.readouterr().err
 
 
-def test_a_lora_that_is_none_is_refused(tmp_path: Path, target: Path, capsys: pytest.CaptureFixture):
-    (tmp_path / "lora.safetensors").write_bytes(b"no weights")
+@pytest.mark.parametrize("kind", ["no file of weights", "of another model", "of another width", "with a stray key"])
+def test_a_lora_that_does_not_fit_is_refused(tmp_path: Path, target: Path, kind: str, capsys: pytest.CaptureFixture):
+    path, name = tmp_path / "lora.safetensors", "transformer.blocks.0.attn1.to_q"
+    if kind == "of another model":
+        name = "transformer.transformer_blocks.0.attn1.to_q"
+    width = 32 if kind == "of another width" else 24
+    state = {f"{name}.lora_A.weight": torch.ones(2, width), f"{name}.lora_B.weight": torch.ones(width, 2)}
+    if kind == "with a stray key":
+        state["transformer.blocks.0.attn1.to_x.lora_A.weight"] = torch.ones(2, width)
+    save_file(state, path)
+    if kind == "no file of weights":
+        path.write_bytes(b"no weights")
     flags = ("--lora", tmp_path / "lora.safetensors", "--output_dir", tmp_path / "out")
     assert call(GGI, *fill(target, *flags)) == 2
-    assert "error: --lora" in capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "lora.safetensors" in error
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +201,14 @@ def test_arcs_are_chained_only_when_asked(tmp_path: Path, target: Path):
     before, after = contents(target / VIDEO), contents(tmp_path / VIDEO)
     assert after["0010.png"] == before["0010.png"]
     assert after["0060.png"] != before["0060.png"]
+
+
+def test_edges_of_another_aspect_are_stretched_with_a_word(
+    tmp_path: Path, one: tuple[Path, dict[str, bytes]], capsys: pytest.CaptureFixture
+):
+    for height, told in ((HEIGHT, False), (48, True)):
+        assert call(GGI, *fill(one[0], "--output_dir", tmp_path / f"{height}", "--height", height)) == 0
+        assert ("edges of 72x48 are stretched to 48x48" in capsys.readouterr().err) == told
 
 
 def test_size_is_the_preset_that_fits_the_edges(tmp_path: Path):
