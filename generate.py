@@ -20,10 +20,10 @@ import preprocess
 import sag_distribution_alignment as alignment
 import sag_generate_anchor_view as anchors
 from models.flags import add_memory_flags, add_overwrite_flag
-from models.foreign import require_cogvideox, require_flux
-from models.inbetween.backbones import DEFAULT
+from models.foreign import require_flux
+from models.inbetween.backbones import BACKBONES, DEFAULT
 from models.runtime.chain import Stage, describe, make_stage, quietly, require_room, run_stage, split_flags
-from models.weights import FLUX_STAGE, GGI_STAGE, load_preset, locate
+from models.weights import FLUX_STAGE, load_preset, locate
 from utils import layout
 from utils.cli import InputError, Parser, positive_int, prompt_text, run_script, seed
 from utils.particles import elements_per_cell
@@ -47,6 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=seed, default=42, help="noise seed of the anchors")
     add("--preview", action="store_true", help="stop after half of the alignment and one anchor of half the steps")
     add("--weights", choices=["full", "tiny"], default="full", help="weight set")
+    add("--backbone", choices=BACKBONES, default=DEFAULT, help="video model of the last stage")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if any")
     add("--threads", type=positive_int, help="OpenMP threads of the alignment (default: as many as torch takes)")
     add_memory_flags(parser)
@@ -104,23 +105,24 @@ def plan_anchors(args: argparse.Namespace, scene: layout.Scene, lora: Path, epoc
     return stage
 
 
-def plan_video(args: argparse.Namespace, scene: layout.Scene, draw: Stage) -> Stage:
-    """The last stage, and a look at the weights of all."""
-    flags = ["--target", draw.result, "--scene", scene.folder, "--prompt", args.prompt]
+def plan_video(args: argparse.Namespace, scene: layout.Scene, draw: Stage, passes: Sequence[str]) -> Stage:
+    """The last stage, and a look at the weights of all. passes: that preprocessing will draw."""
+    flags = ("--backbone", args.backbone, "--target", draw.result, "--scene", scene.folder, "--prompt", args.prompt)
     stage = make_stage(args, SCRIPTS, "ggi", *flags)
     if len((given := stage.args).target) > 1:
         raise InputError("--ggi.target: one video at a time")
-    if given.backbone != DEFAULT:
-        raise InputError(f"--ggi.backbone {given.backbone}: this chain ends in {DEFAULT}; run ggi.py by itself")
-    preset, beside = quietly(ggi.prepare, given)
-    elements_per_cell(scene.map_size, (given.width // 8, given.height // 8))
-    name = layout.video_run_name(given.degradation, given.epoch, given.num_inference_steps)
-    steps, guided = len(scene.arcs) * given.num_inference_steps, given.guidance_scale != 1 and given.prompt != ""
-    size = {"frames": given.num_frames, "batch": 1 + guided}
-    stage.costs(steps, given.width * given.height, (given.output_dir or draw.result) / name, **size)
-    paths = locate(argparse.Namespace(**vars(draw.args) | vars(given)), preset, (*FLUX_STAGE, *GGI_STAGE))
-    require_flux(paths, draw.args.control_mode)
-    require_cogvideox(paths, beside["transformer"])
+    backbone = BACKBONES[given.backbone]
+    preset, beside = quietly(ggi.prepare, given, scene.edge_size)
+    if getattr(given, "control", None) == "depth" and not ("depth" in passes or scene.arcs[0].has_control("depth")):
+        raise InputError("--ggi.control depth needs the depth of the scene: --preprocess.passes depth")
+    if backbone.takes_noise(given):
+        elements_per_cell(scene.map_size, (given.width // 8, given.height // 8))
+    require_flux(locate(draw.args, load_preset(draw.args.weights), FLUX_STAGE), draw.args.control_mode)
+    paths = locate(given, preset, backbone.components) | beside
+    backbone.check_networks(paths)
+    folder = (given.output_dir or draw.result) / backbone.run_name(given)
+    stage.costs(len(scene.arcs) * given.num_inference_steps, given.width * given.height, folder)
+    stage.plan = quietly(backbone.plan, given, preset, paths)
     return stage
 
 
@@ -130,7 +132,7 @@ def main() -> None:
     stages, scene = plan_scene(args)
     align = plan_alignment(args)
     draw = plan_anchors(args, scene, align.result, align.args.max_train_steps)
-    fill = plan_video(args, scene, draw)
+    fill = plan_video(args, scene, draw, stages[0].args.passes if stages else ())
     stages += [align, draw] if args.preview else [align, draw, fill]
     for stage in stages:
         print(describe(stage), flush=True)

@@ -37,7 +37,7 @@ from utils.cli import (
 )
 from utils.edges import resize_edges
 from utils.files import files_sha256
-from utils.images import find_ffmpeg, read_image, write_image
+from utils.images import find_ffmpeg, picture_size, read_image, write_image
 from utils.layout import (
     ARC_FRAMES,
     ARC_STEPS,
@@ -173,12 +173,21 @@ def open_job(args: Arguments, preset: Preset, target: Path) -> VideoJob:
     return VideoJob(scene, anchors, noises, run, prompt, geometry, refill)
 
 
-def prepare(args: Arguments) -> tuple[Preset, Paths]:
-    """Check all that the anchors do not decide; fills in sizes. Returns the preset and files beside the components."""
+def first_edge_size(args: argparse.Namespace) -> tuple[int, int] | None:
+    """(width, height) in pixels of the first scene's edges; None if it has none."""
+    first = Arc(0, (args.scene or find_scene(args.target[0])) / "arc0").edge_paths[0]
+    return picture_size(first) if first.is_file() else None
+
+
+def prepare(args: Arguments, edge_size: tuple[int, int] | None = None) -> tuple[Preset, Paths]:
+    """Check all that the anchors do not decide; fills in sizes. Returns the preset and files beside the components.
+
+    edge_size: (width, height) in pixels of the edges, where there are none yet.
+    """
     find_ffmpeg()  # needed at the end: told at the start
     backbone = BACKBONES[args.backbone]
     preset = backbone.preset(args)
-    width, height = backbone.size(args, preset)
+    width, height = backbone.size(preset, edge_size or first_edge_size(args))
     args.width, args.height = args.width or width, args.height or height
     args.num_frames = args.num_frames or preset.num_frames
     if len(args.target) > 1 and (args.output_dir or args.scene):

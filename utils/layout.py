@@ -59,6 +59,9 @@ class Arc:
         folder = self.folder / {"edges": "hed", "depth": "depth"}[control]
         return [folder / path.name for path in self.edge_paths]
 
+    def has_control(self, control: str) -> bool:
+        return all(path.is_file() for path in self.control_paths(control))
+
     @property
     def corres_paths(self) -> list[Path]:
         return [self.folder / "corres" / f"{n:04d}.png" for n in latent_frame_numbers(self.first, self.last)[1:]]

@@ -18,14 +18,12 @@ from models.settings import InbetweenSettings, WanVaceSettings
 from models.weights import EPOCH, GGI_STAGE, WAN_STAGE, WEIGHTS, Preset, find_inbetween, load_preset
 from utils.cli import InputError, Parser, add_settings, positive_int, settings_of
 from utils.files import files_sha256, read_json
-from utils.images import picture_size, read_image
+from utils.images import read_image
 from utils.layout import (
     ARC_FRAMES,
     LATENT_FRAMES,
     PADDING_FRAMES,
-    Arc,
     Scene,
-    find_scene,
     same_aspect,
     video_run_name,
 )
@@ -54,8 +52,8 @@ class Backbone(ABC):
     def preset(self, args: argparse.Namespace) -> Preset:
         """Where its weights come from, and at which sizes it works."""
 
-    def size(self, args: argparse.Namespace, preset: Preset) -> tuple[int, int]:
-        """(width, height) in pixels where the flags do not say."""
+    def size(self, preset: Preset, edge_size: tuple[int, int] | None) -> tuple[int, int]:
+        """(width, height) in pixels where the flags do not say. edge_size: of the scene's edges, if it has any."""
         return preset.video_size
 
     @abstractmethod
@@ -152,12 +150,11 @@ class WanVace(Backbone):
             raise InputError(f"--weights {args.weights} has no Wan VACE: leave it out")
         return load_preset(args.weights, "wan_vace")
 
-    def size(self, args: argparse.Namespace, preset: Preset) -> tuple[int, int]:
-        """The size of the preset whose aspect is nearest to that of the first scene's edges."""
-        first = Arc(0, (args.scene or find_scene(args.target[0])) / "arc0").edge_paths[0]
-        if not first.is_file():
+    def size(self, preset: Preset, edge_size: tuple[int, int] | None) -> tuple[int, int]:
+        """The size of the preset whose aspect is nearest to that of the edges."""
+        if edge_size is None:
             return preset.video_size
-        aspect = math.log(operator.truediv(*picture_size(first)))
+        aspect = math.log(operator.truediv(*edge_size))
         return min(preset.video_sizes, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))
 
     def check(self, args: argparse.Namespace, preset: Preset) -> Paths:

@@ -14,11 +14,15 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from models.flags import resolve_device
 from utils.cli import InputError, require_writable
 from utils.files import read_json, show_bytes, write_json
 from utils.layout import MANIFEST, SCENE_MANIFEST
+
+if TYPE_CHECKING:
+    from models.runtime.memory import Plan
 
 ROOM = {"full": 5 * 10**9, "tiny": 5 * 10**8}  # bytes: LoRAs of rank 16 with their state, and pictures of several arcs
 PR_SET_PDEATHSIG = 1
@@ -28,7 +32,8 @@ PR_SET_PDEATHSIG = 1
 class Stage:
     """One script with its flags. words: the flags as text; args: as its own parser reads them.
 
-    steps, pixels, result, size: what `describe` tells, see `costs`. threads: OpenMP threads, None for the libraries'.
+    steps, pixels, result, size: what `describe` tells, see `costs`. plan: of memory, where it is not the table's for
+    `size`. threads: OpenMP threads, None for the libraries'.
     """
 
     name: str
@@ -39,6 +44,7 @@ class Stage:
     pixels: int = 0
     result: Path = Path()
     size: dict[str, int] = field(default_factory=dict)
+    plan: "Plan | None" = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -116,7 +122,7 @@ def show_memory(stage: Stage) -> str:
     """Peak memory in the stage's --memory mode, or in all of them for auto."""
     from models.runtime.memory import look_up_plan
 
-    phases = look_up_plan(stage.args.weights, stage.name, pixels=stage.pixels, **stage.size)
+    phases = stage.plan or look_up_plan(stage.args.weights, stage.name, pixels=stage.pixels, **stage.size)
     peaks = {mode: show_bytes(max(phase.total for phase in parts)) for mode, parts in phases.items()}
     chosen = peaks if stage.args.memory == "auto" else {stage.args.memory: peaks[stage.args.memory]}
     return "memory " + " or ".join(f"{peak} ({mode})" for mode, peak in chosen.items())

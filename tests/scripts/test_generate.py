@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from models.runtime.chain import split_flags
+import generate
+from models.runtime.chain import Stage, describe, split_flags
 from tests.scene.preprocess_common import BOXES, write_boxes, write_path
-from tests.support.helpers import ROOT, SECONDS, assert_same, call, contents, write_picture
+from tests.support.helpers import ROOT, SECONDS, assert_same, call, contents, forbid_models, write_picture
 from tests.support.stages import STATE
+from tests.support.wan import wan_folder
 from utils.cli import InputError
 from utils.files import read_json
 from utils.layout import find_checkpoints
@@ -41,6 +43,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple:
         (("--path", "orbit"), "either --cameras FILE or --path"),
         (("--reference", "missing.png"), "missing.png does not exist"),
         (("--name", "a/b"), "'a/b' is not one plain folder name"),
+        (("--backbone", "wan_vace", "--weights", "tiny"), "--weights tiny has no Wan VACE"),
         (("--", "--ggi.width", 40), "40x32"),
         (("--", "--ggi.speed", 2), "ggi.py: unrecognized arguments: --speed 2"),
         (("--", "--anchors.height", 3), "--height 3: these weights need a multiple"),
@@ -67,6 +70,25 @@ def test_another_lora_of_the_name_is_refused_at_once(tmp_path: Path, inputs: tup
     assert call("generate", *inputs, "--output", tmp_path / "out", "--name", "town") == 2
     assert "holds a run with other arguments" in capsys.readouterr().err
     assert not (tmp_path / "out" / "scene").exists()
+
+
+def test_the_last_stage_may_be_wan_vace(tmp_path: Path, inputs: tuple, monkeypatch: pytest.MonkeyPatch):
+    forbid_models(monkeypatch)
+    words = (*inputs, "--output", tmp_path, "--weights", "tiny", "--backbone", "wan_vace", "--", *shlex.split(QUICK))
+    own = ("--ggi.weights", "full", "--ggi.wan", wan_folder())
+
+    def plan(*flags: object) -> Stage:
+        args = generate.parse_args([*map(str, (*words, *own, *flags))])
+        (prepare,), scene = generate.plan_scene(args)
+        draw = generate.plan_anchors(args, scene, tmp_path / "loras" / "a style", 4)
+        return generate.plan_video(args, scene, draw, prepare.args.passes)
+
+    stage = plan()
+    assert (stage.result.name, stage.pixels, stage.steps) == ("wan_vace_edges_d1.0_n2", 720 * 480, 2)  # nearest to 3:2
+    assert describe(stage).startswith("ggi            2 steps, memory ")
+    with pytest.raises(InputError, match="needs the depth of the scene"):
+        plan("--ggi.control", "depth")
+    assert plan("--ggi.control", "depth", "--preprocess.passes", "depth").result.name == "wan_vace_depth_d1.0_n2"
 
 
 def test_flags_go_to_their_stages():
