@@ -58,7 +58,6 @@ from utils.files import files_sha256
 from utils.images import contact_sheet, read_image, resize_image, write_image
 from utils.layout import (
     ANCHOR_FILES,
-    ARC_STEPS,
     CAMERAS_FILE,
     CONTACT_SHEET,
     MULTIVIEWS,
@@ -76,7 +75,7 @@ from utils.layout import (
     warped_path,
 )
 from utils.runs import MANIFEST, Run, draw_seed, find_unfinished, is_first_process, open_run, require_distinct
-from utils.scene.carry import Picture, carry
+from utils.scene.carry import carry_to_anchor
 from utils.scene.scene_geometry import SceneGeometry, load_scene_geometry
 
 if TYPE_CHECKING:
@@ -354,13 +353,9 @@ def denoise_anchor(stage: "AnchorStage", job: AnchorJob, k: int, progress: tqdm)
 
 def carry_others(job: AnchorJob, k: int) -> tuple[np.ndarray, np.ndarray] | None:
     """All anchors that are there, carried to anchor k: the picture and where they are seen; None if there are none."""
-    views, paths = job.geometry.views, {j: anchor_path(job.run.folder, j) for j in range(len(job.prompts)) if j != k}
+    paths = {j: anchor_path(job.run.folder, j) for j in range(len(job.prompts)) if j != k}
     there = {j: read_image(path) for j, path in paths.items() if path.exists()}
-    pictures = [Picture(picture, views[ARC_STEPS * j], 1 / abs(j - k)) for j, picture in there.items()]
-    if not pictures:
-        return None
-    carried = carry(job.geometry.caster, pictures, views[ARC_STEPS * k])
-    return np.round(carried.colours).astype(np.uint8), carried.seen
+    return carry_to_anchor(job.geometry.caster, job.geometry.views, there, k)
 
 
 def anchor_sheet(scene: Scene, folder: Path):

@@ -40,12 +40,14 @@ def reproject(anchors: np.ndarray, caster: RayCaster, views: Sequence[View]) -> 
     views: one per frame, at the anchors' size.
     """
     return np.concatenate(
-        [carry_arc(anchors, caster, views, arc).frames[bool(arc) :] for arc in range(len(anchors) - 1)]
+        [carry_arc(anchors, caster, views, k, (k, k + 1)).frames[bool(k) :] for k in range(len(anchors) - 1)]
     )
 
 
-def carry_arc(anchors: np.ndarray, caster: RayCaster, views: Sequence[View], arc: int) -> CarriedVideo:
-    """Carry the two anchors of an arc to its 46 frames."""
+def carry_arc(
+    anchors: np.ndarray, caster: RayCaster, views: Sequence[View], arc: int, chosen: Sequence[int] | None = None
+) -> CarriedVideo:
+    """Carry anchors to the 46 frames of an arc. chosen: their numbers; None: all of them."""
+    chosen = range(len(anchors)) if chosen is None else chosen
     first = ARC_STEPS * arc
-    ends = {first: anchors[arc], first + ARC_STEPS: anchors[arc + 1]}
-    return carry_anchors(caster, views, ends, range(first, first + ARC_FRAMES))
+    return carry_anchors(caster, views, {ARC_STEPS * k: anchors[k] for k in chosen}, range(first, first + ARC_FRAMES))

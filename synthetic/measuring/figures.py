@@ -21,6 +21,12 @@ def crossfade(start: np.ndarray, end: np.ndarray, count: int) -> np.ndarray:
     return np.round((1 - share) * start + share * end).astype(np.uint8)
 
 
+def closure(frames: np.ndarray) -> float:
+    """Mean absolute difference, 0..255, between each frame of a way out and the frame of the way back at its place."""
+    out = len(frames) // 2
+    return float(np.abs(frames[:out].astype(np.int16) - frames[: -out - 1 : -1]).mean())
+
+
 def gradient_magnitude(image: np.ndarray) -> np.ndarray:
     """Length of the gradient of the slightly blurred luma, by Sobel's filters: float64 [H, W]."""
     offsets = np.arange(-2, 3)

@@ -34,6 +34,7 @@ class Method:
     guided: int = 0  # steps of the video guided by the carried anchors, at most
     composite: str | None = None  # carried pixels put over the frames: None, seen or sure
     colour_match: bool = False
+    sources: str = "previous"  # what is carried to anchors and frames; all: every anchor drawn so far
     true_anchors: bool = False  # the true pictures in place of drawn anchors
 
     @property
@@ -72,6 +73,7 @@ GUIDED = {
     "guided_10_of_10": Method(guided=ALL, num_inference_steps=10),
     "guided_15_of_15": Method(guided=ALL, num_inference_steps=15),
     "guided_no_fresh": Method(guided=ALL, degradation=0),
+    "sources_all": Method(guided=ALL, sources="all"),
     "guided_10_composite": Method(guided=ALL, num_inference_steps=10, degradation=0, composite="seen"),
 }
 TRUE_ANCHORS = {  # what is left to gain by better anchors
@@ -109,20 +111,31 @@ SWEEPS: dict[str, tuple[str, dict[str, float | None]]] = {
 
 @dataclass(frozen=True)
 class Claim:
-    """What a part of the method is for. removal: the row without it. metrics: where it must show."""
+    """A row that is better than another in some metrics, and no worse in others (the interval is not on that side)."""
 
     part: str
-    removal: str
-    metrics: tuple[str, ...]
+    row: str
+    than: str
+    better: tuple[str, ...]
+    no_worse: tuple[str, ...] = ()
 
 
+TEMPORAL = ("temporal_1", "temporal_8", "temporal_24", "flicker")
+FIDELITY = ("fidelity_psnr", "fidelity_ssim")
 CLAIMS = (
-    Claim("alignment → style", "no_align", ("style_colour", "style_texture", "class_colour")),
-    Claim("replacement → cross-view consistency", "no_replace", ("anchors_error", "temporal_24")),
-    Claim("warped noise → temporal consistency or fidelity", "no_warp",
-          ("temporal_1", "temporal_8", "temporal_24", "flicker", "fidelity_psnr", "fidelity_ssim")),
-    Claim("edges → structural fidelity", "no_edges", ("structure_precision", "structure_recall", "structure_f1")),
-    Claim("end anchor → fidelity near the arc's end", "no_end", ("end_psnr",)),
+    Claim("alignment → style", "full", "no_align", ("style_colour", "style_texture", "class_colour")),
+    Claim("replacement → cross-view consistency", "full", "no_replace", ("anchors_error", "temporal_24")),
+    Claim("warped noise → temporal consistency or fidelity", "full", "no_warp", (*TEMPORAL, *FIDELITY)),
+    Claim("edges → structural fidelity", "full", "no_edges",
+          ("structure_precision", "structure_recall", "structure_f1")),
+    Claim("end anchor → fidelity near the arc's end", "full", "no_end", ("end_psnr",)),
+    Claim("guidance → all", "guided", "full", (*FIDELITY, *TEMPORAL, "structure_f1")),
+    Claim("the whole against carrying alone", "guided_composite", "reproject", (*FIDELITY, "class_colour"),
+          ("structure_f1",)),
+    Claim("the whole against the image model alone", "guided_composite", "per_frame", TEMPORAL, ("fidelity_psnr",)),
+    Claim("the same between true anchors", "true_guided_composite", "true_reproject", (*FIDELITY, "class_colour"),
+          ("structure_f1",)),
+    Claim("all anchors as sources → loops close", "sources_all", "guided", ("closure",)),
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ ARROWS = {"higher": "↑", "lower": "↓", "near 1": "→1"}
 METRIC_GROUPS = (  # prefixes of metric names; one table of the report per group
     ("structure", "style", "class"),
     ("anchors", "temporal", "flicker", "seams"),
-    ("fidelity", "end", "cpu"),
+    ("fidelity", "away", "end", "closure", "cpu"),
 )
 SHEET_COLUMNS, SHEET_CELL = 9, 180  # moments of a video, and pixels of each
 CURVES = {  # sweep -> the metrics that its curves show
@@ -40,7 +40,7 @@ Results = Mapping[str, Mapping[str, Mapping[str, float | None]]]
 
 @dataclass(frozen=True)
 class Difference:
-    """`full` minus another row on one metric, unit by unit. verdict: `full` is better, worse, or undecided."""
+    """A row, `full`, minus another on one metric, unit by unit. verdict: it is better, worse, or undecided."""
 
     method: str
     metric: str
@@ -66,8 +66,8 @@ def compare(results: Results, metrics: Sequence[Metric]) -> list[Difference]:
     return [_difference(results, name, metric) for name in others for metric in metrics]
 
 
-def _difference(results: Results, name: str, metric: Metric) -> Difference:
-    columns = [column(results, row, metric.name) for row in (COMPARED_WITH, name)]
+def _difference(results: Results, name: str, metric: Metric, ours: str = COMPARED_WITH) -> Difference:
+    columns = [column(results, row, metric.name) for row in (ours, name)]
     if metric.better == "near 1":  # compare the distances from 1
         columns = [[v if v is None else abs(v - 1) for v in values] for values in columns]
     found = paired_difference(*columns)
@@ -86,6 +86,7 @@ def write_report(
 ) -> None:
     """All tables and curves. about: what was run, JSON values. settings: of `full`, to place it on the curves."""
     summary, differences = summarise(results, metrics), compare(results, metrics)
+    claims = [row for claim in CLAIMS for row in claim_rows(claim, results, metrics)]
     curves = write_curves(folder / "pictures", summary, metrics, settings)
     tables = {
         "about": about,
@@ -97,7 +98,7 @@ def write_report(
     write_json(folder / "results.json", tables)
     write_csv(folder / "results.csv", summary, metrics)
     with atomic_path(folder / "results.md") as temporary:
-        temporary.write_text(markdown(summary, differences, metrics, about, curves))
+        temporary.write_text(markdown(summary, differences, claims, metrics, about, curves))
 
 
 def _numbers(found: Estimate) -> dict[str, float | int | None]:
@@ -141,6 +142,7 @@ def write_curves(
 def markdown(
     summary: Mapping[str, Mapping[str, Estimate]],
     differences: Sequence[Difference],
+    claims: Sequence[Sequence[str]],
     metrics: Sequence[Metric],
     about: Mapping,
     curves: Iterable[str] = (),
@@ -150,10 +152,9 @@ def markdown(
     lines += [f"Mean [95 % interval], bootstrap over units, {RESAMPLES} resamples, seeded.", ""]
     shown = {name: {m: show(e) for m, e in row.items()} for name, row in summary.items()}
     lines += grouped_tables(shown, metrics)
-    claims = [row for claim in CLAIMS for row in _claim_rows(claim, differences)]
     if claims:
-        lines += ["## What each part is for", "", "`full` minus the row without it, unit by unit.", ""]
-        lines += [*table(["claim", "without", "metric", "difference", "`full` is"], claims), ""]
+        lines += ["## Claims", "", "A row minus another, unit by unit.", ""]
+        lines += [*table(["claim", "row", "than", "metric", "difference", "claimed", "found"], claims), ""]
     if differences:
         lines += ["## All paired differences", "", "`full` minus row; of `seams`: distance from 1. "
                   "**bold**: `full` is better; *italic*: worse; plain: the interval holds zero.", ""]  # fmt: skip
@@ -176,9 +177,15 @@ def grouped_tables(cells: Mapping[str, Mapping[str, str]], metrics: Sequence[Met
     return lines
 
 
-def _claim_rows(claim: Claim, differences: Sequence[Difference]) -> list[list[str]]:
-    found = [d for d in differences if d.method == claim.removal and d.metric in claim.metrics]
-    return [[claim.part, claim.removal, d.metric, show(d.difference, signed=True), d.verdict] for d in found]
+def claim_rows(claim: Claim, results: Results, metrics: Sequence[Metric]) -> list[list[str]]:
+    """What was found of a claim, a row of text per metric; empty if its rows were not run."""
+    if not {claim.row, claim.than} <= results.keys():
+        return []
+    claimed = {name: "better" for name in claim.better} | {name: "no worse" for name in claim.no_worse}
+    chosen = [metric for metric in metrics if metric.name in claimed]
+    found = [_difference(results, claim.than, metric, claim.row) for metric in chosen]
+    shown = [[d.metric, show(d.difference, signed=True), claimed[d.metric], d.verdict] for d in found]
+    return [[claim.part, claim.row, claim.than, *words] for words in shown]
 
 
 def _marked(d: Difference) -> str:

@@ -45,21 +45,25 @@ from synthetic.measuring.settings import Settings
 from utils.cli import InputError
 from utils.data.tensor_cache import read_arrays, write_arrays
 from utils.evaluation.measure import METRICS, Metric, Targets, measure
-from utils.evaluation.pictures import psnr
+from utils.evaluation.pictures import psnr, ssim
 from utils.files import read_json, write_json
 from utils.images import read_image
 from utils.layout import ARC_FRAMES, ARC_STEPS
-from utils.scene.carry import CarriedVideo
+from utils.scene.carry import CarriedVideo, carry_to_anchor
 
 VERSION = 2  # of what is made
 CARRY_VERSION = 1  # of how anchors are carried
-METRICS_VERSION = 1  # of what is measured; videos stay when it changes
+METRICS_VERSION = 2  # of what is measured; videos stay when it changes
 END_FRAMES = 10  # at the end of every arc, the anchor's own frame included
+NEAR_FRAMES = 3  # frames on either side of an anchor, where methods that carry anchors are flattered
 LEARNED = ("structure_psnr_d", "style_clip", "fidelity_lpips")  # they need downloaded weights
 BENCH_METRICS = (
     *(metric for metric in METRICS if metric.name not in LEARNED),
     Metric("end_psnr", "dB", "0 … 100", "higher"),
+    Metric("away_psnr", "dB", "0 … 100", "higher"),
+    Metric("away_ssim", "share", "-1 … 1", "higher"),
     Metric("class_colour", "levels", "0 … 255", "lower"),
+    Metric("closure", "levels", "0 … 255", "lower"),
     Metric("cpu_seconds", "s", "0 …", "lower"),
 )
 
@@ -67,7 +71,7 @@ ALIGN_SETTINGS = ("lora_steps", "learning_rate", "train_batch_size", "rank", "pr
 ANCHOR_SETTINGS = ("prompt", "num_steps", "true_gs")
 METHOD_SETTINGS = ("lora_steps", "num_inference_steps")  # those that a row may set otherwise
 VIDEO_SETTINGS = ("prompt", "num_inference_steps", "guidance_scale")
-LATER = ("guided", "composite", "colour_match", "true_anchors")  # not in the identity of a video without them
+LATER = ("guided", "composite", "colour_match", "sources", "true_anchors")  # in the identity of a video that has them
 WEIGHT_PATHS = ("name", "flux", "controlnet", "cogvideox", "ggi_transformer")  # of a preset; hashes stand for them
 
 Values = dict[str, float | None]
@@ -116,19 +120,25 @@ class RowBench(SceneBench):
     @property
     def _regime(self) -> dict:
         """What the method's mesh adds to the identity of what is made with it."""
-        return {"coarse": self.settings.coarse} if self.settings.coarse else {}
+        return ({"coarse": self.settings.coarse} if self.settings.coarse else {}) | self._path
+
+    @property
+    def _path(self) -> dict:
+        return {"loop": True} if self.settings.loop else {}
 
     def _named(self, name: str) -> str:
-        return f"{name}_coarse{self.settings.coarse}" if self.settings.coarse else name
+        coarse = self.settings.coarse
+        return name + f"_coarse{coarse}" * bool(coarse) + "_loop" * self.settings.loop
 
     def _lora_identity(self, method: Method) -> dict:
         return self._identity(ALIGN_SETTINGS, FLUX_STAGE, method)
 
     def _anchor_identity(self, method: Method) -> dict:
         loras = self._lora_identity(method) if method.aligned else None
-        return self._identity(
-            ANCHOR_SETTINGS, FLUX_STAGE, method, loras=loras, num_replacement=method.num_replacement, **self._regime
-        )
+        others = {"loras": loras, "num_replacement": method.num_replacement, **self._regime}
+        if method.sources != FULL.sources:
+            others["sources"] = method.sources
+        return self._identity(ANCHOR_SETTINGS, FLUX_STAGE, method, **others)
 
     def video_identity(self, method: Method) -> dict:
         """Everything that the frames of a row depend on."""
@@ -165,7 +175,8 @@ class RowBench(SceneBench):
             frames, classes = self.scene.path_pictures(self.style)
             return {"frames": frames, "classes": classes}
 
-        return Truth(**self._kept("truth", self._identity(), draw)[0])
+        name = "truth_loop" if self.settings.loop else "truth"
+        return Truth(**self._kept(name, self._identity(**self._path), draw)[0])
 
     @cached_property
     def reference_picture(self) -> np.ndarray:
@@ -204,11 +215,17 @@ class RowBench(SceneBench):
         def draw() -> Arrays:
             stage = self.stage_of(method)
             drawn = [self.draw(stage, data.edges[0])]
-            for edges, code in zip(data.edges[1:], data.codes, strict=True):
-                drawn.append(self.draw(stage, edges, *((drawn[-1], code) if steps else ())))
+            for k, (edges, code) in enumerate(zip(data.edges[1:], data.codes, strict=True), 1):
+                if method.sources == "all":
+                    known = dict(enumerate(drawn))
+                    carried = carry_to_anchor(self.scene.world.caster, self.scene.views, known, k)
+                    drawn.append(self.draw(stage, edges, carried=carried))
+                else:
+                    drawn.append(self.draw(stage, edges, *((drawn[-1], code) if steps else ())))
             return {"anchors": np.array(drawn)}
 
         of = f"aligned_{self.settings_of(method).lora_steps}" if method.aligned else "base"
+        of += "_all" if method.sources == "all" else ""
         arrays, cost = self._kept(self._named(f"anchors_{of}_{steps}"), self._anchor_identity(method), draw)
         return arrays["anchors"], cost
 
@@ -239,7 +256,7 @@ class RowBench(SceneBench):
         path, video, start = self.scene.path, [], anchors[0]
         for arc in range(ARCS):
             edges = as_rgb(path.edges[ARC_STEPS * arc :][:ARC_FRAMES])
-            carried = self._carry(anchors, arc) if method.is_carried else None
+            carried = self._carry(anchors, arc, method) if method.is_carried else None
             inputs = ArcInputs(arc, start, anchors[arc + 1], edges, path.noise[arc], self.prompt, carried)
             conditions = stage.conditions(inputs if method.edges else without_edges(inputs))
             frames = stage.decode(stage.denoise(inputs, conditions if method.end else without_end(conditions)))
@@ -248,8 +265,9 @@ class RowBench(SceneBench):
             video.append(stage.finish(frames[:ARC_FRAMES], inputs)[bool(arc) :])
         return np.concatenate(video)
 
-    def _carry(self, anchors: np.ndarray, arc: int) -> CarriedVideo:
-        return baselines.carry_arc(anchors, self.scene.world.caster, self.scene.views, arc)
+    def _carry(self, anchors: np.ndarray, arc: int, method: Method) -> CarriedVideo:
+        chosen = None if method.sources == "all" else (arc, arc + 1)
+        return baselines.carry_arc(anchors, self.scene.world.caster, self.scene.views, arc, chosen)
 
     def _round_trip(self) -> np.ndarray:
         """The true frames through the video VAE, arc by arc."""
@@ -269,6 +287,7 @@ class RowBench(SceneBench):
             self.scene.path.lines, self.scene.true_world.caster, self.scene.views, self.scene.covisibility
         )
         values = measure_frames(frames, self.truth, targets, self.reference_picture) | {"cpu_seconds": cost}
+        values["closure"] = figures.closure(frames) if self.settings.loop else None
         values = {metric.name: values[metric.name] for metric in BENCH_METRICS}
         write_json(self._result_path(name), {"identity": self._result_identity(name), "values": values})
         return values
@@ -289,10 +308,13 @@ class RowBench(SceneBench):
 
 
 def measure_frames(frames: np.ndarray, truth: Truth, targets: Targets, reference: np.ndarray) -> Values:
-    """All of BENCH_METRICS but the CPU seconds. frames: uint8 [91, H, W, 3]. reference: uint8 [h, w, 3]."""
+    """BENCH_METRICS without `cpu_seconds` and `closure`. frames: uint8 [91, H, W, 3]. reference: uint8 [h, w, 3]."""
     values = measure(frames, targets, reference=reference, truth=truth.frames, networks=False)
     ends = arc_end_frames(len(frames))
     values["end_psnr"] = psnr(frames[ends], truth.frames[ends])
+    away = [i for i in range(len(frames)) if NEAR_FRAMES < i % ARC_STEPS < ARC_STEPS - NEAR_FRAMES]
+    pair = frames[away], truth.frames[away]
+    values |= {"away_psnr": psnr(*pair), "away_ssim": ssim(*pair)}
     colours = [figures.class_colour_error(*row) for row in zip(frames, truth.frames, truth.classes, strict=True)]
     values["class_colour"] = float(np.nanmean(colours))
     return {name: v if isinstance(v, float) and math.isfinite(v) else None for name, v in values.items()}

@@ -74,7 +74,8 @@ class SceneBench:
         self.unit, self.preset, self.paths, self.settings = unit, preset, paths, settings
         self.size = preset.image_size
         self.folder = folder / "units" / unit.name
-        self.scene = CheckScene(unit.scene_seed, unit.number, self.size, folder / "scenes", settings.coarse)
+        place = unit.scene_seed, unit.number, self.size, folder / "scenes"
+        self.scene = CheckScene(*place, settings.coarse, settings.loop)
         self.style: Style = make_style(unit.style_seed)
         self.prompt = settings.prompt_of(self.style.caption)
 
@@ -126,9 +127,13 @@ class SceneBench:
             stage.put_on("style")
         return stage
 
-    def draw(self, stage: AnchorStage, edges: np.ndarray, *before: np.ndarray) -> np.ndarray:
-        """One anchor, uint8 [H, W, 3]. edges: uint8 [H, W]. before: the previous anchor, and the map from it."""
-        return stage.decode(stage.draw(Anchor(1, as_rgb(edges), self.prompt, self.unit.style_seed, *before)).latents)
+    def draw(self, stage: AnchorStage, edges: np.ndarray, *before: np.ndarray, **given: object) -> np.ndarray:
+        """One anchor, uint8 [H, W, 3]. edges: uint8 [H, W]. before: the previous anchor, and the map from it.
+
+        given: what else an Anchor holds.
+        """
+        anchor = Anchor(1, as_rgb(edges), self.prompt, self.unit.style_seed, *before, **given)
+        return stage.decode(stage.draw(anchor).latents)
 
     def inbetween_stage(self, settings: InbetweenSettings) -> InbetweenStage:
         runtime, transformer = plain_runtime(self.preset, "ggi", self.preset.dtype), Path(self.preset.ggi_transformer)

@@ -70,7 +70,7 @@ class CheckScene:
     """One test scene. number: its place in the benchmark, which decides how the camera moves; size: width, height.
 
     coarse: by how much the mesh that the method gets is off (`coarsen`); 0: not at all. Pictures and the lines and
-    correspondences of the metrics are the true town's.
+    correspondences of the metrics are the true town's. loop: the second arc is the way back of the first.
 
     Raises InputError, when its path is asked for, if there is none that keeps clear of the town.
     """
@@ -80,6 +80,7 @@ class CheckScene:
     size: tuple[int, int]
     cache: Path
     coarse: float = 0.0
+    loop: bool = False
 
     @cached_property
     def _town(self) -> tuple[World, World, CameraPath]:
@@ -90,6 +91,8 @@ class CheckScene:
                 c2w = make_path(parts, PATHS[(self.number + k) % len(PATHS)], self.seed, ARCS * ARC_STEPS + 1)
             except InputError:  # this town is too narrow for this kind
                 continue
+            if self.loop:
+                c2w = np.concatenate([c2w[:ARC_STEPS], c2w[ARC_STEPS::-1]])
             true = town_world(parts)
             world = town_world(coarsen(parts, self.coarse, self.seed)) if self.coarse else true
             return world, true, to_camera_path(c2w)
@@ -131,10 +134,10 @@ class CheckScene:
         return Covisibility((width, height), step, frames, *arrays)
 
     def _cached(self, name: str, draw) -> dict[str, np.ndarray]:
-        kind = f"_coarse{self.coarse}" if self.coarse else ""
+        kind = f"_coarse{self.coarse}" * bool(self.coarse) + "_loop" * self.loop
         path = self.cache / f"{self.seed}_{name}{kind}.safetensors"
         identity = {"seed": self.seed, "number": self.number, "size": list(self.size), "version": VERSION}
-        identity |= {"coarse": self.coarse} if self.coarse else {}
+        identity |= ({"coarse": self.coarse} if self.coarse else {}) | ({"loop": True} if self.loop else {})
         arrays = read_arrays(path, identity)
         if arrays is None:
             arrays = draw()

@@ -35,6 +35,8 @@ class Settings:
         type=unit_float,
     )
 
+    loop: bool = flag(False, "paths go out and back, so that each frame has a revisit", action="store_true")
+
     def prompt_of(self, caption: str) -> str:
         return caption if self.prompt == "caption" else ""
 

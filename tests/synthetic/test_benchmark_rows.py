@@ -9,7 +9,7 @@ import pytest
 
 from models.weights import load_preset
 from synthetic import benchmark
-from synthetic.measuring import baselines
+from synthetic.measuring import baselines, figures
 from synthetic.measuring.intervals import Estimate, estimate, paired_difference
 from synthetic.measuring.methods import (
     BASELINES,
@@ -19,16 +19,19 @@ from synthetic.measuring.methods import (
     METHODS,
     REMOVALS,
     SWEEPS,
+    Claim,
     choose_methods,
     made_as,
 )
-from synthetic.measuring.report import CURVES
+from synthetic.measuring.report import CURVES, claim_rows
+from synthetic.measuring.rows import BENCH_METRICS
 from synthetic.measuring.scene_bench import Unit, choose_units
 from synthetic.measuring.scenes import CheckScene
 from synthetic.measuring.settings import Settings
 from synthetic.render import paint, trace
 from synthetic.styles import make_style
 from utils.cli import InputError
+from utils.evaluation.measure import Metric
 from utils.layout import ARC_STEPS
 from utils.scene.views import correspondence
 
@@ -58,7 +61,39 @@ def test_every_removal_changes_one_thing():
     for method in REMOVALS.values():
         changed = [key for key, value in vars(method).items() if value != getattr(FULL, key)]
         assert len(changed) == 1
-    assert {claim.removal for claim in CLAIMS} == set(REMOVALS)
+    assert {claim.than for claim in CLAIMS if claim.row == "full"} == set(REMOVALS)
+
+
+def test_claims_are_told_with_what_was_found():
+    metrics = [Metric("a", "", "", "higher"), Metric("b", "", "", "lower"), Metric("c", "", "", "lower")]
+    results = {
+        "guided": {str(i): {"a": 2.0 + i, "b": 1.0, "c": 0.5 + i % 2} for i in range(4)},
+        "full": {str(i): {"a": 1.0 + i, "b": 2.0, "c": 1.0} for i in range(4)},
+    }
+    claim = Claim("guidance", "guided", "full", ("a", "b"), ("c",))
+    found = claim_rows(claim, results, metrics)
+    assert [(row[1:4], row[-2:]) for row in found] == [
+        (["guided", "full", "a"], ["better", "better"]),
+        (["guided", "full", "b"], ["better", "better"]),
+        (["guided", "full", "c"], ["no worse", "undecided"]),
+    ]
+    assert claim_rows(Claim("", "full", "guided", ("a",)), results, metrics)[0][-1] == "worse"
+    assert claim_rows(Claim("", "guided", "reproject", ("a",)), results, metrics) == []
+    known = {metric.name for metric in BENCH_METRICS}
+    for claim in CLAIMS:
+        assert {claim.row, claim.than} <= METHODS.keys() and {*claim.better, *claim.no_worse} <= known
+
+
+def test_loops_come_back_through_the_same_views(tmp_path: Path):
+    scene = CheckScene(200_000, 0, (48, 32), tmp_path, loop=True)
+    once = CheckScene(200_000, 0, (48, 32), tmp_path)
+    eyes = np.array([view.c2w for view in scene.views])
+    np.testing.assert_array_equal(eyes, eyes[::-1])
+    np.testing.assert_array_equal(eyes[:46], [view.c2w for view in once.views[:46]])
+    frames = np.array([paint(trace(scene.world, view), make_style(200_000)) for view in scene.views])
+    assert figures.closure(frames) == 0
+    frames[2] = np.clip(frames[2], 9, None) - 9
+    assert figures.closure(frames) == pytest.approx(np.abs(frames[2].astype(float) - frames[-3]).mean() / 45)
 
 
 def test_sweeps_are_rows_of_the_table():
@@ -176,5 +211,9 @@ def test_identities_hold_what_decides_a_video_and_no_more(tmp_path: Path):
         assert identity("per_frame", **change) == identity("per_frame")
         assert identity("reproject", **change) == identity("reproject")
     assert identity("no_align", Settings(lora_steps=3)) == identity("no_align")
+    for change in (Settings(coarse=0.05), Settings(loop=True)):
+        assert identity("full", change) != identity("full")
+    assert identity("truth", Settings(loop=True)) != identity("truth")
+    assert identity("sources_all") != identity("guided")
     assert identity("lora_50") == identity("full", Settings(lora_steps=50)) != identity("full")
     assert identity("steps_10") == identity("full", Settings(num_inference_steps=10)) != identity("full")
