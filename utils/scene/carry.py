@@ -103,15 +103,17 @@ def carry(caster: RayCaster, pictures: Sequence[Picture], target: View) -> Carri
     """Carry `pictures` to the view `target`. The sky is at infinity."""
     sight = look(caster, target)
     shape = (target.height, target.width)
-    own_density, _ = _footprint(caster, sight, target)
+    normals = caster.normals.astype(np.float32)[sight.face]
+    own_density, _ = _footprint(sight, normals, target, sight.own_offsets)
     best, weights = np.zeros((2, *shape), np.float32)
     total = np.zeros((*shape, 3), np.float32)
     winner, sure = np.full(shape, -1, np.int8), np.zeros(shape, bool)
     for number, picture in enumerate(pictures):
         source = resize_view(picture.view, (picture.pixels.shape[1], picture.pixels.shape[0]))
-        found = find_in(caster, source, sight)
+        offsets = sight.offsets(source.eye)
+        found = find_in(caster, source, sight, offsets=offsets)
         visible = found.visible
-        density, cosine = _footprint(caster, sight, source)
+        density, cosine = _footprint(sight, normals, source, offsets)
         scale = np.sqrt(density / own_density).reshape(shape)
         colours = _sample(picture.pixels, found.position, np.where(visible, scale, 1))
         fade = np.minimum(cv2.distanceTransform(visible.astype(np.uint8), cv2.DIST_L2, 3) / FADE, 1)
@@ -126,16 +128,17 @@ def carry(caster: RayCaster, pictures: Sequence[Picture], target: View) -> Carri
     return Carried(total, seen, sure & ~borders(caster, sight), winner)
 
 
-def _footprint(caster: RayCaster, sight: Sight, view: View) -> tuple[np.ndarray, np.ndarray]:
+def _footprint(sight: Sight, normals: np.ndarray, view: View, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How well `view` samples the points seen: (density, cosine), both float32 [N].
 
-    density: its pixels per unit of area, per unit of solid angle for the sky. cosine: between the line of sight and
+    normals: float32 [N, 3], of the faces seen. offsets: [N, 3], from the eye of `view` to the points. density: its
+    pixels per unit of area, per unit of solid angle for the sky. cosine: between the line of sight and
     the normal, without sign; 1 for the sky.
     """
-    offsets = sight.offsets(view.eye).astype(np.float32)
+    offsets = offsets.astype(np.float32)
     planar = np.maximum(-np.einsum("nj,j->n", offsets, view.c2w[:3, 2].astype(np.float32)), 1e-6)
     length = np.sqrt(dot(offsets, offsets))
-    across = np.where(sight.hit, np.abs(dot(caster.normals.astype(np.float32)[sight.face], offsets)), length)
+    across = np.where(sight.hit, np.abs(dot(normals, offsets)), length)
     return np.maximum(np.float32(view.fx * view.fy) * across / planar**3, 1e-12), across / length
 
 

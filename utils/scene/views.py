@@ -5,6 +5,7 @@ All results are float64, computed from face planes; the ray caster only decides 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -93,9 +94,14 @@ class Sight:
     def hit(self) -> np.ndarray:
         return self.face >= 0
 
+    @cached_property
+    def own_offsets(self) -> np.ndarray:
+        """From the view's own eye to what is seen, [N, 3]."""
+        return self.depth[:, None] * self.rays
+
     def offsets(self, eye: np.ndarray) -> np.ndarray:
         """From `eye` to what is seen, [N, 3]. A point at infinity has no parallax: its direction alone counts."""
-        return self.depth[:, None] * self.rays + self.hit[:, None] * (self.view.eye - eye)
+        return self.own_offsets + self.hit[:, None] * (self.view.eye - eye)
 
 
 def look(caster: RayCaster, view: View) -> Sight:
@@ -109,14 +115,16 @@ def correspondence(caster: RayCaster, source: View, target: View, *, sky: bool =
     return find_in(caster, source, look(caster, target), sky=sky)
 
 
-def find_in(caster: RayCaster, source: View, sight: Sight, *, sky: bool = True) -> Correspondence:
-    """Positions in the view `source` of everything that another view sees.
+def find_in(
+    caster: RayCaster, source: View, sight: Sight, *, sky: bool = True, offsets: np.ndarray | None = None
+) -> Correspondence:
+    """Positions in the view `source` of everything that another view sees. offsets: `sight.offsets` of its eye.
 
     A point is visible in the source if it projects into the image and a ray from the source's eye reaches it, from the
     same side of its face. The sky is visible where a ray of the same direction hits nothing.
     """
     hit, target = sight.hit, sight.view
-    offsets = sight.offsets(source.eye)
+    offsets = sight.offsets(source.eye) if offsets is None else offsets
     position, inside = source.project(offsets)
     asked = np.flatnonzero(inside & (hit | sky))
     visible = np.zeros(len(hit), bool)
