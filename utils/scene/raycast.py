@@ -71,9 +71,10 @@ class RayCaster:
         face: int [N]. origin: float64 [3] or [N, 3]. directions: [N, 3], not normalised: with directions whose view
         component is 1, t is the planar depth in metres. t is negative where the plane lies behind the origin.
         """
-        normals = self.normals[face]
+        normals = np.take(self.normals, face, axis=0)  # several times faster than indexing
         origins = np.asarray(origin, np.float64) - self._centre
-        gap = self._offsets[face] - np.einsum("ij,j->i" if origins.ndim == 1 else "ij,ij->i", normals, origins)
+        offsets = np.take(self._offsets, face)
+        gap = offsets - np.einsum("ij,j->i" if origins.ndim == 1 else "ij,ij->i", normals, origins)
         slope = dot(normals, np.asarray(directions, np.float64))
         met = (np.asarray(face) >= 0) & (slope != 0)
         return np.divide(gap, slope, out=np.full(len(gap), np.inf), where=met)

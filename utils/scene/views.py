@@ -101,7 +101,8 @@ class Sight:
 
     def offsets(self, eye: np.ndarray) -> np.ndarray:
         """From `eye` to what is seen, [N, 3]. A point at infinity has no parallax: its direction alone counts."""
-        return self.own_offsets + self.hit[:, None] * (self.view.eye - eye)
+        shifts = np.outer((0, 1), self.view.eye - eye)  # of the sky, of surfaces
+        return self.own_offsets + np.take(shifts, self.hit, axis=0)
 
 
 def look(caster: RayCaster, view: View) -> Sight:
@@ -128,7 +129,8 @@ def find_in(
     position, inside = source.project(offsets)
     asked = np.flatnonzero(inside & (hit | sky))
     visible = np.zeros(len(hit), bool)
-    visible[asked] = _reached(caster, source.eye, offsets[asked], sight.face[asked], sight.rays[asked])
+    seen = (np.take(values, asked, axis=0) for values in (offsets, sight.face, sight.rays))
+    visible[asked] = _reached(caster, source.eye, *seen)
     shape = (target.height, target.width)
     position[~visible] = np.nan
     occluded = hit & inside & ~visible
@@ -141,7 +143,7 @@ def _reached(
     """Whether rays from `eye` reach points at `offsets` [N, 3] that lie on `face` [N], or the sky where face is -1."""
     blocker = caster.cast(eye, offsets)
     reached = (blocker == face) | (caster.plane_depth(blocker, eye, offsets) >= REACHED)
-    normal = caster.normals[face]
+    normal = np.take(caster.normals, face, axis=0)
     same_side = dot(normal, rays) * dot(normal, offsets) > 0
     return np.where(face >= 0, reached & same_side, blocker < 0)
 
