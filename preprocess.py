@@ -46,9 +46,9 @@ from utils.files import atomic_path
 from utils.images import write_image
 from utils.layout import (
     ARC_FRAMES,
-    ARC_STEPS,
     CAMERAS_FILE,
     LATENT_FRAMES,
+    PASSES_FOLDER,
     PREVIEW_FOLDER,
     REFERENCE_LATENT_SIZE,
     SCENE_FILE,
@@ -66,8 +66,9 @@ from utils.noise import write_noise
 from utils.particles import elements_per_cell, warp_noise
 from utils.runs import Run, open_run
 from utils.scene.arcs import choose_num_arcs
-from utils.scene.depth import depth_range, write_depths
 from utils.scene.lines import find_lines, make_line_scene, shade, soften
+from utils.scene.passes.draw import PICTURES
+from utils.scene.passes.write import check_passes, write_passes
 from utils.scene.preview import write_preview
 from utils.scene.raycast import RayCaster
 from utils.scene.survey import survey
@@ -77,7 +78,8 @@ FPS = 24  # default for animated cameras
 SMALLEST_EDGES = 16  # pixels
 AUTO = "auto"
 FILES = ARC_FRAMES + LATENT_FRAMES  # edges, maps and corres_end.png of an arc
-OWNED = ("arc[0-9]", "arc[0-9][0-9]", "arc[0-9][0-9][0-9]", SCENE_FILE, CAMERAS_FILE, SCENE_MANIFEST, PREVIEW_FOLDER)
+ARC_FOLDERS = ("arc[0-9]", "arc[0-9][0-9]", "arc[0-9][0-9][0-9]")
+OWNED = (*ARC_FOLDERS, SCENE_FILE, CAMERAS_FILE, SCENE_MANIFEST, PREVIEW_FOLDER, PASSES_FOLDER)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -110,8 +112,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--camera_axes", choices=AXES, help="axes of the cameras (default: the format's; opencv has +y down)")
     add("--fov", type=positive_float, help="vertical field of view in degrees, for TUM trajectories")
     add("--no_sky", action="store_true", help="no correspondences where nothing is hit, as in the reference")
-    passes_help = "further pictures of every frame: depth, to control Wan VACE; may be added to a finished scene"
-    add("--passes", nargs="+", choices=["depth"], default=[], help=passes_help)
+    passes_help = "further pictures of every frame, to control video models; may be added to a finished scene"
+    add("--passes", nargs="+", action="extend", choices=PICTURES, default=[], help=passes_help)
+    exr_help = "also write depth, normals, positions and motion as floats, by OpenEXR"
+    add("--exr", dest="passes", action="append_const", const="exr", default=argparse.SUPPRESS, help=exr_help)
     add("--seed", type=non_negative_int, default=0, help="seed of the noise")
     add("--threads", type=positive_int, default=os.cpu_count() or 1, help="frames worked on at a time")
     add("--preview", action="store_true", help="also write a contact sheet, an mp4 of the edges and a view from above")
@@ -184,6 +188,7 @@ def choose_sizes(args: argparse.Namespace) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise InputError for arguments that are wrong whatever the files hold."""
     check_edge_detector(args.edges)
+    check_passes(args.passes)
     if bool(args.cameras) == bool(args.path):
         raise InputError("give either --cameras FILE or --path orbit|dolly|flythrough")
     if args.path and (args.frames or args.cameras_up or args.camera_axes or args.fov):
@@ -245,8 +250,10 @@ def main() -> None:
         print(f"{args.output} is finished")
     else:
         make_scene(args, geometry, path, arcs, run)
-    if "depth" in args.passes:
-        add_depth(args, geometry, path, arcs, run)
+    if args.passes:
+        views = make_views(path, args.edge_size), make_views(path, args.map_size)
+        shown = {"sky": not args.no_sky, "fps": args.fps or path.fps, "threads": args.threads}
+        write_passes([*dict.fromkeys(args.passes)], geometry, views, arcs, run, **shown)
     if args.preview:
         write_preview(args.output, geometry, path, args.fps or path.fps)
     print(args.output)
@@ -274,19 +281,6 @@ def make_scene(args: argparse.Namespace, geometry: Geometry, path: CameraPath, a
                 run.save(arcs=statistics)
             bar.update(FILES * (arc.index + 1) - bar.n)
     run.finish()
-
-
-def add_depth(args: argparse.Namespace, geometry: Geometry, path: CameraPath, arcs: list[Arc], run: Run) -> None:
-    """Write the depth of every frame that has none, and its range into the manifest."""
-    caster, views = RayCaster(geometry), make_views(path, args.edge_size)
-    sampled = make_views(path, args.map_size)[:: ARC_STEPS // (LATENT_FRAMES - 1)]
-    limits = depth_range(caster, sampled)
-    run.save(depth=limits and {"near": limits[0], "far": limits[1], "unit": "metres, inverse, 65535 to 1; 0: sky"})
-    with ThreadPoolExecutor(args.threads) as pool:
-        for arc in tqdm(arcs, desc="depth", unit="arc"):
-            numbers = range(arc.first - 1, arc.last)
-            wanted = dict(zip(arc.control_paths("depth"), (views[n] for n in numbers), strict=True))
-            write_depths(caster, wanted, limits, pool)
 
 
 def edge_drawer(

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from utils.cli import InputError
-from utils.files import atomic_path
+from utils.images import write_png
 
 VISIBLE = 65535  # blue value of a valid pixel
 MASK_KERNEL = 5  # pixels; side of the dilation kernel
@@ -59,11 +59,7 @@ def encode_map(position: np.ndarray, visible: np.ndarray) -> np.ndarray:
 
 def write_map(path: Path, code: np.ndarray) -> None:
     """Write a map as a 16-bit PNG, atomically. code: uint16 [H, W, 3], R, G, B."""
-    done, data = cv2.imencode(".png", np.ascontiguousarray(code[..., ::-1]), [cv2.IMWRITE_PNG_COMPRESSION, 7])
-    if not done:
-        raise ValueError(f"{path}: a map of {code.dtype} {code.shape} cannot be written as PNG")
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data.tobytes())  # unlike imwrite, this raises when the disk is full
+    write_png(path, code, cv2.IMWRITE_PNG_COMPRESSION, 7)
 
 
 def source_positions(code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 import imageio.v2 as imageio
 import imageio_ffmpeg
 import numpy as np
@@ -126,6 +127,16 @@ def write_image(path: Path, image: np.ndarray) -> None:
     """Write uint8 [H, W, 3] or [H, W] in the format of the file's suffix, atomically."""
     with atomic_path(path) as temporary:
         Image.fromarray(image).save(temporary)
+
+
+def write_png(path: Path, image: np.ndarray, *options: int) -> None:
+    """Write a PNG of 8 or 16 bits by OpenCV, atomically. image: [H, W, 3], or [H, W] in grey. options: of OpenCV."""
+    ordered = image if image.ndim == 2 else np.ascontiguousarray(image[..., ::-1])
+    done, data = cv2.imencode(".png", ordered, options)
+    if not done:
+        raise ValueError(f"{path}: an image of {image.dtype} {image.shape} cannot be written as PNG")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.tobytes())  # unlike imwrite, this raises when the disk is full
 
 
 def resize_image(image: np.ndarray, width: int, height: int) -> np.ndarray:

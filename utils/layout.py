@@ -1,7 +1,7 @@
 """The scene folder: its arcs, their numbering, and the names of everything in it. File names are defined here only.
 
 arc0/hed/0001.png ... 0046.png      soft edges, white on black
-arc0/depth/0001.png ... 0046.png    inverse depth, if it was asked for
+arc0/PASS/0001.png ... 0046.png     depth, normal, ..., if they were asked for; exr/0001.exr
 arc0/corres/0004.png ... 0046.png   12 correspondence maps between latent frames
 arc0/corres_end.png                 from the arc's first frame to its last
 arc0/noises.npy                     flow-warped noise for 90x60 latents (others: noises_WxH.npy)
@@ -30,6 +30,7 @@ LATENT_FRAMES = 13  # CogVideoX: 49 frames in 4x temporal compression
 NOISE_CHANNELS = 16
 SCENE_FILE, CAMERAS_FILE = "scene.glb", "cameras.json"  # the mesh and the path, as preprocess.py used them
 PREVIEW_FOLDER = "preview"
+PASSES_FOLDER = "passes"  # videos of passes, and the table of ids
 REFERENCE_LATENT_SIZE = (90, 60)  # width, height; the size whose noise file has no size in its name
 REFERENCE_MAP_SIZE = (360, 240)
 MAP_SCALE = 4  # pixels of a map across a latent cell
@@ -56,8 +57,12 @@ class Arc:
 
     def control_paths(self, control: str) -> list[Path]:
         """What a video model may be controlled by. control: edges, or depth (`preprocess.py --passes depth`)."""
-        folder = self.folder / {"edges": "hed", "depth": "depth"}[control]
-        return [folder / path.name for path in self.edge_paths]
+        return {"edges": self.edge_paths, "depth": self.pass_paths("depth")}[control]
+
+    def pass_paths(self, name: str) -> list[Path]:
+        """Files of a pass, one per frame (`preprocess.py --passes`); exr: files of floats."""
+        suffix = ".exr" if name == "exr" else ".png"
+        return [self.folder / name / f"{path.stem}{suffix}" for path in self.edge_paths]
 
     def has_control(self, control: str) -> bool:
         return all(path.is_file() for path in self.control_paths(control))

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from tests.scene.preprocess_common import BOXES, SMALL, run_main, view_at, write_boxes, write_path
-from tests.support.helpers import assert_same, contents
+from tests.support.helpers import assert_same, contents, probe_video
 from utils.files import read_json
 from utils.images import read_image
 from utils.layout import SCENE_MANIFEST, load_scene
 from utils.meshes.load import load_geometry
-from utils.scene.depth import WHITE, depth_range, draw_depth
+from utils.scene.passes.draw import WHITE, depth_range, draw_depth
 from utils.scene.raycast import RayCaster
 from utils.scene.views import look
 
@@ -74,6 +74,7 @@ def test_depth_is_added_to_a_finished_scene(tmp_path: Path, monkeypatch: pytest.
     paths = [*first.control_paths("depth"), *second.control_paths("depth")[1:]]
     pictures = np.array([np.asarray(Image.open(path)) for path in paths])
     assert pictures.dtype == np.uint16 and pictures.shape == (91, 72, 108)
+    assert probe_video(later / "passes" / "depth.mp4")[1] == 91
     ground = pictures[:, 60, 54].astype(int)  # the camera slides along a flat ground: its grey stays
     depth = 90 * 2 / (60.5 - 36)
     grey = (1 / depth - 1 / limits["far"]) / (1 / limits["near"] - 1 / limits["far"])

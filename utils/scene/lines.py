@@ -71,18 +71,23 @@ def crease_patches(geometry: Geometry, normals: np.ndarray) -> np.ndarray:
 def find_lines(scene: LineScene, view: View) -> Lines:
     """Lines of the scene at one pixel width, before softening."""
     rays = view.rays(SAMPLES, np.float32)
-    faces = scene.caster.cast(view.eye, rays.reshape(-1, 3)).reshape(rays.shape[:2])
+    return lines_between(scene, view, scene.caster.cast(view.eye, rays.reshape(-1, 3)).reshape(rays.shape[:2]), rays)
+
+
+def lines_between(scene: LineScene, view: View, faces: np.ndarray, rays: np.ndarray) -> Lines:
+    """Lines between neighbouring rays. rays: `View.rays(k)`, [k H, k W, 3]; faces: what they hit, int32 [k H, k W]."""
+    samples = len(faces) // view.height
     nearness = None if scene.patches is None else _nearness(scene.caster, view, faces, rays)
     brightness = np.zeros((view.height, view.width), np.uint8)
     depth = np.full((view.height, view.width), np.inf, np.float32)
     for step in ((0, 1), (1, 0)):
         y, x = np.nonzero(_may_be_line(scene.patches, faces, nearness, view, step))
         first, second = _sample(faces, view, y, x), _sample(faces, view, y + step[0], x + step[1])
-        value, first_depth, second_depth = _classify(scene, view, first, second)
+        value, first_depth, second_depth = _classify(scene, view, samples, first, second)
         line = value > 0
         # The line belongs to the surface in front.
         behind = (second_depth < first_depth)[line]
-        rows, columns = (y[line] + step[0] * behind) // SAMPLES, (x[line] + step[1] * behind) // SAMPLES
+        rows, columns = (y[line] + step[0] * behind) // samples, (x[line] + step[1] * behind) // samples
         np.maximum.at(brightness, (rows, columns), value[line])
         np.minimum.at(depth, (rows, columns), np.minimum(first_depth, second_depth)[line].astype(np.float32))
     speck = _specks(brightness)
@@ -109,7 +114,8 @@ def _may_be_line(
         before[:, 1:], after[:, :-1] = slope[:, :-1], slope[:, 1:]
     else:
         before[1:], after[:-1] = slope[:-1], slope[1:]
-    footprint = np.minimum(nearness[a], nearness[b]) / (2 * SAMPLES * min(view.fx, view.fy))
+    samples = len(faces) // view.height
+    footprint = np.minimum(nearness[a], nearness[b]) / (2 * samples * min(view.fx, view.fy))
     jump = slope > np.minimum(before, after) + footprint
     return (patch[a] != patch[b]) | (jump & (faces[a] != faces[b]))
 
@@ -125,10 +131,13 @@ def _nearness(caster: RayCaster, view: View, faces: np.ndarray, rays: np.ndarray
 
 def _sample(faces: np.ndarray, view: View, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(face [N], direction [N, 3]) of samples."""
-    return faces[y, x], view.directions((x + 0.5) / SAMPLES, (y + 0.5) / SAMPLES)
+    samples = len(faces) // view.height
+    return faces[y, x], view.directions((x + 0.5) / samples, (y + 0.5) / samples)
 
 
-def _classify(scene: LineScene, view: View, first: tuple, second: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _classify(
+    scene: LineScene, view: View, samples: int, first: tuple, second: tuple
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Brightness of the line between pairs of neighbouring samples (0: none), and the depth of both samples."""
     geometry, caster = scene.geometry, scene.caster
     (f, f_ray), (g, g_ray) = first, second
@@ -140,7 +149,7 @@ def _classify(scene: LineScene, view: View, first: tuple, second: tuple) -> tupl
     at_first = caster.plane_depth(g, view.eye, f_ray) - f_depth[both]
     at_second = g_depth[both] - caster.plane_depth(f, view.eye, g_ray)
     gap = np.minimum(np.abs(at_first), np.abs(at_second))
-    footprint = np.minimum(f_depth[both], g_depth[both]) / (SAMPLES * min(view.fx, view.fy))
+    footprint = np.minimum(f_depth[both], g_depth[both]) / (samples * min(view.fx, view.fy))
     jump = (np.sign(at_first) == np.sign(at_second)) & (gap > footprint)
     contact = geometry.components[f] != geometry.components[g]
     facing = [
@@ -189,6 +198,11 @@ def shade(caster: RayCaster, view: View) -> np.ndarray:
     """A grey render lit from the camera, uint8 [H, W, 3], white where nothing is hit: the input for HED."""
     rays = view.rays().reshape(-1, 3)
     face = caster.cast(view.eye, rays)
-    facing = np.abs(dot(caster.normals[face], rays)) / np.linalg.norm(rays, axis=1)
-    grey = np.where(face >= 0, 60 + 160 * facing, 255).reshape(view.height, view.width)
-    return np.repeat(grey[..., None].round().astype(np.uint8), 3, axis=2)
+    grey = lit_from_camera(caster.normals[face], rays, face >= 0).reshape(view.height, view.width)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def lit_from_camera(normals: np.ndarray, rays: np.ndarray, hit: np.ndarray) -> np.ndarray:
+    """Grey of surfaces, uint8 [N]: 220 faced squarely, 60 edge on, 255 where nothing is hit. normals, rays: [N, 3]."""
+    facing = np.abs(dot(normals, rays)) / np.linalg.norm(rays, axis=1)
+    return np.where(hit, 60 + 160 * facing, 255).round().astype(np.uint8)

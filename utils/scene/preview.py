@@ -5,6 +5,7 @@ OUTPUT/preview/edges.mp4           all edge frames
 OUTPUT/preview/top.png             the scene from above, the path, and what the camera sees at the anchors
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -26,8 +27,7 @@ def write_preview(folder: Path, geometry: Geometry, path: CameraPath, fps: float
     """Write all three pictures of a finished scene folder."""
     scene = load_scene(folder)
     write_image(folder / PREVIEW_FOLDER / CONTACT_SHEET, scene_sheet(scene))
-    shown = [p for arc in scene.arcs for p in arc.edge_paths[bool(arc.index) :]]
-    write_video(folder / PREVIEW_FOLDER / "edges.mp4", (_even(read_image(p)) for p in shown), fps)
+    write_path_video(folder / PREVIEW_FOLDER / "edges.mp4", [arc.edge_paths for arc in scene.arcs], fps)
     write_image(folder / PREVIEW_FOLDER / "top.png", top_view(geometry, path))
 
 
@@ -51,6 +51,12 @@ def _grid(width: int, height: int) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
     tint = np.stack([255 * x / width, 255 * y / height, np.full(x.shape, 160.0)], axis=-1)
     return (tint * np.where((x // GRID_CELL + y // GRID_CELL) % 2, 1.0, 0.45)[..., None]).astype(np.uint8)
+
+
+def write_path_video(path: Path, arcs: Sequence[Sequence[Path]], fps: float) -> None:
+    """Write the pictures of all arcs as one video; the frame that neighbouring arcs share is shown once."""
+    shown = [picture for number, pictures in enumerate(arcs) for picture in pictures[bool(number) :]]
+    write_video(path, (_even(read_image(picture)) for picture in shown), fps)
 
 
 def _even(image: np.ndarray) -> np.ndarray:
