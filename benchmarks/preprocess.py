@@ -4,16 +4,18 @@
 
 Every time is the median of 3. The scene is subdivided up to --max_faces triangles, which changes the mesh's size but
 no picture; each size runs in its own process, so that its peak memory is its own. Measured: an edge frame takes as
-long as 12 to 18 maps, the noise of an arc 0.8 to 1.4 times as long as its 12 maps; with 256 times the triangles, a map
-takes 1.3 times and a frame up to 1.5 times as long. Threads are timed in wall seconds: use an idle machine.
+long as 12 to 18 maps, a frame of all passes, drawn and written, as long as 7 to 10, and the noise of an arc 0.8 to 1.4
+times as long as its 12 maps; with 256 times the triangles, a map takes 1.3 times and a frame up to 1.5 times as long.
+Threads are timed in wall seconds: use an idle machine.
 """
 
 import argparse
 import multiprocessing
 import resource
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +24,17 @@ import numpy as np
 
 from utils.cameras.read import read_cameras
 from utils.cli import Parser, positive_int, run_script
+from utils.layout import ARC_STEPS
 from utils.meshes.load import load_geometry
 from utils.meshes.mesh import Geometry, turn
 from utils.particles import warp_noise
-from utils.scene.lines import find_lines, make_line_scene, soften
+from utils.scene.lines import LineScene, find_lines, make_line_scene, soften
+from utils.scene.passes.draw import PASSES, PICTURES, Frame, depth_range, make_stage
+from utils.scene.passes.write import write_pass
 from utils.scene.raycast import RayCaster
-from utils.scene.views import correspondence, make_views
+from utils.scene.views import View, correspondence, look, make_views
 
-EDGE_SIZE, MAP_SIZE, LATENT_SIZE = (1080, 720), (360, 240), (90, 60)
+EDGE_SIZE, MAP_SIZE, LATENT_SIZE, PASS_SIZE = (1080, 720), (360, 240), (90, 60), (720, 480)
 MAPS, FRAMES = 12, 4  # how many of each are timed together
 REPEATS = 3
 
@@ -56,6 +61,22 @@ def median_seconds(work: Callable[[], object], clock: Callable[[], float]) -> fl
         work()
         times.append(clock() - start)
     return statistics.median(times)
+
+
+def draw_passes(scene: LineScene, views: Sequence[View]) -> Callable[[], None]:
+    """A function that draws all pictures of FRAMES frames of the first arc, and writes them."""
+    stage = make_stage(scene, depth_range(scene.caster, views[::ARC_STEPS]))
+    numbers = [i * (ARC_STEPS - 1) // (FRAMES - 1) for i in range(FRAMES)]
+
+    def work() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for i in numbers:
+                sight = look(scene.caster, views[i])
+                frame = Frame(stage, sight, views[i + 1], (views[0], views[ARC_STEPS]))
+                for name in PICTURES:
+                    write_pass(Path(folder) / f"{name}.png", PASSES[name].draw(frame))
+
+    return work
 
 
 def measure(scene_path: Path, cameras_path: Path, splits: int) -> dict[str, float]:
@@ -86,6 +107,7 @@ def measure(scene_path: Path, cameras_path: Path, splits: int) -> dict[str, floa
         "build_s": build,
         "map_s": median_seconds(lambda: [correspondence(caster, *p) for p in pairs], time.process_time) / MAPS,
         "frame_s": median_seconds(lambda: [draw(view) for view in views], time.process_time) / FRAMES,
+        "passes_s": median_seconds(draw_passes(scene, make_views(path, PASS_SIZE)), time.process_time) / FRAMES,
         "noise_s": median_seconds(lambda: warp_noise(noise, LATENT_SIZE, 0), time.process_time),
         "one_thread_s": on_threads(1),
         "two_threads_s": on_threads(2),
@@ -100,9 +122,11 @@ def columns(row: dict[str, float], first: dict[str, float]) -> dict[str, str]:
         "load+build s": f"{row['build_s']:.2f}",
         "maps/CPU s": f"{1 / row['map_s']:.1f}",
         "edge frames/CPU s": f"{1 / row['frame_s']:.2f}",
+        "frames of passes/CPU s": f"{1 / row['passes_s']:.2f}",
         "noise CPU s/arc": f"{row['noise_s']:.2f}",
         "peak MiB": f"{row['peak_mib']:.0f}",
         "frame : map": f"{row['frame_s'] / row['map_s']:.2f}",
+        "passes : map": f"{row['passes_s'] / row['map_s']:.2f}",
         f"noise : {MAPS} maps": f"{row['noise_s'] / row['map_s'] / MAPS:.2f}",
         "1 : 2 threads": f"{row['one_thread_s'] / row['two_threads_s']:.2f}",
         "map : first": f"{row['map_s'] / first['map_s']:.2f}",

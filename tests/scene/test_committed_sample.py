@@ -217,7 +217,8 @@ def test_the_committed_sample_is_what_the_code_makes():
 
 def test_the_benchmark_has_its_figures(monkeypatch, inputs):
     """At small sizes: every figure is reported, and two sizes of the mesh share their keys."""
-    for name, value in {"EDGE_SIZE": (108, 72), "MAP_SIZE": (72, 48), "LATENT_SIZE": (18, 12), "REPEATS": 1}.items():
+    sizes = {"EDGE_SIZE": (108, 72), "PASS_SIZE": (108, 72), "MAP_SIZE": (72, 48), "LATENT_SIZE": (18, 12)}
+    for name, value in {**sizes, "REPEATS": 1}.items():
         monkeypatch.setattr(benchmark, name, value)
     cameras = write_path(inputs[1], poses=49)
     first, fine = (benchmark.measure(inputs[0], cameras, splits) for splits in (0, 1))

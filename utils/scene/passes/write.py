@@ -29,14 +29,13 @@ from utils.scene.raycast import RayCaster
 from utils.scene.views import View, look
 
 VIDEO, IDS = PASSES_FOLDER + "/{}.mp4", f"{PASSES_FOLDER}/ids.json"
-OPENEXR = "OpenEXR==3.5.3"
 FAST = (cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP)  # a third of the time
 
 
 def check_passes(names: Sequence[str]) -> None:
     """Raise InputError if a program or library that these passes need is missing."""
     if "exr" in names and find_spec("OpenEXR") is None:
-        raise InputError(f"--exr needs OpenEXR: pip install {OPENEXR}")
+        raise InputError("--exr needs OpenEXR: pip install -r requirements-exr.txt")
     if any(PASSES[name].video for name in names):
         find_ffmpeg()
 
