@@ -46,6 +46,7 @@ def run_example(*arguments: object) -> dict:
 QUICK = "num_steps=3, num_replacement=2, neg_prompt='fog'", "num_inference_steps=2"
 
 
+@pytest.mark.slow
 def test_the_example_gives_what_the_scripts_write(tmp_path: Path, filmed: Path, loras: Path):
     found = run_example(filmed, loras, tmp_path / "video.mp4", *QUICK)
     run, frames = filmed / "multiviews" / RUN, found["frames"]

@@ -62,6 +62,7 @@ def fill() -> Fill:
     return fill
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_complex_positions_give_the_same_video(batch: int, dtype: torch.dtype):

@@ -38,6 +38,7 @@ def test_there_and_back_returns(boxes):
     assert 0.5 < back.visible.mean() < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["soup", "boxes"])
 @pytest.mark.parametrize("seed", range(4))
 def test_random_scenes_agree_with_brute_force(tmp_path, seed, kind):

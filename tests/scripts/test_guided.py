@@ -86,6 +86,7 @@ def test_a_scene_without_geometry_is_refused(target: Path, tmp_path: Path, capsy
     assert f"has no {missing}, which --num_replacement, --composite and --colour_match need" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_mesh_is_another_input(target: Path, tmp_path: Path, capsys):
     scene = shutil.copytree(target.parent.parent, tmp_path / "scene")
     flags = ("--target", scene / RUN, "--output_dir", tmp_path / "video", *QUICK, "--composite")

@@ -154,6 +154,7 @@ def test_per_frame_draws_every_frame_from_its_edges():
     np.testing.assert_array_equal(baselines.per_frame(lambda e: np.stack([e] * 3, -1), edges)[..., 1], edges)
 
 
+@pytest.mark.slow
 def test_reprojection_keeps_anchors_and_is_close_between_them(scene: CheckScene, anchors: np.ndarray):
     caster, style, faded = scene.world.caster, make_style(200_000), baselines.crossfade(anchors)
     made = baselines.reproject(anchors, caster, scene.views)

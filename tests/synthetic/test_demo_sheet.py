@@ -134,6 +134,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", BROKEN)
 def test_bad_runs_are_one_line(monkeypatch, capsys, run: Path, problem: str):
     change, words = BROKEN[problem]

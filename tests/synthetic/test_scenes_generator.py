@@ -103,6 +103,7 @@ def test_cameras_only_see_front_faces(towns: list[list[Part]]) -> None:
             assert (t < t_front - 1e-6).sum() <= 1
 
 
+@pytest.mark.slow
 def test_no_two_faces_share_a_plane(towns: list[list[Part]]) -> None:
     """Overlapping faces of different parts are at least 2 cm apart, so that every ray has one first hit."""
     for town in towns[:2]:
@@ -131,6 +132,7 @@ def test_houses_stand_apart(towns: list[list[Part]]) -> None:
             assert gap.max() > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PATHS)
 def test_paths_keep_clear_and_see_the_town(towns: list[list[Part]], kind: str) -> None:
     for seed, town in zip(SEEDS, towns, strict=True):

@@ -310,6 +310,7 @@ def test_geometry_is_the_exported_files(parts: list[Part], world: World, tmp_pat
         assert error.mean() < 0.05 and (error > 1).mean() < 5e-3
 
 
+@pytest.mark.slow
 def test_half_size_edges_are_nearly_those_of_preprocessing(world: World, parts: list[Part]):
     assert IMAGE_SIZE == (1080, 720) and EDGE_SIZE == (540, 360)
     likeness = []

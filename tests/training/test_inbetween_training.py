@@ -332,6 +332,7 @@ def cache(preset, dataset, tmp_path_factory) -> ClipCache:
     return cache
 
 
+@pytest.mark.slow
 def test_cached_tensors(cache, preset):
     assert cache.missing_clips() == [] and cache.missing_texts() == []
     clip = cache.clip(0)

@@ -248,6 +248,7 @@ def test_without_any_whole_state_nothing_is_trained_again(tmp_path: Path, line: 
     assert_same(contents(tmp_path), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [None, b"step,loss\n1,", b"\xff\x00", b"step,loss\n1,0.5\n"])
 def test_losses_without_their_beginning_keep_their_steps(tmp_path: Path, line: Path, content: bytes | None):
     shutil.copytree(line, tmp_path, dirs_exist_ok=True)
@@ -269,6 +270,7 @@ def test_dynamo_of_the_launcher_is_left_out(
         train(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_an_older_state_serves_when_the_newest_is_gone(tmp_path: Path, line: Path):
     train(tmp_path)
     for path in (tmp_path / "checkpoint-6" / STATE_FOLDER).iterdir():
@@ -293,6 +295,7 @@ def test_killed_training_goes_on_to_the_same_bytes(tmp_path: Path):
     assert not list(folder.glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "failure", [OSError(28, "No space left on device"), RuntimeError("write failed"), SafetensorError("disk full")]
 )

@@ -134,6 +134,7 @@ def test_two_steps_change_every_layer_and_nothing_else(training: WanTraining):
     assert changed == {name for name in after if ".lora_" in name}
 
 
+@pytest.mark.slow
 def test_loss_falls_on_one_clip(training: WanTraining):
     batch = training.draw_batch((0, 0), range(2))
     optimizer = torch.optim.AdamW([p for p in training.objective.parameters() if p.requires_grad], 1e-2)

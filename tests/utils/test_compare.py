@@ -73,6 +73,7 @@ def test_a_folder_of_anchors_stands_for_its_only_video(tmp_path: Path, runs: lis
     assert "holds 2 videos: name one of" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("second", "telling"),
     [
@@ -103,6 +104,7 @@ def test_the_page_of_a_video_is_not_replaced(runs: list[Path], capsys):
     assert "is the page of one of the videos" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
 @pytest.mark.parametrize(("flags", "shown"), [((), 3), (("--blind",), 2)])
 def test_a_browser_opens_it_without_an_error(tmp_path: Path, runs: list[Path], flags: tuple, shown: int):

@@ -117,6 +117,7 @@ def test_fine_texture_is_weaker_than_an_outline() -> None:
     assert edges[240, 177:184].max() > 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), [(144, 96), (360, 240), (1300, 700)])
 def test_mirrored_image_gives_mirrored_edges(width: int, height: int) -> None:
     image = town(width, height)
@@ -185,6 +186,7 @@ def test_command_writes_the_edges(tmp_path: Path) -> None:
     assert [path.name for path in output.parent.iterdir()] == ["edges.png"]  # no temporary file is left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("image", "output", "message"),
     [

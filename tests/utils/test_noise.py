@@ -150,6 +150,7 @@ def command(*arguments: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
 
 
+@pytest.mark.slow
 def test_command_makes_keeps_and_overwrites(tmp_path: Path):
     scene = make_scene(tmp_path, num_arcs=2)
     paths = [scene / f"arc{i}" / "noises_18x12.npy" for i in range(2)]
@@ -175,6 +176,7 @@ def test_command_makes_keeps_and_overwrites(tmp_path: Path):
     assert [path.read_bytes() for path in paths] == made
 
 
+@pytest.mark.slow
 def test_command_refuses_in_one_line(arc: Arc, tmp_path: Path):
     before = files_in(arc.folder)
     wrong_size = command(arc.folder.parent)  # 90x60 does not divide 72x48

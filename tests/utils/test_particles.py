@@ -107,11 +107,13 @@ def hard_maps() -> dict:
 HARD_MAPS = hard_maps()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HARD_MAPS)
 def test_white_for_any_map(name: str):
     assert_white(warp_noise([HARD_MAPS[name]] * 3, LATENT, seed=1))
 
 
+@pytest.mark.slow
 def test_white_after_different_maps_in_turn():
     assert_white(warp_noise(list(HARD_MAPS.values()), LATENT, seed=2))
 
@@ -138,6 +140,7 @@ def test_whole_cell_pan_shifts_the_noise():
     np.testing.assert_allclose(noise[1, 1:-2, 1:-1], noise[0, 3:, 2:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [(1.3, 0.4), (-2.21, 1.63), (0.2, -0.9)])
 def test_twelve_step_pan_keeps_the_noise(shift: tuple[float, float]):
     maps = [pan_map(MAP, np.array(shift))] * 12

@@ -106,6 +106,7 @@ def test_the_sky_has_the_style_s_colours():
     assert (sky >= low - 1).all() and (sky <= high + 1).all()
 
 
+@pytest.mark.slow
 def test_a_reference_is_deterministic():
     style = make_style(200_069)
     one, two = (find_reference(200_130, style, (72, 48)) for _ in range(2))

@@ -121,6 +121,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_seen(shared: WanVaceStage, arc: ArcInputs, name: str):
     conditions, latents = by_hand(shared, *MISTAKES[name](arc), latents=shared.start_noise(arc))
