@@ -1,13 +1,14 @@
 """Overlapping coplanar faces: the same one is seen wherever both are, from every side and in every frame."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
 from tests.scene.preprocess_common import view_at
-from utils.meshes.mesh import Geometry, build_geometry
+from utils.meshes.mesh import Geometry, assemble, build_geometry, make_part, place
 from utils.scene.lines import find_lines, make_line_scene
 from utils.scene.raycast import RayCaster
 from utils.scene.survey import survey
@@ -95,6 +96,51 @@ def test_only_overlaps_have_a_rule() -> None:
     turn = np.linalg.qr(np.random.default_rng(2).normal(size=(3, 3)))[0]
     stored = (turned.vertices @ turn + 50).astype(np.float32).astype(float)
     assert RayCaster(replace(turned, vertices=stored)).overlaps is None
+
+
+def single(vertices: np.ndarray) -> np.ndarray:
+    return vertices.astype(np.float32).astype(float)
+
+
+@pytest.mark.parametrize("way", ["float32", "float32 as text", "a node turns it"])
+@pytest.mark.parametrize("seed", range(4))
+def test_float32_is_coarse_far_from_the_origin(way: str, seed: int) -> None:
+    """A mesh stored 4 km off, rounded to 0.2 millimetres: the rug is whole, tiles side by side are no overlaps."""
+    turn, move = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))[0], np.array([4000, -3000, 900.0])
+    matrix = np.eye(4)
+    matrix[:3, :3] = turn.T
+
+    def far(objects: list[tuple]) -> Geometry:
+        parts = []
+        for name, vertices, faces in objects:
+            if way == "a node turns it":
+                vertices = single(vertices + move @ turn.T)
+            else:
+                vertices = single(vertices @ turn + move).round(6 if way == "float32 as text" else 99)
+            part = make_part(Path("far"), name, vertices, faces, None)
+            parts.append(place(part, name, matrix if way == "a node turns it" else np.eye(4)))
+        return assemble(Path("far"), parts, "+z")
+
+    tiles = [sheet(f"{i}{j}", (i, i + 1), (j, j + 1)) for i in range(-3, 3) for j in range(-3, 3)]
+    rug, tiled = far([FLOOR, RUG]), far(tiles)
+    x, y = np.meshgrid(np.linspace(-5, 5, 21), np.linspace(-5, 5, 21), indexing="ij")
+    for eye in ((0.1, -3, 4.0), (2.1, -3, -4.0)):
+        rays = np.stack([x.ravel(), y.ravel(), np.zeros(x.size)], axis=1) - eye
+        face = RayCaster(rug).cast(eye @ turn + move, rays @ turn)
+        np.testing.assert_array_equal((rug.objects[face] == rug.names.index("rug")).reshape(x.shape), UNDER)
+    assert RayCaster(tiled).overlaps is None
+
+
+def test_only_stored_rounding_is_coarse() -> None:
+    """Far from the origin, in float64 or moved there by a node, a rug one millimetre above its floor is none on it."""
+    meshes = [FLOOR, sheet("rug", (-2.2, 2.2), (-1.7, 1.7), 0.001)]
+    move = np.array([40000.123456, -30000.123456, 900.123456])
+    moved = build_geometry([(name, vertices + move, faces) for name, vertices, faces in meshes], "+z")
+    matrix = np.eye(4)
+    matrix[:3, 3] = move
+    parts = [place(make_part(Path("far"), *mesh, None), mesh[0], matrix) for mesh in meshes]
+    for geometry in (moved, assemble(Path("far"), parts, "+z")):
+        assert RayCaster(geometry).overlaps is None
 
 
 def test_smaller_then_later_wins() -> None:

@@ -29,6 +29,7 @@ class Geometry:
     dropped: dict[str, int]  # {'degenerate': n, 'duplicate': n} faces that were removed
     up_stated: bool = True  # False where `up` is only the convention of the file's format
     notes: tuple[str, ...] = ()  # what was assumed about the file, or left out of it
+    rounded: float = 0.0  # metres; the vertices are rounded as float32 rounds coordinates of this size
 
 
 @dataclass
@@ -40,12 +41,13 @@ class Part:
     faces: np.ndarray
     smooth: np.ndarray
     normals: np.ndarray | None
+    rounded: float = 0.0
 
 
 def build_geometry(meshes: Iterable[tuple[str, np.ndarray, np.ndarray]], up: str) -> Geometry:
     """A scene from meshes in memory: name, vertices float64 [V, 3] in metres, faces int [F, 3]; all flat shaded."""
-    parts = [Part(name, vertices, faces, np.zeros(len(faces), bool), None) for name, vertices, faces in meshes]
-    return assemble(Path("the scene"), parts, up)
+    path = Path("the scene")
+    return assemble(path, [make_part(path, name, vertices, faces, None) for name, vertices, faces in meshes], up)
 
 
 def make_part(path: Path, name: str, vertices: np.ndarray, faces: np.ndarray, normals: np.ndarray | None) -> Part:
@@ -60,8 +62,15 @@ def make_part(path: Path, name: str, vertices: np.ndarray, faces: np.ndarray, no
         normals, _ = _without_unused(normals, faces)
     vertices, faces = _without_unused(vertices, faces)
     require_finite(path, vertices)
-    part = Part(name, vertices, faces, np.zeros(len(faces), bool), None)
+    part = Part(name, vertices, faces, np.zeros(len(faces), bool), None, _float32_size(vertices))
     return part if normals is None else _add_normals(part, normals)
+
+
+def _float32_size(vertices: np.ndarray) -> float:
+    """The largest coordinate of vertices from float32, also where a text shortened them; 0 for finer ones."""
+    size, stored = np.abs(vertices).max(initial=0), vertices.astype(np.float32)
+    step = np.spacing(np.float32(size))
+    return float(size) if (np.abs(vertices - stored) <= step / 16).all() else 0.0
 
 
 def require_finite(path: Path, vertices: np.ndarray) -> None:
@@ -130,7 +139,7 @@ def place(part: Part, name: str, matrix: np.ndarray) -> Part:
         length = np.linalg.norm(normals, axis=2, keepdims=True)
         flat = _flat_normals(vertices, faces)
         normals = np.divide(normals, length, out=flat, where=length > 0, casting="same_kind")
-    return Part(name, vertices, faces, part.smooth, normals)
+    return Part(name, vertices, faces, part.smooth, normals, part.rounded * np.abs(linear).max())
 
 
 def assemble(path: Path, parts: list[Part], up: str) -> Geometry:
@@ -158,7 +167,8 @@ def assemble(path: Path, parts: list[Part], up: str) -> Geometry:
         present, objects = np.unique(objects, return_inverse=True)  # an object may have lost all its faces
         names, objects = [names[k] for k in present], objects.astype(np.int32)
         vertices, faces = _without_unused(vertices, faces)
-    return Geometry(vertices, faces, objects, tuple(names), _renumber(components), smooth, normals, up, dropped)
+    rounded, components = max(part.rounded for part in parts), _renumber(components)
+    return Geometry(vertices, faces, objects, tuple(names), components, smooth, normals, up, dropped, rounded=rounded)
 
 
 def _visible_faces(vertices: np.ndarray, faces: np.ndarray, welded: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:

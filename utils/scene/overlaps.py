@@ -18,6 +18,7 @@ from utils.meshes.mesh import Geometry, dot, weld
 ROUNDING = 1e-6  # share of the scene's radius: closer planes are one, and overlaps as narrow are none
 LIFT = 4e-6  # share of the scene's radius that rays surely tell apart
 NORMAL_CELLS = 1000  # per unit; faces of one plane have normals in one cell
+STORED = 0.5  # of the size of rounded coordinates: a mesh is as coarse as one of this radius, wherever it lies
 PLANE_GAP = 1e-4  # share of the scene's radius between planes that are told apart before any exact test
 OBLIQUE = np.array([0.618, 0.4142, 0.7321])  # normals at right angles to it are rare: it tells n from -n
 SHIFT = 0.37  # of cells, so that no common value lies on the border of two
@@ -65,7 +66,7 @@ def find_overlaps(
 
     vertices: float64 [V, 3], around the origin. normals, offsets: the faces' planes, float64 [F, 3] and [F].
     """
-    radius = np.abs(vertices).max()
+    radius = max(np.abs(vertices).max(), STORED * geometry.rounded)
     flipped = np.where(normals @ OBLIQUE < 0, -1, 1)
     upright, heights = normals * flipped[:, None], offsets * flipped
     chosen, plane = _shared_planes(upright, heights, PLANE_GAP * radius)
