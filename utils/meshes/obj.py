@@ -1,5 +1,6 @@
 """Read OBJ files: vertices, normals and faces; materials, textures, lines and curves are ignored."""
 
+import re
 from array import array
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from utils.cli import InputError
 from utils.meshes.polygons import Polygons
 
 NO_NORMAL = -1
+COMMENT, CONTINUED = re.compile(rb"^[ \t]*#.*", re.MULTILINE), re.compile(rb"\\[ \t]*(\n|\Z)")
 
 
 def read_obj(path: Path, data: bytes) -> list[Polygons]:
@@ -16,7 +18,9 @@ def read_obj(path: Path, data: bytes) -> list[Polygons]:
 
     data: with line feeds as line ends. Raises InputError for a line that is not understood, with its number.
     """
-    lines = data.replace(b"\\\n", b" ").split(b"\n")  # a backslash at the end continues the line
+    if b"\\" in data:  # at the end, blanks aside, it continues the line; in a comment it is one of a path
+        data = CONTINUED.sub(b" ", COMMENT.sub(b"", data))
+    lines = data.split(b"\n")
     begins = b"o" if any(line.split(None, 1)[:1] == [b"o"] for line in lines if b"o" in line[:9]) else b"g"
     positions, normals = array("d"), array("d")
     faces = {path.stem: _Faces()}  # a repeated name continues its object
