@@ -125,6 +125,12 @@ def test_nerfstudio_camera_paths(tmp_path: Path) -> None:
     for frame in add_on["camera_path"]:
         frame["aspect"] = 1  # whatever the size is
     assert read_cameras(write(file, add_on)).size == (1080, 720)
+    for frame in add_on["camera_path"][1:]:
+        del frame["fov"]  # the file's own is taken
+    with pytest.raises(InputError, match="frame 2: 'fov' is missing"):
+        read_cameras(write(file, add_on))
+    focal = read_cameras(write(file, add_on | {"default_fov": 40})).focal[:, 1]
+    np.testing.assert_allclose(np.degrees(2 * np.arctan(360 / focal)), [50, *[40] * (len(focal) - 1)])
     for change, message in (
         ({"camera_type": "equirectangular"}, "not a perspective camera"),
         ({"camera_path": []}, "at least two"),

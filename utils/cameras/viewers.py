@@ -30,7 +30,8 @@ from utils.files import write_json
 def read_camera_path(path: Path, data: dict, given: Given) -> CameraPath:
     """Read a camera_path.json of nerfstudio's viewers, old and new, or of its Blender add-on.
 
-    The frames are taken as they are stored, sampled by the viewer from its keyframes. `fov` is vertical, in degrees.
+    The frames are taken as they are stored, sampled by the viewer from its keyframes. `fov` is vertical, in degrees;
+    frames without it have the file's `default_fov`.
     """
     entries = entries_of(data, "camera_path", path)
     kind = str(data.get("camera_type") or "perspective").upper()
@@ -39,10 +40,10 @@ def read_camera_path(path: Path, data: dict, given: Given) -> CameraPath:
     note_distortion(path, [(0, kind)])
     names = [f"{path}: frame {i}" for i in range(1, len(entries) + 1)]
     size = _render_size(path, data, entries, given)
-    poses, focal = [], []
+    poses, focal, shared = [], [], {"fov": data["default_fov"]} if "default_fov" in data else {}
     for entry, name in zip(entries, names, strict=True):
         poses.append(to_pose(required(entry, "camera_to_world", name), f"{name}: 'camera_to_world'"))
-        angle = math.radians(to_number(required(entry, "fov", name), f"{name}: 'fov'"))
+        angle = math.radians(to_number(required(shared | entry, "fov", name), f"{name}: 'fov'"))
         focal.append(focal_of_angle(angle, size[1], f"{name}: 'fov'"))
     c2w = opengl_poses(np.array(poses).reshape(-1, 4, 4), given.axes or "opengl", path)
     center = np.tile(np.array(size) / 2, (len(entries), 1))
