@@ -1,7 +1,7 @@
 """Checkpoint files, in diffusers' layout or the reference's, read into diffusers' models."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,8 +33,9 @@ MODEL_KINDS: dict[str, tuple[type, Callable, str]] = {
 class Shards(Mapping[str, torch.Tensor]):
     """Lazy view of all *.safetensors files of a folder: a tensor is read when asked for, and no file stays open."""
 
-    def __init__(self, folder: Path):
-        files = sorted(folder.glob("*.safetensors"))
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None):
+        """files: those to read, instead of all."""
+        files = files or sorted(folder.glob("*.safetensors"))
         if not files:
             raise InputError(f"{folder} holds no .safetensors file")
         self._file_of: dict[str, Path] = {}

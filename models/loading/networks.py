@@ -41,10 +41,10 @@ def load_model(name: str, cls: type, path: Path, dtype: torch.dtype) -> torch.nn
 
 
 def load_strictly(
-    name: str, cls: type, folder: Path, dtype: torch.dtype, kinds: Sequence[str] = LACKING
+    name: str, cls: type, folder: Path, dtype: torch.dtype, kinds: Sequence[str] = LACKING, **options: object
 ) -> torch.nn.Module:
     """Load a folder with a library's `from_pretrained`, frozen. kinds: entries of its report that are errors."""
-    options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True, "use_safetensors": True}
+    options |= {"dtype": dtype, "output_loading_info": True, "local_files_only": True, "use_safetensors": True}
     with blaming(f"{name}: {folder} cannot be loaded"):
         model, info = cls.from_pretrained(folder, **options)
     wrong = {kind: sorted(map(str, info[kind]))[:3] for kind in kinds if info.get(kind)}

@@ -4,6 +4,7 @@
 configuration, and tokenizers their encoders: `models/loading/fit.py`. Nothing heavy is imported here.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,11 +59,29 @@ NEEDED = {  # class -> numbers of its config.json that the stages read themselve
     "AutoencoderKLCogVideoX": ("scaling_factor",),
     "WanVACETransformer3DModel": ("in_channels", "num_layers"),
 }
+# Numbers, or all of a list, that must be above zero wherever they stand: they divide, or are counts
+POSITIVE = (
+    *SIZES,
+    "scaling_factor",
+    "latents_std",
+    "norm_num_groups",
+    "num_attention_heads",
+    "num_heads",
+    "relative_attention_max_distance",
+    "spatial_interpolation_scale",
+    "temporal_interpolation_scale",
+)
 # component -> {tokenizer: the text encoder that it serves}, folders of the pipeline
 ENCODERS = {
     "flux_text": {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     "cogvideox_text": {"tokenizer": "text_encoder"},
     "wan_text": {"tokenizer": "text_encoder"},
+}
+# class in transformers of each text encoder
+ENCODER_CLASSES = {
+    "flux_text": {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
+    "cogvideox_text": {"text_encoder": "T5EncoderModel"},
+    "wan_text": {"text_encoder": "UMT5EncoderModel"},
 }
 SNR = ("prediction_type", "rescale_betas_zero_snr", "snr_shift_scale")
 SCHEDULES = {  # entries of scheduler_config.json, for which diffusers would silently use other values
@@ -70,6 +89,7 @@ SCHEDULES = {  # entries of scheduler_config.json, for which diffusers would sil
     "cogvideox_text": ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", *SNR, "timestep_spacing"),
     "wan_text": ("num_train_timesteps",),  # the rest is set (`models/inbetween/stages.py`)
 }
+UNBOUNDED = ("lambda_min_clipped",)  # entry of a scheduler's config that is -Infinity when it is off
 # A tokenizer is one file, or those of its kind (the last word of its class in transformers).
 TOKENIZER = "tokenizer.json"
 VOCABULARIES = {"CLIPTokenizer": ("vocab.json", "merges.txt"), "T5Tokenizer": ("spiece.model",)}
@@ -128,15 +148,26 @@ def _require_text(name: str, folder: Path) -> None:
     schedule = require_json(folder / "scheduler" / "scheduler_config.json")
     if lost := [key for key in SCHEDULES[name] if key not in schedule]:
         raise InputError(f"{folder / 'scheduler' / 'scheduler_config.json'} says no {lost[0]}: it is damaged")
+    _require_class(folder, index, "scheduler", "diffusers")
     for tokenizer, encoder in ENCODERS[name].items():
-        for part in (tokenizer, encoder):
-            if not (isinstance(index.get(part), list) and len(index[part]) == 2 and isinstance(index[part][1], str)):
-                raise InputError(
-                    f"{folder / 'model_index.json'} names no {part}: it is damaged or of another pipeline"
-                )
+        _require_class(folder, index, tokenizer, "transformers")
+        _require_class(folder, index, encoder, "transformers", ENCODER_CLASSES[name][encoder])
         _require_tokenizer(folder / tokenizer, index[tokenizer][1].removesuffix("Fast"))
-        require_json(folder / encoder / "config.json")
+        config = folder / encoder / "config.json"
+        require_numbers(config, ENCODER_CLASSES[name][encoder], require_json(config))
         require_weights(folder / encoder, "model")
+
+
+def _require_class(folder: Path, index: Mapping, part: str, library: str, wanted: str | None = None) -> None:
+    """Raise InputError unless model_index.json names a class of this library for a part. wanted: the only one."""
+    where, entry = folder / "model_index.json", index.get(part)
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)):
+        raise InputError(f"{where} names no {part}: it is damaged or of another pipeline")
+    if entry[0] != library or wanted not in (None, entry[1]):
+        raise InputError(
+            f"{where} names {entry[1]} of {entry[0]} for {part}; {wanted or 'a class'} of {library} is needed: it is "
+            "damaged or of another pipeline"
+        )
 
 
 def _require_tokenizer(folder: Path, kind: str) -> None:
@@ -150,10 +181,24 @@ def _require_tokenizer(folder: Path, kind: str) -> None:
 
 
 def require_json(path: Path) -> dict:
-    """Read a JSON object. Raises IncompleteError when the file is missing, InputError when it is damaged."""
+    """Read a JSON object. Raises IncompleteError when it is missing, InputError when it is damaged or holds NaN."""
     if not path.is_file():
         raise IncompleteError(f"{path} is missing")
-    return read_json(path)
+    data = read_json(path)
+    _require_finite(path, data)
+    return data
+
+
+def _require_finite(path: Path, value: object, key: str = "") -> None:
+    """Raise InputError for NaN and infinity anywhere in a value of JSON. key: that it stands under."""
+    if isinstance(value, float) and not math.isfinite(value) and key not in UNBOUNDED:
+        raise InputError(f"{path} says {key} {value}: it is damaged, fetch it again")
+    if isinstance(value, Mapping):
+        for inner, entry in value.items():
+            _require_finite(path, entry, inner)
+    elif isinstance(value, list):
+        for entry in value:
+            _require_finite(path, entry, key)
 
 
 def require_kind(name: str, folder: Path) -> None:
@@ -162,9 +207,20 @@ def require_kind(name: str, folder: Path) -> None:
     found = config.get("_class_name") or config.get("architectures") or wanted
     if found != wanted:
         raise InputError(f"{folder} holds {found}; {wanted} is needed")
-    for key in NEEDED.get(wanted, ()):
+    require_numbers(folder / "config.json", wanted, config)
+
+
+def require_numbers(path: Path, network: str, config: Mapping) -> None:
+    """Raise InputError unless the numbers in a network's config are those of one that can compute."""
+    for key in NEEDED.get(network, ()):
         if not isinstance(config.get(key), int | float):
-            raise InputError(f"{folder / 'config.json'} says no {key}: it is damaged")
+            raise InputError(f"{path} says no {key}: it is damaged")
+    _require_finite(path, config)
+    for key in POSITIVE:
+        values = config.get(key)
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, int | float) and value <= 0:
+                raise InputError(f"{path} says {key} {value}, which must be above 0: it is damaged, fetch it again")
 
 
 def require_weights(folder: Path, stem: str, *, any_name: bool = False, pickles: bool = False) -> None:
@@ -189,6 +245,14 @@ def require_weights(folder: Path, stem: str, *, any_name: bool = False, pickles:
             raise IncompleteError(_no_weights(folder, stem, found))
         for path in found:
             open_weights(path, "np")
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The files that `require_weights` checked: all shards, or the only file."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        return [folder / f"{stem}.safetensors"]
+    return [folder / shard for shard in sorted(set(read_json(index)["weight_map"].values()))]
 
 
 def _require_shards(index: Path) -> None:

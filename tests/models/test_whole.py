@@ -72,12 +72,25 @@ def change_tensors(part: str, change: Callable[[dict], dict]) -> Change:
     return apply
 
 
-def change_config(part: str, **values: object) -> Change:
+def change_json(name: str, **values: object) -> Change:
     def apply(folder: Path) -> None:
-        path = folder / part / "config.json"
+        path = folder / name
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
     return apply
+
+
+def change_config(part: str, **values: object) -> Change:
+    return change_json(f"{part}/config.json", **values)
+
+
+def to_integers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.to(torch.int8) for key, value in tensors.items()}
+
+
+def to_scaled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """8-bit floats with a scale beside, under names that transformers leaves out."""
+    return {key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()} | {"scaled_fp8": torch.ones(1)}
 
 
 def halve_vocabulary(folder: Path) -> None:
@@ -120,11 +133,39 @@ FLUX_FAULTS = {
         "proj_out.bias has shape (3,)",
     ),
     "integers without their scales": (
-        change_tensors("transformer", lambda t: {key: value.to(torch.int8) for key, value in t.items()}),
+        change_tensors("transformer", to_integers),
         "holds torch.int8, and no quantization_config says how to read it",
     ),
+    "an encoder in integers": (change_tensors("text_encoder", to_integers), "text_encoder: "),
+    "an encoder with scales": (change_tensors("text_encoder_2", to_scaled), "scaled_fp8 scales weights of 8 bits"),
+    "an encoder's tensor lost": (
+        change_tensors("text_encoder_2", lambda t: {k: v for k, v in t.items() if "wo" not in k}),
+        "does not hold a whole T5EncoderModel",
+    ),
+    "an encoder's layer left out": (change_config("text_encoder_2", num_layers=1), "holds 2 layers, its config.json"),
+    "an encoder of another program": (
+        change_json("model_index.json", text_encoder=["os", "system"]),
+        "names system of os for text_encoder; CLIPTextModel of transformers is needed",
+    ),
+    "another encoder": (change_json("model_index.json", text_encoder_2=["transformers", "T5Model"]), "names T5Model"),
+    "an unknown tokenizer": (change_json("model_index.json", tokenizer=["transformers", "X"]), "has no attribute X"),
+    "a network as scheduler": (
+        change_json("model_index.json", scheduler=["diffusers", "AutoencoderKL"]),
+        "AutoencoderKL is no scheduler",
+    ),
+    "a shift of NaN": (
+        change_json("scheduler/scheduler_config.json", shift=float("nan")),
+        "scheduler_config.json says shift nan",
+    ),
+    "infinity in a list": (change_config("vae", latents_mean=[0, float("inf")]), "says latents_mean inf"),
+    "a scale of zero": (change_config("vae", scaling_factor=0), "says scaling_factor 0, which must be above 0"),
+    "a scale of NaN": (change_config("vae", scaling_factor=float("nan")), "says scaling_factor nan"),
+    "a number that is text": (change_config("transformer", num_layers="2"), "says num_layers '2', not a number"),
+    "a switch that is text": (change_config("vae", force_upcast="no"), "says force_upcast 'no', not true or false"),
+    "tokens without end": (change_config("text_encoder", max_position_embeddings="x"), "does not fit the text"),
     "a config of another size": (change_config("transformer", num_layers=3), "missing keys"),
-    "a config that builds nothing": (change_config("transformer", num_attention_heads=0), "is not a whole"),
+    "a config that builds nothing": (change_config("transformer", joint_attention_dim=-1), "is not a whole"),
+    "no heads": (change_config("transformer", num_attention_heads=0), "num_attention_heads 0, which must be above 0"),
     "another network": (change_config("transformer", _class_name="UNet"), "holds UNet; FluxTransformer2DModel is"),
 }  # fmt: skip
 
@@ -176,6 +217,18 @@ def test_a_schedule_says_all_that_it_decides(tmp_path: Path, check):
     folder = shutil.copytree(small_checkpoints() / "tiny" / "cogvideox", tmp_path / "cogvideox")
     path = folder / "scheduler" / "scheduler_config.json"
     schedule = json.loads(path.read_text())
+    for changed, telling in (
+        ({"prediction_type": "noise"}, "cannot be used: prediction_type given as noise"),
+        ({"beta_schedule": "linearly"}, "cannot be used: linearly"),
+        ({"timestep_spacing": "even"}, "cannot be used: even"),
+        ({"prediction_type": "epsilon"}, "cannot be used: its steps give NaN"),  # at a signal of zero
+        ({"num_train_timesteps": float("inf")}, "says num_train_timesteps inf"),
+        ({"prediction_type": None}, "cannot be used"),
+        ({"lambda_min_clipped": -float("inf")}, ""),  # as a scheduler of another class has it
+    ):
+        path.write_text(json.dumps(schedule | changed))
+        code, _, err = check("--cogvideox", folder)
+        assert code == (2 if telling else 0) and telling in err and (str(path) in err or not telling)
     del schedule["prediction_type"]
     path.write_text(json.dumps(schedule))
     assert f"{path} says no prediction_type" in check("--cogvideox", folder)[2]
@@ -211,9 +264,11 @@ def test_no_damaged_file_ends_in_a_traceback():
 
 @pytest.mark.slow
 def test_stages_say_it_first(tmp_path: Path, one_arc: Path, loras: Path, capfd: pytest.CaptureFixture, monkeypatch):
-    from models.loading import networks
+    from models.flux import network
+    from models.inbetween import pipeline
 
-    monkeypatch.setattr(networks, "load_strictly", lambda *_: pytest.fail("a text encoder was loaded"))
+    for module in (network, pipeline):
+        monkeypatch.setattr(module, "load_encoders", lambda *_: pytest.fail("a text encoder was loaded"))
     flux, video = flux_copy(tmp_path), tmp_path / "checkpoint-7" / "transformer"
     shutil.copytree(small_checkpoints() / "tiny" / "cogvideox" / "transformer", video)
     change_tensors(".", lambda tensors: dict([*tensors.items()][1:]))(video)
