@@ -55,6 +55,7 @@ def require_flux(paths: Mapping[str, Path], control_mode: int | None = None) -> 
         )
     require_equal("flux_vae", paths, "latent_channels", vae.get("latent_channels"), LATENT_CHANNELS)
     for name, config in (("flux_transformer", transformer), ("controlnet", control)):
+        _require_axes(name, paths, config)
         require_equal(
             name, paths, "joint_attention_dim (T5's width)", config["joint_attention_dim"], t5.get("d_model")
         )
@@ -66,6 +67,17 @@ def require_flux(paths: Mapping[str, Path], control_mode: int | None = None) -> 
             f"note: flux_transformer: {paths['flux_transformer']} has no distilled guidance, as FLUX.1-schnell has "
             "none: --guidance is without effect, and the number of steps is not its own",
             file=sys.stderr,
+        )
+
+
+def _require_axes(name: str, paths: Mapping[str, Path], config: Mapping) -> None:
+    """Make sure that positions along three axes are turned, which together have the numbers of one head."""
+    axes, head = config["axes_dims_rope"], config["attention_head_dim"]
+    even = isinstance(axes, list | tuple) and len(axes) == 3 and all(isinstance(n, int) and n % 2 == 0 for n in axes)
+    if not even or min(axes) <= 0 or sum(axes) != head:
+        raise InputError(
+            f"{name}: {paths[name]} has axes_dims_rope {axes}; needed: three even numbers with the sum {head}, its "
+            "attention_head_dim"
         )
 
 
@@ -105,6 +117,9 @@ def require_wan(paths: Mapping[str, Path]) -> None:
     require_equal("wan_transformer", paths, "vace_in_channels", transformer["vace_in_channels"], 96)
     require_equal("wan_transformer", paths, "patch_size", list(transformer["patch_size"]), [1, 2, 2])
     require_equal("wan_vae", paths, "z_dim", vae["z_dim"], LATENT_CHANNELS)
+    for key in ("latents_mean", "latents_std"):
+        count = len(vae[key]) if isinstance(vae[key], list | tuple) else vae[key]
+        require_equal("wan_vae", paths, f"numbers in {key}:", count, LATENT_CHANNELS)
     require_equal("wan_vae", paths, "scale_factor_spatial", vae["scale_factor_spatial"], 8)
     wide = read_encoder("wan_text", paths["wan_text"], "text_encoder").get("d_model")
     require_equal("wan_transformer", paths, "text_dim", transformer["text_dim"], wide)

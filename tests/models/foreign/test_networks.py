@@ -65,6 +65,8 @@ def test_networks_that_fit_are_taken(flux: dict[str, Path], video: dict[str, Pat
         ("flux/transformer", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised .bitsandbytes"),
         ("flux/transformer", {"quantization_config": {"quant_method": "quanto"}}, "quantised .quanto"),
         ("flux/text_encoder_2", {"quantization_config": {"quant_method": "gguf"}}, "quantised .gguf"),
+        ("flux/transformer", {"axes_dims_rope": [16, 56, 56]}, "axes_dims_rope .* the sum 64"),
+        ("controlnet", {"axes_dims_rope": "8, 28, 28"}, "controlnet: .* axes_dims_rope"),
         ("flux/vae", {"latent_channels": 4}, "latent_channels 4"),
         ("controlnet", {"num_attention_heads": 2}, "has width 128"),
         ("controlnet", {"in_channels": 16}, "in_channels 16"),

@@ -1,7 +1,10 @@
 """Wan VACE as stage 3: what it is given and what it denoises, against diffusers' own pipeline called by hand."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +12,14 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanVACEPipeline
 from PIL import Image
 
+from models.foreign import require_wan
 from models.inbetween.stage import ArcInputs
 from models.inbetween.stages import WanVaceStage
 from models.runtime.runtime import plain_runtime
 from models.settings import WanVaceSettings
-from models.weights import load_preset
-from tests.support.wan import SCHEDULER, wan_paths
+from models.weights import WAN_STAGE, load_preset
+from tests.support.wan import SCHEDULER, wan_folder, wan_paths
+from utils.cli import InputError
 from utils.edges import scribble
 from utils.scene.carry import CarriedVideo
 
@@ -214,3 +219,19 @@ def test_replaced_latents_are_those_that_the_next_step_goes_on_from(shared: WanV
 
     assert (samples[2] - two_steps(disable_corrector=[0])).abs().max() < 1e-5
     assert (samples[2] - two_steps()).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("part", "entries", "words"),
+    [
+        ("vae", {"latents_std": [1.0] * 3}, "numbers in latents_std: 3; .* need 16"),
+        ("vae", {"latents_mean": None}, "numbers in latents_mean: None"),
+        ("vae", {"z_dim": 8}, "z_dim 8"),
+    ],
+)
+def test_what_is_no_wan_vace_is_named(tmp_path: Path, part: str, entries: dict, words: str):
+    folder = shutil.copytree(wan_folder(), tmp_path / "wan")
+    config = folder / part / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | entries))
+    with pytest.raises(InputError, match=words):
+        require_wan(dict.fromkeys(WAN_STAGE, folder))
