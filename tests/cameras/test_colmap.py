@@ -50,6 +50,23 @@ def test_colmap_images_of_two_sizes(tmp_path: Path, capsys) -> None:
     np.testing.assert_allclose(back.center[[0, 2]], path.center[[0, 2]])
 
 
+def test_colmap_models_of_several_cameras_or_parts_are_noted(tmp_path: Path, capsys) -> None:
+    """A rig's images lie in a folder for each of its cameras, and newer models have rigs.bin and frames.bin beside."""
+    path = random_path(12)
+    for part in ("0", "1"):
+        folder = write_colmap(tmp_path / "sparse" / part, path, False)
+    for name in ("rigs.bin", "frames.bin"):
+        (tmp_path / "sparse" / "0" / name).write_bytes(bytes(8))
+    assert_same(path, read_cameras(tmp_path, up="+z"), 1e-9)
+    assert "sparse/0 is read, not the other parts of the capture: 1" in capsys.readouterr().err
+    read_cameras(folder, up="+z")
+    assert not capsys.readouterr().err
+    (folder / "images.txt").write_text((folder / "images.txt").read_text().replace("im age_2.", "right/im age_2."))
+    moved = read_cameras(folder, up="+z")
+    np.testing.assert_allclose(moved.c2w[-1], path.c2w[1], atol=1e-9)
+    assert "holds images of 2 folders ('', 'right')" in capsys.readouterr().err
+
+
 def test_colmap_says_nothing_about_up(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--cameras_up"):
         read_cameras(write_colmap(tmp_path, random_path(), True))

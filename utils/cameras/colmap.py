@@ -4,6 +4,7 @@ Written here because pycolmap, the only library for them, installs all of COLMAP
 """
 
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,7 @@ def read_colmap(path: Path, given: Given) -> CameraPath:
     read_images, read_cameras = (_images_bin, _cameras_bin) if suffix == "bin" else (_images_txt, _cameras_txt)
     cameras, images = read_cameras(model / f"cameras.{suffix}"), read_images(model / f"images.{suffix}")
     images.sort(key=lambda image: natural(image[0]))
+    _note_choices(model, [image[0] for image in images])
     used = [_colmap_intrinsics(cameras, image, model) for image in images]
     note_distortion(model, [(value, camera[3]) for camera in used for value in camera[4]])
     focal, center = (np.array([camera[i] for camera in used]).reshape(-1, 2) for i in (1, 2))
@@ -66,6 +68,21 @@ def read_colmap(path: Path, given: Given) -> CameraPath:
         raise InputError(f"{model}: an image's pose holds NaN, infinity or huge numbers")
     c2w = opengl_poses(_colmap_poses(poses, model), given.axes or "opencv", model)
     return make_path(model, c2w, focal, center, size, up, range(1, len(images) + 1), given.fps)
+
+
+def _note_choices(model: Path, names: list[str]) -> None:
+    """Say that images of several cameras make one path, and that other models lie beside this one."""
+    folders = list(dict.fromkeys(name.rpartition("/")[0] for name in names))
+    if len(folders) > 1:
+        shown = ", ".join([*map(repr, folders[:3]), *["…"][: len(folders) > 3]])
+        print(
+            f"note: {model} holds images of {len(folders)} folders ({shown}); of a rig? The path runs through one "
+            "after the other: for a path of one alone, leave the images of the others out",
+            file=sys.stderr,
+        )
+    beside = sorted({found.parent.name for found in model.parent.glob("[0-9]*/images.*")} - {model.name})
+    if model.name == "0" and beside:
+        print(f"note: {model} is read, not the other parts of the capture: {', '.join(beside)}", file=sys.stderr)
 
 
 def _colmap_poses(poses: np.ndarray, where: Path) -> np.ndarray:
