@@ -159,7 +159,8 @@ def reference_config(kind: str, path: Path) -> dict:
 
 def load_ggi_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """Load the 48-channel transformer of a folder in either layout, merging and casting tensor by tensor."""
-    config, source = read_json(folder / "config.json"), Shards(folder)
+    config = read_json(folder / "config.json") | {"_name_or_path": str(folder)}  # not where it was trained
+    source = Shards(folder)
     with blaming(f"{folder} is not a GGI transformer"):
         config, _ = ggi_transformer(config, {})
         state = {name: merge_tensor(source, name).to(dtype) for name in merged_names(source)}

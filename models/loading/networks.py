@@ -36,7 +36,9 @@ def load_model(name: str, cls: type, path: Path, dtype: torch.dtype) -> torch.nn
     """Load one diffusers model, frozen. path: from `locate`. Raises InputError when keys are missing or extra."""
     folder = component_folder(name, path)
     if folder.is_file():
-        return load_reference_file(CONVERTIBLE[name], folder).to(dtype).requires_grad_(False)
+        model = load_reference_file(CONVERTIBLE[name], folder).to(dtype).requires_grad_(False)
+        model.register_to_config(_name_or_path=str(folder))
+        return model
     return load_strictly(name, cls, folder, dtype, (*LACKING, "unexpected_keys"))
 
 

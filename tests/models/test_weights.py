@@ -181,6 +181,7 @@ def test_components_go_before_their_repository(tiny):
 def test_a_reference_format_file_is_a_component():
     path = GOLDEN / "3_flux" / "flux_tiny.safetensors"
     model = load_model("flux_transformer", FluxTransformer2DModel, path, torch.float32)
+    assert model.config._name_or_path == str(path)  # which errors name
     config = component_config("flux_transformer", path)
     assert config["num_layers"] == len(model.transformer_blocks)
     assert not any(parameter.requires_grad for parameter in model.parameters())
