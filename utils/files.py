@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict:
     """Read a JSON object. Raises InputError when the file is missing or is not a JSON object."""
     try:
         data = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{path} is missing") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error})") from error

@@ -289,6 +289,8 @@ def _pickle(path: Path) -> str:
 
 def open_weights(path: Path, framework: str = "pt") -> safe_open:
     """Open a safetensors file. framework: of its tensors, pt or np. Raises InputError if it is missing or damaged."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; a .safetensors file is needed")
     if not path.is_file():
         raise IncompleteError(f"{path} does not exist")
     try:

@@ -1,6 +1,7 @@
 """Reference-format files -> diffusers: commands, strict loading, LoRAs in stock diffusers, memory while merging."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from models import convert
@@ -210,3 +212,38 @@ def test_damaged_file_is_bad_input(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"not a tensor file")
     with pytest.raises(InputError, match="not a readable safetensors file"):
         load_reference_file("flux", tmp_path / "x.safetensors")
+
+
+def spoil(change: str, tensors: dict[str, torch.Tensor], key: str) -> dict[str, torch.Tensor]:
+    kept = {name: tensor for name, tensor in tensors.items() if name != key}
+    changed = {"integers": {key: tensors[key].to(torch.int8)}, "NaN": {key: tensors[key] * torch.nan}}
+    return {} if change == "empty" else kept | changed.get(change, {})
+
+
+@pytest.mark.parametrize("change", ["NaN", "integers", "missing", "empty"])
+@pytest.mark.parametrize("kind", ["ggi", "lora", "flux", "autoencoder"])
+def test_nothing_damaged_is_converted(monkeypatch, tmp_path: Path, kind: str, change: str):
+    source, key = {
+        "ggi": (GGI / "diffusion_pytorch_model.safetensors", "norm_final.bias"),
+        "lora": (GOLDEN / "4_lora" / "lora.safetensors", "double_blocks.0.processor.qkv_lora1.up.weight"),
+        "flux": (GOLDEN / "3_flux" / "flux_tiny.safetensors", "img_in.weight"),
+        "autoencoder": (GOLDEN / "3_flux" / "ae_tiny.safetensors", "decoder.conv_in.weight"),
+    }[kind]
+    folder = shutil.copytree(GGI, tmp_path / "in") if kind == "ggi" else tmp_path
+    file = folder / source.name
+    with safe_open(source, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(spoil(change, load_file(source), key), file, metadata)
+    with pytest.raises(FloatingPointError if change == "NaN" else InputError) as error:
+        command(monkeypatch, kind, folder if kind == "ggi" else file, tmp_path / "out")
+    assert str(folder) in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_what_is_no_source_is_named(monkeypatch, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for kind, source, words in (
+        ("ggi", tmp_path / "file", "file/config.json is missing"),
+        ("flux", tmp_path, "is a folder; a .safetensors file is needed"),
+    ):
+        with pytest.raises(InputError, match=words):
+            command(monkeypatch, kind, source, tmp_path / "out")
