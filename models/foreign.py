@@ -37,6 +37,7 @@ NUMBERS = (
     "pooled_projection_dim",
     "patch_size",
     "num_layers",
+    "num_single_layers",
 )
 LISTS = {"wan_transformer": ("patch_size",), "wan_vae": ("patch_size",)}  # entries of NUMBERS that are lists, or null
 KIND_NAMES = {"flux": "a FLUX transformer", "autoencoder": "a FLUX VAE", "controlnet": "an XLabs ControlNet"}
@@ -91,6 +92,14 @@ def require_control(paths: Mapping[str, Path], control: Mapping, transformer: Ma
         require_equal("controlnet", paths, "conditioning_embedding_channels x patch_size²", hint, FLUX_CHANNELS)
     extra = control.get("extra_condition_channels") or 0
     require_equal("controlnet", paths, "extra_condition_channels (a mask, for inpainting)", extra, 0)
+    blocks = [(control[key], transformer[key]) for key in ("num_layers", "num_single_layers")]
+    if not any(own for own, _ in blocks):
+        raise InputError(f"controlnet: {paths['controlnet']} has no blocks, so it controls nothing: it is damaged")
+    if any(own > theirs for own, theirs in blocks) and is_first_process():
+        print(
+            f"note: controlnet: {paths['controlnet']} has more blocks than the transformer: the last are left out",
+            file=sys.stderr,
+        )
     count = control.get("num_mode")
     if count is None and mode is not None:
         raise InputError(f"--control_mode {mode}: the ControlNet {paths['controlnet']} has no modes; leave it out")

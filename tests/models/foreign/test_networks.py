@@ -74,6 +74,7 @@ def test_networks_that_fit_are_taken(flux: dict[str, Path], video: dict[str, Pat
         ("controlnet", {"pooled_projection_dim": 32}, "pooled_projection_dim"),
         ("controlnet", {"extra_condition_channels": 4}, "a mask, for inpainting"),
         ("controlnet", {"num_mode": 7}, "7 modes: choose one by --control_mode"),
+        ("controlnet", {"num_layers": 0, "num_single_layers": 0}, "has no blocks, so it controls nothing"),
     ],
 )
 def test_what_is_no_flux_is_named(flux: dict[str, Path], tmp_path: Path, part: str, entries: dict, words: str):
@@ -103,6 +104,14 @@ def test_text_encoders_that_bitsandbytes_quantised_are_read(flux: dict[str, Path
     require_flux(flux)
     found = encode_flux_prompts(tmp_path / "flux", ["a town"], "cpu", torch.float32, 32)["a town"]
     assert 1e-4 < (found.tokens - plain.tokens).norm() / plain.tokens.norm() < {4: 0.2, 8: 0.03}[bits]
+
+
+def test_a_controlnet_of_more_blocks_is_noted(flux: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture):
+    require_flux(flux)
+    assert not capsys.readouterr().err
+    change(tmp_path / "controlnet", num_layers=9)
+    require_flux(flux)
+    assert "has more blocks than the transformer: the last are left out" in capsys.readouterr().err
 
 
 def test_a_transformer_without_guidance_is_noted(flux: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture):
