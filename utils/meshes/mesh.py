@@ -10,6 +10,7 @@ from utils.cli import InputError
 
 UPS = ("+y", "+z")
 FAR = 1e15  # metres; beyond, float32 squares overflow
+NEAR = 1e-12  # metres; below, products of three float32 lengths vanish
 SMOOTH = 1e-3  # least difference between a face's unit corner normals that counts as smooth shading
 FLAT_FACE = 1e-6  # height of a triangle over its longest side; below, its normal is float32 rounding
 
@@ -167,6 +168,8 @@ def assemble(path: Path, parts: list[Part], up: str) -> Geometry:
         present, objects = np.unique(objects, return_inverse=True)  # an object may have lost all its faces
         names, objects = [names[k] for k in present], objects.astype(np.int32)
         vertices, faces = _without_unused(vertices, faces)
+    if np.ptp(vertices, axis=0).max() < NEAR:
+        raise InputError(f"{path} is less than {NEAR:g} metres across; scale it to metres and export it again")
     rounded, components = max(part.rounded for part in parts), _renumber(components)
     return Geometry(vertices, faces, objects, tuple(names), components, smooth, normals, up, dropped, rounded=rounded)
 

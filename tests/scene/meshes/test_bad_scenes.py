@@ -126,6 +126,7 @@ BAD_FILES = {
     "normal.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nvn 0 0 1\nf 1//1 2//2 3//1\n", "number 2 of its normals"),
     "flat.obj": (b"v 0 0\nv 1 0\nv 0 1\nf 1 2 3\n", "line 1 .*not understood"),
     "comma.obj": (b"v 0,5 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "line 1 .*not understood"),
+    "small.obj": (b"v 0 0 0\nv 1e-30 0 0\nv 0 1e-30 0\nf 1 2 3\n", "less than 1e-12 metres across"),
     "nan.obj": (b"v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "not finite"),
     "inf.off": (b"OFF\n3 1 0\n0 0 inf\n1 0 0\n0 1 0\n3 0 1 2\n", "not finite"),
     "points.ply": (PLAIN.encode() + b"end_header\n0 0 0\n1 0 0\n0 1 0\n", "it is a point cloud"),
