@@ -145,13 +145,14 @@ def _require_file(path: Path, convertible: bool) -> None:
 
 def _require_text(name: str, folder: Path) -> None:
     index = require_json(folder / "model_index.json")
-    schedule = require_json(folder / "scheduler" / "scheduler_config.json")
-    if lost := [key for key in SCHEDULES[name] if key not in schedule]:
-        raise InputError(f"{folder / 'scheduler' / 'scheduler_config.json'} says no {lost[0]}: it is damaged")
     _require_class(folder, index, "scheduler", "diffusers")
     for tokenizer, encoder in ENCODERS[name].items():
         _require_class(folder, index, tokenizer, "transformers")
         _require_class(folder, index, encoder, "transformers", ENCODER_CLASSES[name][encoder])
+    schedule = require_json(folder / "scheduler" / "scheduler_config.json")
+    if lost := [key for key in SCHEDULES[name] if key not in schedule]:
+        raise InputError(f"{folder / 'scheduler' / 'scheduler_config.json'} says no {lost[0]}: it is damaged")
+    for tokenizer, encoder in ENCODERS[name].items():
         _require_tokenizer(folder / tokenizer, index[tokenizer][1].removesuffix("Fast"))
         config = folder / encoder / "config.json"
         require_numbers(config, ENCODER_CLASSES[name][encoder], require_json(config))

@@ -209,6 +209,8 @@ def test_files_and_folders_of_other_parts(tmp_path: Path, check):
     assert code == 2
     assert f"{folder} holds AutoencoderKLCogVideoX; FluxTransformer2DModel is needed" in err
     assert f"{folder / MODEL} is a file; a folder in diffusers format" in err
+    flux = small_checkpoints() / "tiny" / "flux"
+    assert f"{flux / 'model_index.json'} names CLIPTextModel of transformers" in check("--cogvideox", flux)[2]
     torch.save({}, tmp_path / "flux.pt")
     assert "flux.pt is a pickle" in check("--flux_transformer", tmp_path / "flux.pt")[2]
 
