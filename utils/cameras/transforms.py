@@ -8,6 +8,8 @@ Keyframes are a format for paths written by hand:
 
 position, look_at: metres; quaternion: x, y, z, w, camera-to-world, OpenGL camera axes; fov: vertical, in degrees,
 for all keyframes or for each. Without `frame`, keyframes are 45 frames apart, which makes each of them an anchor.
+"tension", 0 (default, smooth) to 1 (straight, resting at each keyframe), and "loop", the frames from the last keyframe
+back to the first, may stand beside "fps": a loop ends with the pose that it begins with.
 """
 
 import math
