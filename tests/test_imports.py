@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("utils", "models", "synthetic", "benchmarks", "tests")  # each may import from those before it
+ROOMS = ("utils", "models", "window", "synthetic", "benchmarks", "tests")  # each may import from those before it
 MOST_LINES, MOST_ENTRIES = 400, 16
 
 Graph = Mapping[str, set[str]]
@@ -56,8 +56,8 @@ def find_circle(graph: Graph) -> list[str]:
 
 
 def find_climbs(graph: Graph) -> list[str]:
-    """Imports from a room above the importing one. Scripts are above models, and below synthetic."""
-    height = lambda name: ROOMS.index(name.split(".")[0]) if "." in name else 1.5  # noqa: E731
+    """Imports from a room above the importing one. Scripts are above window, and below synthetic."""
+    height = lambda name: ROOMS.index(name.split(".")[0]) if "." in name else 2.5  # noqa: E731
     climbs = [(a, b) for a, others in graph.items() for b in others if height(b) > height(a) and a not in ROOMS]
     return [f"{a} -> {b}" for a, b in climbs]
 
@@ -76,6 +76,7 @@ def test_no_import_runs_back_up(graph: Graph):
 def test_a_circle_and_a_climb_are_found(graph: Graph):
     assert find_circle({**graph, "utils.cli": {"utils.runs"}})
     assert "utils.cli -> models.latents" in find_climbs({**graph, "utils.cli": {"models.latents"}})
+    assert "models.flags -> window.draft" in find_climbs({**graph, "models.flags": {"window.draft"}})
     assert "ggi -> benchmarks.recipes" in find_climbs({**graph, "ggi": {"benchmarks.recipes"}})
 
 
