@@ -85,7 +85,7 @@ tiny-weights: $(SETUP)
 	'$(BIN)/python' -m synthetic.assemble --base runs/start --image runs/image/checkpoint-24000 \
 		--inbetween runs/ggi/checkpoint-6600 --output checkpoints/tiny --overwrite
 
-.venv/installed: requirements.txt requirements-dev.txt
+.venv/installed: $(wildcard requirements*.txt)
 	'$(PYTHON)' -m venv --clear .venv
 	.venv/bin/python -m pip install -r requirements-dev.txt
 	touch $@
