@@ -151,7 +151,7 @@ def _require_schedule(name: str, folder: Path) -> None:
             return
         schedule = SCHEDULERS[name].from_config(read_json(folder / "scheduler_config.json"))
         schedule.set_timesteps(STEPS)
-        latents = torch.zeros(1)
+        latents = torch.zeros(1, 1, 1, 1, 1)  # of a video
         for step in schedule.timesteps:
             latents = schedule.step(latents + 1, step, latents, return_dict=False)[0]
         if not latents.isfinite().all():

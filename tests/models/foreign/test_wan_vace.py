@@ -15,6 +15,7 @@ from PIL import Image
 from models.foreign import require_wan
 from models.inbetween.stage import ArcInputs
 from models.inbetween.stages import WanVaceStage
+from models.loading.fit import require_fit
 from models.runtime.runtime import plain_runtime
 from models.settings import WanVaceSettings
 from models.weights import WAN_STAGE, load_preset
@@ -230,6 +231,7 @@ def test_replaced_latents_are_those_that_the_next_step_goes_on_from(shared: WanV
     ],
 )
 def test_what_is_no_wan_vace_is_named(tmp_path: Path, part: str, entries: dict, words: str):
+    require_fit(wan_paths())
     folder = shutil.copytree(wan_folder(), tmp_path / "wan")
     config = folder / part / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | entries))
