@@ -73,6 +73,7 @@ METHOD_SETTINGS = ("lora_steps", "num_inference_steps")  # those that a row may 
 VIDEO_SETTINGS = ("prompt", "num_inference_steps", "guidance_scale")
 LATER = ("guided", "composite", "colour_match", "sources", "true_anchors")  # in the identity of a video that has them
 WEIGHT_PATHS = ("name", "flux", "controlnet", "cogvideox", "ggi_transformer")  # of a preset; hashes stand for them
+OTHERS = ("wan", "video_sizes")  # of a preset, for another video model
 
 Values = dict[str, float | None]
 Arrays = dict[str, np.ndarray]
@@ -106,7 +107,7 @@ class RowBench(SceneBench):
     def _identity(
         self, settings: Sequence[str] = (), weights: Sequence[str] = (), method: Method = FULL, **others: object
     ) -> dict:
-        preset = {k: v for k, v in dataclasses.asdict(self.preset).items() if k not in WEIGHT_PATHS}
+        preset = {k: v for k, v in dataclasses.asdict(self.preset).items() if k not in (*WEIGHT_PATHS, *OTHERS)}
         chosen = self.settings_of(method)
         entries = {
             "version": [VERSION, SCENE_VERSION],
