@@ -107,7 +107,8 @@ def plan_anchors(args: argparse.Namespace, scene: layout.Scene, lora: Path, epoc
 
 def plan_video(args: argparse.Namespace, scene: layout.Scene, draw: Stage, passes: Sequence[str]) -> Stage:
     """The last stage, and a look at the weights of all. passes: that preprocessing will draw."""
-    flags = ("--backbone", args.backbone, "--target", draw.result, "--scene", scene.folder, "--prompt", args.prompt)
+    flags = ["--target", draw.result, "--scene", scene.folder, "--prompt", args.prompt]
+    flags += ["--backbone", args.backbone] if args.backbone != DEFAULT else []
     stage = make_stage(args, SCRIPTS, "ggi", *flags)
     if len((given := stage.args).target) > 1:
         raise InputError("--ggi.target: one video at a time")
