@@ -85,6 +85,7 @@ def best(truth, covisibility) -> dict[str, float]:
     return {n: measure(n, truth, truth, covisibility) for n in (*ALONG, "colour", "texture", "psnr", "ssim")}
 
 
+@pytest.mark.slow
 def test_true_frames_are_nearly_consistent(best):
     assert best["psnr"] == -100 and best["ssim"] == pytest.approx(-1)
     assert all(best[name] < 4 for name in ("anchors", "temporal_1", "temporal_8", "temporal_24", "flicker"))

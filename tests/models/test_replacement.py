@@ -66,6 +66,7 @@ def test_without_visibility_nothing_changes(stage):
     assert torch.equal(unseen, plain)
 
 
+@pytest.mark.slow
 def test_each_guided_step_brings_the_latents_nearer(stage):
     with torch.no_grad():
         target = stage.pipe.encode_video(to_signed(still()[edge_frame_indices(stage.num_frames)])[None])

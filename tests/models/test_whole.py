@@ -195,6 +195,7 @@ def test_whole_weights(tmp_path: Path, change: Change, check):
     assert check("--flux", tmp_path / "flux")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "telling"), FLUX_FAULTS.values(), ids=FLUX_FAULTS)
 def test_faults_are_named(tmp_path: Path, change: Change, telling: str, check):
     change(flux_copy(tmp_path))
@@ -215,6 +216,7 @@ def test_files_and_folders_of_other_parts(tmp_path: Path, check):
     assert "flux.pt is a pickle" in check("--flux_transformer", tmp_path / "flux.pt")[2]
 
 
+@pytest.mark.slow
 def test_a_schedule_says_all_that_it_decides(tmp_path: Path, check):
     folder = shutil.copytree(small_checkpoints() / "tiny" / "cogvideox", tmp_path / "cogvideox")
     path = folder / "scheduler" / "scheduler_config.json"

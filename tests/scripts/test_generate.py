@@ -65,6 +65,7 @@ def test_what_a_stage_would_refuse_is_refused_at_once(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_another_lora_of_the_name_is_refused_at_once(tmp_path: Path, inputs: tuple, loras: Path, capsys):
     shutil.copytree(loras, tmp_path / "out" / "loras")
     assert call("generate", *inputs, "--output", tmp_path / "out", "--name", "town") == 2

@@ -15,6 +15,8 @@ from utils.files import read_json, write_json
 from utils.images import read_image
 from utils.videos.page import INDEX, write_page
 
+pytestmark = pytest.mark.slow  # they begin with a whole video
+
 
 class Page(HTMLParser):
     """links: what the page loads. data: the values of its scripts. text: what is read on it."""
@@ -90,7 +92,6 @@ def test_a_run_made_before_gets_its_page(tmp_path: Path, filmed: Path):
     assert (folder / INDEX).read_bytes() == wanted
 
 
-@pytest.mark.slow
 def test_measuring_adds_metrics_and_truth(tmp_path: Path, filmed: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     scene = shutil.copytree(filmed, tmp_path / "scene")
     folder = folder_of(scene)

@@ -72,6 +72,7 @@ def draw(window: Window, browser: Browser, count: int) -> None:
         until(lambda k=k: len(window.path.draft.keys) == k + 1 and window.path.chosen.value.startswith(f"{k + 1}:"))
 
 
+@pytest.mark.slow
 def test_a_path_is_drawn_saved_and_preprocessed(tmp_path: Path, opened: Opener):
     mesh = write_boxes(tmp_path / "boxes.stl", *BOXES)
     window, browser = opened(open_content(mesh))
