@@ -28,13 +28,12 @@ import cv2
 import numpy as np
 import torch
 from diffusers import CogVideoXTransformer3DModel, FluxControlNetModel, FluxTransformer2DModel
-from safetensors.torch import load_file
 
 from models.flux.lora import add_lora, lora_state, require_fit
 from models.flux.network import anchor_schedule, shifted_schedule
 from models.loading import keymaps
 from models.loading.files import MODEL_KINDS, build_empty
-from tests.models.parity_models import formula_image, ggi_cases, image_cases, largest, training_steps
+from tests.models.parity_models import formula_image, ggi_cases, image_cases, largest, read_case, training_steps
 from utils import layout as arcs
 from utils.cli import InputError, Parser, run_script
 from utils.correspondence import gather_indices, latent_mask, read_map, resize_map, unreliable_mask, warp_image
@@ -158,7 +157,7 @@ def schedules(golden: Golden, item: Path) -> Iterator[Check]:
 
 def noise_mixes(golden: Golden, item: Path) -> Iterator[Check]:
     for file in sorted(item.glob("*.safetensors")):
-        tensors = load_file(file)
+        tensors, _ = read_case(file)
         for key, wanted in tensors.items():
             if match := re.fullmatch(r"mixed_alpha_([\d.]+)(_bf16)?", key):
                 found = blend_noise(tensors["noise_background"], tensors["noise_foreground"], float(match[1]))

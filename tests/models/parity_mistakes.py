@@ -139,7 +139,7 @@ MISTAKES: dict[str, Mistake] = {  # by item
 }
 
 DAMAGE = {  # mistake: file of tests/golden, original text, replacement
-    "2 another size": ("2_schedule/schedules.json", '"requested": [\n   1080', '"requested": [\n   1100'),
+    "2 another size": ("2_schedule/schedules.json", '"requested":[1080', '"requested":[1100'),
     "8 unknown key": ("8_inventory/flux_ae.json", '"decoder.conv_in.bias"', '"decoder.conv_on.bias"'),
 }
 

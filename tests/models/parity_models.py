@@ -87,8 +87,14 @@ def metadata(path: Path) -> dict:
 
 
 def read_case(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and metadata of a case. Pictures stored as NAME_levels, uint8, become NAME as recorded, bit for bit."""
+    """Tensors and metadata of a case, as recorded, bit for bit.
+
+    Pictures are stored as NAME_levels, uint8. What stands in other tensors is not stored twice: `joined` says of which
+    rows it is made, {name: [[other, start, end], …]}.
+    """
     tensors, meta = read_weights(path)
+    for name, parts in meta.get("joined", {}).items():
+        tensors[name] = torch.cat([tensors[other][start:end] for other, start, end in parts])
     for name in [name for name in tensors if name.endswith("_levels")]:
         tensors[name.removesuffix("_levels")] = (tensors.pop(name).float() - 127.5) / 127.5
     return tensors, meta
