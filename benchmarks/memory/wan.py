@@ -12,7 +12,8 @@ from benchmarks.memory.counting import default_dtype, empty_model, materialize, 
 from benchmarks.memory.plans import combine_phases, count_work, from_files, text_phases
 from benchmarks.memory.steps import Pass
 from benchmarks.memory.table import BF16, DEVICE, entry_of
-from models.inbetween.wan_vace import NUM_FRAMES, TEXT_TOKENS, WanVaceInbetweenPipeline, set_tiles
+from models.inbetween.wan_loading import TEXT_TOKENS, set_tiles
+from models.inbetween.wan_vace import NUM_FRAMES, WanVaceInbetweenPipeline
 from models.runtime.memory import Plan
 from models.weights import ROOT, load_preset
 from utils.files import read_json

@@ -11,7 +11,8 @@ from diffusers import UniPCMultistepScheduler
 from models.inbetween.pipeline import ConditionEps, encode_video_prompts, load_inbetween
 from models.inbetween.replacement import Replacement
 from models.inbetween.stage import CELL, ArcInputs, InbetweenStage
-from models.inbetween.wan_vace import NUM_FRAMES, encode_wan_prompts, load_wan_vace
+from models.inbetween.wan_loading import encode_wan_prompts, load_wan_vace
+from models.inbetween.wan_vace import NUM_FRAMES
 from models.latents import draw_noise, to_signed
 from models.runtime.runtime import Runtime
 from models.settings import InbetweenSettings, WanVaceSettings

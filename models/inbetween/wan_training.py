@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from models.finite import require_finite_tensors
 from models.inbetween.clip_cache import STORED, ClipCache, Tensors
 from models.inbetween.training import mix_channels, uncached_casts
-from models.inbetween.wan_vace import NUM_FRAMES, TEXT_TOKENS, WanVaceInbetweenPipeline, align, encode_wan_prompts
+from models.inbetween.wan_loading import TEXT_TOKENS, align, encode_wan_prompts
+from models.inbetween.wan_vace import NUM_FRAMES, WanVaceInbetweenPipeline
 from models.latents import draw_noise, to_signed
 from models.loading.networks import component_config, load_model
 from models.runtime.memory import RESIDENT, place

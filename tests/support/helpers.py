@@ -153,14 +153,14 @@ def forbid_models(patch: pytest.MonkeyPatch) -> None:
 
     import models.flux.network
     import models.inbetween.pipeline
-    import models.inbetween.wan_vace
+    import models.inbetween.wan_loading
 
     def load(*arguments, **options):
         pytest.fail("a model was loaded")
 
     patch.setattr(models.flux.network, "load_model", load)
     patch.setattr(models.inbetween.pipeline, "load_model", load)
-    patch.setattr(models.inbetween.wan_vace, "load_encoders", load)
+    patch.setattr(models.inbetween.wan_loading, "load_encoders", load)
     patch.setattr(models.inbetween.pipeline, "load_ggi_transformer", load)
     patch.setattr(diffusers.DiffusionPipeline, "from_pretrained", load)
 

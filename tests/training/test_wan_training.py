@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from models.inbetween.clip_cache import ClipCache
 from models.inbetween.stage import ArcInputs
 from models.inbetween.stages import WanVaceStage
+from models.inbetween.wan_loading import merge_lora
 from models.inbetween.wan_training import WanClipEncoder, WanTraining, draw_item, lora_parameters, open_wan_cache
-from models.inbetween.wan_vace import merge_lora
 from models.runtime.runtime import plain_runtime
 from models.settings import TrainSettings, WanTrainSettings
 from models.weights import load_preset
