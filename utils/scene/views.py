@@ -49,7 +49,8 @@ class View:
     def project(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Image points [N, 2] (x, y) of points `offsets` [N, 3] away from the eye, and which are in the image [N]."""
         # Not `@`: BLAS would use all cores for each small product; frames already run in parallel threads.
-        right, up, backward = np.einsum("nj,jk->kn", offsets, self.c2w[:3, :3])
+        # By columns, which is twice as fast as by rows, and the same to the bit.
+        right, up, backward = np.einsum("jn,jk->kn", np.ascontiguousarray(offsets.T), self.c2w[:3, :3])
         with np.errstate(divide="ignore", invalid="ignore"):
             x = self.cx - self.fx * right / backward
             y = self.cy + self.fy * up / backward

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from utils.cli import InputError
 from utils.files import atomic_path, write_json
-from utils.images import find_ffmpeg, write_image, write_png
+from utils.images import find_ffmpeg, write_png
 from utils.layout import ARC_STEPS, LATENT_FRAMES, PASSES_FOLDER, Arc
 from utils.meshes.mesh import Geometry
 from utils.runs import Run, clear_leftovers
@@ -114,8 +114,6 @@ def write_pass(path: Path, values: np.ndarray | dict[str, np.ndarray]) -> None:
     """Write a picture, or floats by channel, atomically."""
     if isinstance(values, dict):
         write_exr(path, values)
-    elif values.dtype == np.uint16 and values.ndim == 2:
-        write_image(path, values)
     else:
         write_png(path, values, *FAST)
 
