@@ -203,7 +203,8 @@ class AnchorStage:
         if anchor.previous is not None:
             warped, mask = warp_anchor(anchor.previous, anchor.code, dilations)
         elif anchor.carried is not None:
-            warped, mask = anchor.carried[0], grow_holes(~anchor.carried[1], dilations)
+            # They have neither black holes nor jagged silhouettes: half of the margin is enough.
+            warped, mask = anchor.carried[0], grow_holes(~anchor.carried[1], dilations // 2)
         if warped is not None:
             # The reference's posterior draw is the first after seeding the previous anchor: its noise, bit for bit.
             replacement = encode_warped(self.models, warped, mask, self._noise(anchor, anchor.number - 1))

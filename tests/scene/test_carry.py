@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from utils.cameras.path import look_at
+from utils.layout import ARC_STEPS
 from utils.meshes.mesh import build_geometry
-from utils.scene.carry import Picture, carry, carry_anchors, fill_holes
+from utils.scene.carry import Picture, carry, carry_anchors, carry_to_anchor, fill_holes
 from utils.scene.composite import composite, match_colours
 from utils.scene.raycast import RayCaster
 from utils.scene.views import View
@@ -115,6 +116,17 @@ def test_anchors_reach_every_frame_and_holes_are_filled(wall_and_post):
     assert video.frames.shape == (46, 64, 96, 3)
     assert not video.seen.all() and np.abs(video.frames.astype(int) - 180).max() <= 3  # of inpainting
     assert video.seen[0].all() and video.seen[-1].all()
+
+
+def test_an_anchor_is_seen_by_all_others_without_black_holes(wall_and_post):
+    views = {0: view_from((-1, 0, 0)), 1: view_from((0, 0, 0)), 2: view_from((1, 0, 0))}
+    along = [views[0]] + [views[min(2, 1 + k // ARC_STEPS)] for k in range(2 * ARC_STEPS)]
+    pictures = {0: flat(90), 1: flat(200), 2: flat(160)}
+    assert carry_to_anchor(wall_and_post, along, {1: flat(200)}, 1) is None  # no other one
+    alone, seen_alone = carry_to_anchor(wall_and_post, along, {0: flat(90), 1: flat(200)}, 1)
+    assert not seen_alone.all() and np.abs(alone - 90.0).max() <= 3  # also where nothing is seen
+    both, seen_both = carry_to_anchor(wall_and_post, along, pictures, 1)
+    assert seen_both[~seen_alone].any() and 87 <= both.min() and both.max() <= 163
 
 
 def test_a_composite_takes_sure_pixels_and_matches_the_colour_of_the_rest():

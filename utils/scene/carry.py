@@ -90,13 +90,14 @@ def carry_to_anchor(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Carry all other anchors to anchor k: (uint8 [H, W, 3], bool [H, W] where it is seen); None if there is none.
 
+    Holes are inpainted: black ones would be encoded into the latents beside them.
     views: one per frame of the path, at the size of the result. anchors: {number: picture}.
     """
     pictures = [Picture(anchors[j], views[ARC_STEPS * j], 1 / abs(j - k)) for j in anchors if j != k]
     if not pictures:
         return None
     carried = carry(caster, pictures, views[ARC_STEPS * k])
-    return np.round(carried.colours).astype(np.uint8), carried.seen
+    return fill_holes(np.round(carried.colours).astype(np.uint8), ~carried.seen), carried.seen
 
 
 def carry(caster: RayCaster, pictures: Sequence[Picture], target: View) -> Carried:
