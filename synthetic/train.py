@@ -21,7 +21,17 @@ from models.flags import resolve_launched_device
 from models.precision import automatic_precision, report_precision, settle_precision
 from models.settings import TrainSettings
 from synthetic.pictures import load_towns
-from utils.cli import Arguments, InputError, Parser, add_settings, positive_int, run_script, settings_of, unit_float
+from utils.cli import (
+    Arguments,
+    InputError,
+    Parser,
+    add_settings,
+    non_negative_float,
+    positive_int,
+    run_script,
+    settings_of,
+    unit_float,
+)
 from utils.files import file_sha256, read_json
 from utils.runs import open_run
 
@@ -39,7 +49,6 @@ DEFAULTS = {
     "image": {"learning_rate": 1e-3, "train_batch_size": 16, "warmup_steps": 300, "decay_steps": 2500},
 }
 SEGMENT = 9  # frames of a training sample of the video autoencoder
-EDGE_SHARE = 0.3  # of its samples show edges, which GGI encodes with it, too
 HELD_OUT, HELD_OUT_CLIPS = ("validation", 8), ("validation", 3)  # towns and clips on a sample sheet
 
 
@@ -63,6 +72,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
             add("--decoder_only", action="store_true", help="keep the latents as they are, for networks built on them")
         if stage == "video-vae":
             add("--image_vae", type=Path, metavar="FOLDER", help="trained image autoencoder to start from")
+            add("--edge_share", type=unit_float, default=0.3, help="share of samples of edges, which GGI encodes, too")
+            add("--sharpness", type=non_negative_float, default=0.0, help="weight of errors in edges of the picture")
+            add("--motion", type=non_negative_float, default=0.0, help="weight of errors in changes between frames")
         if stage == "image":
             add("--vae", type=Path, required=True, metavar="FOLDER", help="trained image autoencoder")
             add("--caption_dropout", type=unit_float, default=0.2, help="share of pictures with an empty prompt")
@@ -182,7 +194,8 @@ def train_video_vae(args: Arguments, process, fit_run: Callable) -> None:
         videos, held_out = (
             load_videos(split, n, args.cache_dir) for split, n in (("train", args.clips), HELD_OUT_CLIPS)
         )
-    draw = training.draw_segments(videos, SEGMENT, EDGE_SHARE)
+    draw = training.draw_segments(videos, SEGMENT, args.edge_share)
+    objective = training.ReconstructionObjective(vae, args.sharpness, args.motion)
     shown = np.array([video[:SEGMENT] for pair in held_out for video in training.video_and_edges(pair)])
 
     def save(folder: Path) -> None:
@@ -195,7 +208,7 @@ def train_video_vae(args: Arguments, process, fit_run: Callable) -> None:
         output = training.reconstruct(vae, to_signed(shown).movedim(2, 1))
         return training.reconstruction_sheet(shown[:, -1], output[:, :, -1])
 
-    fit_run(Training(training.ReconstructionObjective(vae), draw, save, sheet), settings_of(TrainSettings, args))
+    fit_run(Training(objective, draw, save, sheet), settings_of(TrainSettings, args))
 
 
 def load_videos(split: str, count: int, folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:

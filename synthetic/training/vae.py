@@ -1,4 +1,7 @@
-"""Training of the two tiny autoencoders: reconstruction at two scales, extra weight on colour, a little KL."""
+"""Training of the two tiny autoencoders: reconstruction at two scales, extra weight on colour, a little KL.
+
+Weights can be set on the differences of neighbouring pixels, which hold outlines, and of neighbouring frames.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -18,11 +21,14 @@ STATISTICS = 256  # pictures from which the scale of the latents is measured
 
 
 class ReconstructionObjective(nn.Module):
-    """An autoencoder and its loss. Images [B, 3, H, W] or videos [B, 3, F, H, W], in [-1, 1]."""
+    """An autoencoder and its loss. Images [B, 3, H, W] or videos [B, 3, F, H, W], in [-1, 1].
 
-    def __init__(self, vae: nn.Module):
+    sharpness, motion: weights of the errors in the differences between neighbouring pixels, and frames of a video.
+    """
+
+    def __init__(self, vae: nn.Module, sharpness: float = 0.0, motion: float = 0.0):
         super().__init__()
-        self.vae = vae
+        self.vae, self.sharpness, self.motion = vae, sharpness, motion
 
     def forward(self, pixels: torch.Tensor, eps: torch.Tensor) -> dict[str, torch.Tensor]:
         posterior = self.vae.encode(pixels).latent_dist
@@ -31,6 +37,10 @@ class ReconstructionObjective(nn.Module):
         chroma = error - error.mean(dim=1, keepdim=True)
         frames = error.movedim(2, 1).flatten(0, 1) if error.dim() == 5 else error
         loss = _absolute(error) + _absolute(chroma) + _absolute(F.avg_pool2d(frames, COARSE))
+        if self.sharpness:
+            loss = loss + self.sharpness * sum(_absolute(error.diff(dim=side)) for side in (-2, -1))
+        if self.motion:
+            loss = loss + self.motion * _absolute(error.diff(dim=-3))
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
         psnr = -10 * torch.log10(error.detach().square().mean() / 4)
         return {"loss": loss + KL_WEIGHT * kl, "psnr": psnr, "kl": kl}

@@ -53,6 +53,25 @@ def test_an_inflated_autoencoder_sees_single_frames_as_the_image_one():
     assert torch.allclose(found[:, :, 0], wanted, atol=1e-3)
 
 
+def test_errors_between_neighbouring_pixels_and_frames_are_weighted():
+    """Each weight adds its share of the errors in the differences, and nothing where it is 0."""
+    from synthetic.tiny_models import video_vae
+    from synthetic.training.vae import ReconstructionObjective
+
+    torch.manual_seed(0)
+    vae, pixels, eps = video_vae(), smooth(1, 3, 9), torch.zeros(1, 16, 3, 4, 6)
+    with torch.no_grad():
+        plain, sharp, moved = (
+            float(ReconstructionObjective(vae, *weights)(pixels, eps)["loss"]) for weights in ((), (2.0,), (0.0, 3.0))
+        )
+        error = (vae.decode(vae.encode(pixels).latent_dist.mean).sample - pixels).numpy()
+    columns, rows, frames = (
+        np.sqrt(np.square(np.diff(error, axis=axis)) + 1e-4).mean(dtype=np.float64) for axis in (4, 3, 2)
+    )
+    assert sharp - plain == pytest.approx(2 * (columns + rows), rel=1e-3)
+    assert moved - plain == pytest.approx(3 * frames, rel=1e-3)
+
+
 def test_text_encoders_draw_nothing():
     """The data of a step depend on seed, step and item alone, so that resumed and distributed runs get the same."""
     from synthetic.tiny_models import clip_text, t5_text
@@ -175,6 +194,7 @@ def refused(capsys: pytest.CaptureFixture, stage: str, *arguments: object) -> st
         ("video-vae", ("--image_vae", "nowhere"), "nowhere"),
         ("video-vae", ("--init_from", "docs"), "docs"),
         ("vae", ("--decoder_only",), "--init_from"),
+        ("video-vae", ("--motion", -1), "negative"),
         ("vae", ("--max_train_steps", 0), "positive"),
         ("vae", ("--learning_rate", "fast"), "number"),
         ("vae", ("--vae", "docs"), "--vae"),
