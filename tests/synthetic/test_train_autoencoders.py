@@ -120,6 +120,21 @@ def test_video_vae(tmp_path: Path, clips: Path, vae_run: Path):
     assert 0 < (after[:, :, -1] - before).abs().max() < 0.05
     assert (after[:, :, 0] != 0).any()  # kernel slices of earlier frames are trained
 
+    # The decoder alone, on other weights of the loss: they are part of it, and latents stay as they are.
+    start = tmp_path / "run" / "checkpoint-2"
+    common = ("--clips", 1, "--cache_dir", clips, *QUICK, "--max_train_steps", 1, "--init_from", start)
+    losses = []
+    for name, weight in (("plain", 0), ("weighted", 2)):
+        weights = ("--edge_share", 0, "--sharpness", weight, "--motion", weight)
+        assert train("video-vae", *common, "--output_dir", tmp_path / name, "--decoder_only", *weights) == 0
+        losses.append(float((tmp_path / name / LOSS_FILE).read_text().splitlines()[1].split(",")[1]))
+    assert losses[1] > 1.2 * losses[0]
+    folders = [folder / "vae" for folder in (start, tmp_path / "weighted" / "checkpoint-1")]
+    assert len({read_json(folder / "config.json")["scaling_factor"] for folder in folders}) == 1
+    stored = [load_file(folder / WEIGHTS) for folder in folders]
+    kept = {name for name, tensor in stored[0].items() if torch.equal(tensor, stored[1][name])}
+    assert {name for name in stored[0] if name.startswith("encoder.")} <= kept < set(stored[0])
+
 
 @slow
 def test_image(tmp_path: Path, pictures: Path, vae_run: Path):
