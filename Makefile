@@ -77,7 +77,10 @@ tiny-weights: $(SETUP)
 		--output_dir runs/video_vae
 	$(TRAIN) video-vae --init_from runs/video_vae/checkpoint-1600 --clips 72 --max_train_steps 2600 --decay_steps 1200 \
 		--learning_rate 5e-4 --train_batch_size 2 --output_dir runs/video_vae2
-	'$(BIN)/python' -m synthetic.assemble --video_vae runs/video_vae2/checkpoint-2600 --output runs/start --overwrite
+	$(TRAIN) video-vae --init_from runs/video_vae2/checkpoint-2600 --decoder_only --clips 32 --edge_share 0 \
+		--sharpness 1 --motion 2 --max_train_steps 3200 --decay_steps 1800 --learning_rate 8e-4 \
+		--train_batch_size 2 --output_dir runs/video_vae3
+	'$(BIN)/python' -m synthetic.assemble --video_vae runs/video_vae3/checkpoint-3200 --output runs/start --overwrite
 	'$(BIN)/python' train_ggi.py --dataset synthetic --clips 640 --from_scratch --cogvideox runs/start/cogvideox \
 		--weights tiny --device cpu \
 		--max_train_steps 6600 --warmup_steps 200 --decay_steps 1500 --learning_rate 1e-3 --train_batch_size 4 \
