@@ -72,9 +72,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
             add("--decoder_only", action="store_true", help="keep the latents as they are, for networks built on them")
         if stage == "video-vae":
             add("--image_vae", type=Path, metavar="FOLDER", help="trained image autoencoder to start from")
-            add("--edge_share", type=unit_float, default=0.3, help="share of samples of edges, which GGI encodes, too")
-            add("--sharpness", type=non_negative_float, default=0.0, help="weight of errors in edges of the picture")
-            add("--motion", type=non_negative_float, default=0.0, help="weight of errors in changes between frames")
+            add("--edge_share", type=unit_float, default=0.3, help="share of samples that are edges; GGI encodes both")
+            add("--sharpness", type=non_negative_float, default=0.0, help="added weight of errors in outlines")
+            add("--motion", type=non_negative_float, default=0.0, help="added weight of errors in changes over time")
         if stage == "image":
             add("--vae", type=Path, required=True, metavar="FOLDER", help="trained image autoencoder")
             add("--caption_dropout", type=unit_float, default=0.2, help="share of pictures with an empty prompt")
