@@ -56,7 +56,10 @@ class Processes:
         """Kill the processes and all that they have started."""
         for process in self.processes:
             if process.is_alive():
-                os.killpg(process.pid, signal.SIGKILL)
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except ProcessLookupError:  # it has no session of its own yet
+                    process.kill()
         for process in self.processes:
             process.join()
 
