@@ -54,6 +54,15 @@ def to_signed(images: np.ndarray) -> torch.Tensor:
     return torch.tensor(images).movedim(-1, -3).float() / 127.5 - 1
 
 
+def to_frames(video: torch.Tensor) -> np.ndarray:
+    """Decoded video [1, 3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3]. Rounds, as the reference does for CogVideoX.
+
+    Raises FloatingPointError when it is not finite.
+    """
+    frames = require_finite(video.float(), "the decoded frames")[0]
+    return (frames / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).movedim(0, -1).cpu().numpy()
+
+
 def find_or_make(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Read latents from the file `path`, or make them and write them there. On the CPU.
 

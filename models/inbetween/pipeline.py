@@ -20,7 +20,7 @@ from diffusers import (
 
 from models.finite import require_finite
 from models.inbetween.stage import place_networks
-from models.latents import draw_noise, posterior_sample
+from models.latents import draw_noise, posterior_sample, to_frames
 from models.loading.files import load_ggi_transformer
 from models.loading.networks import free_caches, load_encoders, load_model, load_pipeline
 from models.prompts import warn_of_cuts
@@ -147,10 +147,8 @@ class CogVideoXInbetweenPipeline(CogVideoXImageToVideoPipeline):
 
     @torch.no_grad()
     def decode_video(self, latents: torch.Tensor) -> np.ndarray:
-        """Latents [1, F', 16, h, w] -> frames uint8 [F, 8 h, 8 w, 3]. Rounds, as the reference does for CogVideoX."""
-        video = self.decode_latents(latents.to(self._execution_device, self.vae.dtype)).float()
-        require_finite(video, "the decoded frames")
-        return (video[0] / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).movedim(0, -1).cpu().numpy()
+        """Latents [1, F', 16, h, w] -> frames uint8 [F, 8 h, 8 w, 3]."""
+        return to_frames(self.decode_latents(latents.to(self._execution_device, self.vae.dtype)))
 
 
 def encode_video_prompts(

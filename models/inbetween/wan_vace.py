@@ -13,8 +13,8 @@ import torch
 from diffusers import WanVACEPipeline
 from PIL import Image
 
-from models.finite import require_finite
 from models.inbetween.stage import CELL
+from models.latents import to_frames
 from utils.layout import LATENT_FRAMES, PADDING_FRAMES
 
 GROUP = 4  # frames of a latent frame, but for the first
@@ -156,5 +156,4 @@ class WanVaceInbetweenPipeline(WanVACEPipeline):
     @torch.no_grad()
     def decode_video(self, latents: torch.Tensor) -> np.ndarray:
         """Latents [1, 16, F', h, w] -> frames uint8 [F, 8 h, 8 w, 3]."""
-        video = require_finite(self.decode_latents(latents).float(), "the decoded frames")
-        return (video[0] / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).movedim(0, -1).cpu().numpy()
+        return to_frames(self.decode_latents(latents))
