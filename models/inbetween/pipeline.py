@@ -24,6 +24,7 @@ from models.latents import draw_noise, posterior_sample, to_frames
 from models.loading.files import load_ggi_transformer
 from models.loading.networks import free_caches, load_encoders, load_model, load_pipeline
 from models.prompts import warn_of_cuts
+from models.runtime.convolution import use_onednn
 from models.runtime.memory import PLACEMENTS, RESIDENT, place, place_pipeline
 from models.runtime.rotary import use_complex_rotary
 from models.runtime.runtime import Runtime
@@ -36,6 +37,11 @@ CHANNELS = 3 * LATENT_CHANNELS  # noisy latents | images | edges
 def prepare_networks(transformer: CogVideoXTransformer3DModel, vae: AutoencoderKLCogVideoX, *, tiling: bool) -> None:
     """Set both up for inference. tiling: decode the VAE in tiles."""
     use_complex_rotary(transformer)
+    prepare_vae(vae, tiling=tiling)
+
+
+def prepare_vae(vae: AutoencoderKLCogVideoX, *, tiling: bool) -> None:
+    use_onednn(vae)
     vae.enable_slicing()
     if tiling:
         vae.enable_tiling()
@@ -202,7 +208,6 @@ def load_inbetween(
 def load_video_vae(runtime: Runtime, paths: Mapping[str, Path]) -> AutoencoderKLCogVideoX:
     """Load only CogVideoX's VAE, onto the runtime's device."""
     vae = load_model("cogvideox_vae", AutoencoderKLCogVideoX, paths["cogvideox_vae"], runtime.dtype)
-    if runtime.preset.vae_tiling:
-        vae.enable_tiling()
+    prepare_vae(vae, tiling=runtime.preset.vae_tiling)
     place(vae, RESIDENT, runtime.device)
     return vae
