@@ -131,7 +131,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
 def write_png(path: Path, image: np.ndarray, *options: int) -> None:
     """Write a PNG of 8 or 16 bits by OpenCV, atomically. image: [H, W, 3], or [H, W] in grey. options: of OpenCV."""
-    ordered = image if image.ndim == 2 else np.ascontiguousarray(image[..., ::-1])
+    ordered = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     done, data = cv2.imencode(".png", ordered, options)
     if not done:
         raise ValueError(f"{path}: an image of {image.dtype} {image.shape} cannot be written as PNG")

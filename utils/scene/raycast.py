@@ -72,12 +72,21 @@ class RayCaster:
         component is 1, t is the planar depth in metres. t is negative where the plane lies behind the origin.
         """
         normals = np.take(self.normals, face, axis=0)  # several times faster than indexing
-        origins = np.asarray(origin, np.float64) - self._centre
-        offsets = np.take(self._offsets, face)
-        gap = offsets - np.einsum("ij,j->i" if origins.ndim == 1 else "ij,ij->i", normals, origins)
+        distance = self._distance(face, normals, origin)
         slope = dot(normals, np.asarray(directions, np.float64))
         met = (np.asarray(face) >= 0) & (slope != 0)
-        return np.divide(gap, slope, out=np.full(len(gap), np.inf), where=met)
+        return np.divide(distance, slope, out=np.full(len(slope), np.inf), where=met)
+
+    def same_side(self, face: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Whether two points, float64 [3], lie on the same side of the planes of `face`: bool [N]."""
+        normals = np.take(self.normals, face, axis=0)
+        return self._distance(face, normals, first) * self._distance(face, normals, second) > 0
+
+    def _distance(self, face: np.ndarray, normals: np.ndarray, origin: np.ndarray) -> np.ndarray:
+        """From `origin`, [3] or [N, 3], along the normals [N, 3] of `face` to their planes: float64 [N], with sign."""
+        origins = np.asarray(origin, np.float64) - self._centre
+        along = np.einsum("ij,j->i" if origins.ndim == 1 else "ij,ij->i", normals, origins)
+        return np.take(self._offsets, face) - along
 
 
 def _rows_of_three(count: int) -> np.ndarray:

@@ -10,7 +10,6 @@ from functools import cached_property
 import numpy as np
 
 from utils.cameras.path import CameraPath
-from utils.meshes.mesh import dot
 from utils.scene.raycast import RayCaster
 
 REACHED = 1 - 1e-4  # share of the way to a point at which a ray counts as having reached it
@@ -130,23 +129,21 @@ def find_in(
     position, inside = source.project(offsets)
     asked = np.flatnonzero(inside & (hit | sky))
     visible = np.zeros(len(hit), bool)
-    seen = (np.take(values, asked, axis=0) for values in (offsets, sight.face, sight.rays))
-    visible[asked] = _reached(caster, source.eye, *seen)
+    visible[asked] = _reached(caster, source.eye, np.take(offsets, asked, axis=0), np.take(sight.face, asked))
+    visible &= ~hit | caster.same_side(sight.face, source.eye, target.eye)
     shape = (target.height, target.width)
     position[~visible] = np.nan
     occluded = hit & inside & ~visible
     return Correspondence(position.reshape(*shape, 2), *(a.reshape(shape) for a in (visible, hit, occluded)))
 
 
-def _reached(
-    caster: RayCaster, eye: np.ndarray, offsets: np.ndarray, face: np.ndarray, rays: np.ndarray
-) -> np.ndarray:
+def _reached(caster: RayCaster, eye: np.ndarray, offsets: np.ndarray, face: np.ndarray) -> np.ndarray:
     """Whether rays from `eye` reach points at `offsets` [N, 3] that lie on `face` [N], or the sky where face is -1."""
     blocker = caster.cast(eye, offsets)
-    reached = (blocker == face) | (caster.plane_depth(blocker, eye, offsets) >= REACHED)
-    normal = np.take(caster.normals, face, axis=0)
-    same_side = dot(normal, rays) * dot(normal, offsets) > 0
-    return np.where(face >= 0, reached & same_side, blocker < 0)
+    reached = (blocker == face) | (blocker < 0)
+    other = np.flatnonzero(~reached & (face >= 0))
+    reached[other] = caster.plane_depth(np.take(blocker, other), eye, np.take(offsets, other, axis=0)) >= REACHED
+    return reached
 
 
 def resize_view(view: View, size: tuple[int, int]) -> View:

@@ -70,7 +70,7 @@ class Frame:
     @cached_property
     def camera_normals(self) -> np.ndarray:
         """Normals in camera axes, float64 [N, 3]: +x right, +y up, +z towards the viewer; 0 for the sky."""
-        return np.einsum("nj,jk->nk", self.normals, self.sight.view.c2w[:3, :3])
+        return np.einsum("jn,jk->kn", np.ascontiguousarray(self.normals.T), self.sight.view.c2w[:3, :3]).T
 
     @cached_property
     def motion(self) -> np.ndarray:
@@ -177,10 +177,10 @@ def draw_motion(frame: Frame) -> np.ndarray:
 
     Not valid are points behind the next camera, motions beyond 512 pixels, and all of a path's last frame: 0, 0, 0.
     """
-    values = np.round(STILL + STEPS * frame.motion)
-    x, y = values.T
-    valid = (x >= 0) & (x <= WHITE) & (y >= 0) & (y <= WHITE)  # NaN is not
-    return frame.picture(np.stack([np.where(valid, one, 0).astype(np.uint16) for one in (x, y, valid)], axis=1))
+    values = np.round(STILL + STEPS * np.ascontiguousarray(frame.motion.T))
+    valid = ((values >= 0) & (values <= WHITE)).all(axis=0)  # NaN is not
+    x, y = np.where(valid, values, 0)
+    return frame.picture(np.stack([x, y, valid], axis=1, dtype=np.uint16, casting="unsafe"))
 
 
 def draw_visibility(frame: Frame) -> np.ndarray:
