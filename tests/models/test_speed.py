@@ -1,4 +1,4 @@
-"""Speed-ups of denoising, on the tiny networks: that they take effect, and what they change."""
+"""Speed-ups of denoising and decoding, on the tiny networks: that they take effect, and what they change."""
 
 import argparse
 import gc
@@ -11,15 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLCogVideoX
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d
+from torch import nn
+from torch.profiler import profile
 
 from benchmarks.memory.counting import default_dtype
 from benchmarks.memory.steps import anchor_step, ggi_step
 from models.flux.anchors import sample_anchor
 from models.flux.lora import add_lora
 from models.flux.network import FluxModels, Text, anchor_schedule, guided_velocity, load_flux, velocity
-from models.inbetween.pipeline import CogVideoXInbetweenPipeline, load_inbetween
+from models.inbetween.pipeline import CogVideoXInbetweenPipeline, load_inbetween, prepare_vae
 from models.latents import draw_noise, pack, unpack
+from models.loading.networks import load_model
+from models.runtime.convolution import OneDnnConv3d, use_onednn
 from models.runtime.memory import FP8, RESIDENT
 from models.runtime.rotary import CogVideoXComplexAttention, FluxComplexAttention, turn, use_complex_rotary
 from models.runtime.speed import (
@@ -252,3 +258,44 @@ load_flux(locate(argparse.Namespace(), load_preset("tiny"), FLUX_STAGE), "cpu", 
     loud = os.environ | {f"{library}_VERBOSITY": "warning" for library in ("TRANSFORMERS", "DIFFUSERS")}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=loud, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+
+
+def kernels(layer: nn.Module, x: torch.Tensor) -> set[str]:
+    with profile() as run, torch.no_grad():
+        layer(x)
+    return {event.key for event in run.key_averages()}
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_and_gradients_are_torchs(dtype: torch.dtype):
+    layer, x = CogVideoXSafeConv3d(4, 5, 3, stride=(1, 2, 2)).to(dtype), draw_noise((1, 4, 4, 11, 12), 1).to(dtype)
+    results = []
+    for change in (lambda _: None, use_onednn):
+        change(layer)
+        source = x.clone().requires_grad_()
+        layer.zero_grad()
+        output = layer(source)
+        output.square().sum().backward()
+        results.append([output.detach(), source.grad, layer.weight.grad.clone(), layer.bias.grad.clone()])
+    assert type(layer) is OneDnnConv3d
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert ("aten::slow_conv3d_forward" in kernels(layer, x)) == (dtype == torch.float64)
+
+
+@needs_onednn
+def test_small_videos_are_decoded_without_the_slow_loop():
+    """Without `prepare_vae` they are decoded by it; if not, torch no longer needs our layer."""
+    vae = load_model("cogvideox_vae", AutoencoderKLCogVideoX, Path(load_preset("tiny").cogvideox), torch.float32)
+    latents = draw_noise((1, 16, 3, 4, 6), 0)
+    with torch.no_grad():
+        before = vae.decode(latents).sample
+    assert "aten::slow_conv3d_forward" in kernels(vae.decoder, latents)
+    prepare_vae(vae, tiling=False)
+    assert "aten::slow_conv3d_forward" not in kernels(vae.decoder, latents)
+    with torch.no_grad():
+        torch.testing.assert_close(vae.decode(latents).sample, before, rtol=0, atol=1e-4)
