@@ -53,7 +53,7 @@ class Method:
 
 FULL = Method()
 REPLACEMENTS, DEGRADATIONS = (4, 8, 12, 16, 20), (0, 0.25, 0.5, 0.75)
-LORA_STEPS, STEPS = (25, 50, 400), (5, 10, 20, 50)  # `full` has 200 and 30
+LORA_STEPS, STEPS = (25, 50, 400), (5, 10, 15, 20, 50)  # `full` has 200 and 30
 REMOVALS = {
     "no_align": Method(aligned=False),
     "no_replace": Method(num_replacement=0),
@@ -74,6 +74,7 @@ GUIDED = {
     "guided_15_of_15": Method(guided=ALL, num_inference_steps=15),
     "guided_no_fresh": Method(guided=ALL, degradation=0),
     "sources_all": Method(guided=ALL, sources="all"),
+    "sources_all_composite": Method(guided=ALL, composite="seen", sources="all"),
     "guided_10_composite": Method(guided=ALL, num_inference_steps=10, degradation=0, composite="seen"),
 }
 TRUE_ANCHORS = {  # what is left to gain by better anchors
@@ -136,6 +137,7 @@ CLAIMS = (
     Claim("the same between true anchors", "true_guided_composite", "true_reproject", (*FIDELITY, "class_colour"),
           ("structure_f1",)),
     Claim("all anchors as sources → loops close", "sources_all", "guided", ("closure",)),
+    Claim("the same with composites", "sources_all_composite", "guided_composite", ("closure",)),
 )  # fmt: skip
 
 
