@@ -101,8 +101,10 @@ class Sight:
 
     def offsets(self, eye: np.ndarray) -> np.ndarray:
         """From `eye` to what is seen, [N, 3]. A point at infinity has no parallax: its direction alone counts."""
-        shifts = np.outer((0, 1), self.view.eye - eye)  # of the sky, of surfaces
-        return self.own_offsets + np.take(shifts, self.hit, axis=0)
+        offsets = self.own_offsets + (self.view.eye - eye)
+        sky = np.flatnonzero(~self.hit)
+        offsets[sky] = self.own_offsets[sky]
+        return offsets
 
 
 def look(caster: RayCaster, view: View) -> Sight:

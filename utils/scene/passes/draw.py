@@ -54,14 +54,19 @@ class Frame:
     anchors: tuple[View, View]
 
     @cached_property
+    def rays(self) -> np.ndarray:
+        """Those of the sight in float32, which is enough for 8 bits of brightness."""
+        return self.sight.rays.astype(np.float32)
+
+    @cached_property
     def normals(self) -> np.ndarray:
-        """Unit normals in world axes on the viewer's side of the faces, float64 [N, 3]; 0 for the sky.
+        """Unit normals in world axes on the viewer's side of the faces, float32 [N, 3]; 0 for the sky.
 
         They are interpolated between corners where the file shades a face smoothly.
         """
         sight, geometry = self.sight, self.stage.scene.geometry
-        normals = np.take(self.stage.scene.caster.normals, sight.face, axis=0)
-        normals *= np.where(sight.hit, -np.sign(dot(normals, sight.rays)), 0)[:, None]
+        normals = np.take(self.stage.scene.caster.normals.astype(np.float32), sight.face, axis=0)
+        normals *= np.where(sight.hit, -np.sign(dot(normals, self.rays)), 0)[:, None]
         if geometry.corner_normals is not None:
             smooth = np.flatnonzero(sight.hit & np.take(geometry.smooth, sight.face))
             normals[smooth] = _interpolate(geometry, sight, smooth, normals[smooth])
@@ -69,8 +74,9 @@ class Frame:
 
     @cached_property
     def camera_normals(self) -> np.ndarray:
-        """Normals in camera axes, float64 [N, 3]: +x right, +y up, +z towards the viewer; 0 for the sky."""
-        return np.einsum("jn,jk->kn", np.ascontiguousarray(self.normals.T), self.sight.view.c2w[:3, :3]).T
+        """Normals in camera axes, float32 [N, 3]: +x right, +y up, +z towards the viewer; 0 for the sky."""
+        axes = self.sight.view.c2w[:3, :3].astype(np.float32)
+        return np.einsum("jn,jk->kn", np.ascontiguousarray(self.normals.T), axes).T
 
     @cached_property
     def motion(self) -> np.ndarray:
@@ -139,7 +145,7 @@ def draw_normal(frame: Frame) -> np.ndarray:
 
 def draw_clay(frame: Frame) -> np.ndarray:
     """A grey render lit from the camera, uint8 [H, W], white for the sky."""
-    return frame.picture(lit_from_camera(frame.normals, frame.sight.rays, frame.sight.hit))
+    return frame.picture(lit_from_camera(frame.normals, frame.rays, frame.sight.hit))
 
 
 def draw_lines(frame: Frame) -> np.ndarray:
