@@ -14,7 +14,8 @@ import pytest
 import generate
 from models.runtime.chain import Stage, describe, split_flags
 from tests.scene.preprocess_common import BOXES, write_boxes, write_path
-from tests.support.helpers import ROOT, SECONDS, assert_same, call, contents, forbid_models, write_picture
+from tests.support import warm
+from tests.support.helpers import ROOT, SECONDS, assert_same, call, contents, end, forbid_models, write_picture
 from tests.support.stages import STATE
 from tests.support.wan import wan_folder
 from utils.cli import InputError
@@ -99,35 +100,45 @@ def test_flags_go_to_their_stages():
         split_flags(["1"], ("a",))
 
 
-def command(inputs: tuple, output: Path, *flags: object) -> list[str]:
-    words = (*inputs, "--output", output, "--weights", "tiny", "--device", "cpu", *flags, "--", *shlex.split(QUICK))
-    return [sys.executable, str(ROOT / "generate.py"), *map(str, words)]
+def words_of(inputs: tuple, output: Path, *flags: object) -> tuple:
+    return (*inputs, "--output", output, "--weights", "tiny", "--device", "cpu", *flags, "--", *shlex.split(QUICK))
 
 
-def end(line: list[str], cache: Path) -> list[str]:
-    """Run to the end; returns the lines of standard output."""
+def begin(cache: Path, *words: object) -> warm.Processes:
+    """Start generate.py, which forks its stages; with the tiny weights."""
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS)
+    return warm.fork("generate", words, env=environment, prepare=[warm.fork_stages])
+
+
+def begin_cold(cache: Path, *words: object) -> subprocess.Popen:
+    """Start generate.py as a user does."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, str(ROOT / "generate.py"), *map(str, words)]
+    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def run(cache: Path, *words: object) -> list[str]:
+    """Run to the end; returns the lines of standard output."""
+    done = end(begin(cache, *words))
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.splitlines()
 
 
-def kill_when_there(line: list[str], folder: Path, pattern: str) -> None:
+def kill_when_there(process: warm.Processes | subprocess.Popen, folder: Path, pattern: str) -> None:
     """Kill generate.py alone as soon as a file is there: the stage must not go on without it."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder.parent / "other cache")}
-    process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + SECONDS
     while not any(folder.glob(pattern)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.kill()
-    printed, _ = process.communicate(timeout=60)  # ends when the stage has let go of the pipe too
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGKILL)
+    printed = process.communicate(timeout=60)  # ends when the stage has let go of the pipe too
     assert process.returncode == -signal.SIGKILL, printed
 
 
 @pytest.mark.slow
 def test_killed_in_every_stage_it_ends_with_the_same_files(tmp_path: Path, inputs: tuple):
     whole, killed, cache = tmp_path / "whole", tmp_path / "killed", tmp_path / "cache"
-    printed = end(command(inputs, whole), cache)
+    printed = run(cache, *words_of(inputs, whole))
     video, page = map(Path, printed[-2:])
     assert (video.name, page.name) == ("video.mp4", "index.html") and video.is_file() and page.is_file()
     told = [line.split() for line in printed[:4]]
@@ -140,15 +151,17 @@ def test_killed_in_every_stage_it_ends_with_the_same_files(tmp_path: Path, input
     assert not any("about" in words for words in told) and len(read_json(*cache.rglob("*.json"))) == 4
     assert "preprocess.py --scene" in page.read_text() and "ggi.py --target" in page.read_text()
 
-    printed = end(command(inputs, killed, "--preview"), cache)
+    printed = run(cache, *words_of(inputs, killed, "--preview"))
     assert all(", about " in line for line in printed[:2])
     picture = Path(printed[-1])
     assert picture.parent.parent == killed / "preview"
     assert [path.name for path in picture.parent.glob("*.png")] == ["image_00.png"]
     assert list(find_checkpoints(killed / "loras" / "a style")) == [2]
     shutil.rmtree(killed / "scene")
-    for pattern in ("scene/scene.glb", "loras/*/checkpoint-4", "*_e004_*/image_00.png", "*_e004_*/d0.5*/0000.png"):
-        kill_when_there(command(inputs, killed), killed, pattern)
-    end(command(inputs, killed), cache)
+    command, other_cache = words_of(inputs, killed), tmp_path / "other cache"
+    kill_when_there(begin_cold(other_cache, *command), killed, "scene/scene.glb")
+    for pattern in ("loras/*/checkpoint-4", "*_e004_*/image_00.png", "*_e004_*/d0.5*/0000.png"):
+        kill_when_there(begin(other_cache, *command), killed, pattern)
+    run(cache, *command)
     found, wanted = (contents(folder, "preview/", "preprocess.json", STATE) for folder in (killed, whole))
     assert_same(found, wanted)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,6 +40,11 @@ class Processes:
         with os.fdopen(os.dup(output.fileno()), errors="replace", newline="") as file:
             self.texts[number] = file.read()
         output.close()
+
+    @property
+    def pid(self) -> int:
+        """Of the first process, which has started none of the others."""
+        return self.processes[0].pid
 
     def poll(self) -> int | None:
         codes = [process.exitcode for process in self.processes]
@@ -152,3 +158,30 @@ def fork_workers() -> None:
     from synthetic.measuring import jobs
 
     jobs.get_context = lambda method: multiprocessing.get_context("fork")
+
+
+def fork_stages() -> None:
+    """For `prepare`: let generate.py fork its stages instead of starting Python for each."""
+    import torch
+
+    from models.runtime import chain
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # OpenMP read it when torch was imported
+    chain.subprocess = SimpleNamespace(run=_run_forked)
+
+
+def _run_forked(
+    line: list[str], *, env: Mapping[str, str], preexec_fn: Callable[[], None], check: bool
+) -> subprocess.CompletedProcess:
+    """`subprocess.run` of a script with its arguments."""
+    process = multiprocessing.get_context("fork").Process(target=_become_stage, args=(line, env, preexec_fn))
+    process.start()
+    process.join()
+    return subprocess.CompletedProcess(line, process.exitcode)
+
+
+def _become_stage(line: list[str], environment: Mapping[str, str], begin: Callable[[], None]) -> None:
+    begin()
+    os.environ.update(environment)
+    sys.argv = line[1:]
+    runpy.run_path(line[1], run_name="__main__")
