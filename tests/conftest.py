@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.helpers import ALIGN, ANCHORS, GGI, call, run
-from tests.support.small import SESSION, session_folder
+from tests.support.small import SESSION
 from tests.support.stages import QUICK_VIDEO, RUN, VIDEO, draw, last_line, new_scene, train
 
 # Before torch is imported: OpenMP threads that spin while they wait are slow on a busy machine.
@@ -24,14 +24,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if hasattr(config, "session_folder"):
         shutil.rmtree(config.session_folder)
-
-
-@pytest.fixture(scope="session")
-def scene():
-    """A test scene of the benchmarks, synthetic.measuring.scenes.CheckScene; all workers share its cache."""
-    from synthetic.measuring.scenes import CheckScene
-
-    return CheckScene(200_000, 0, (144, 96), session_folder() / "scenes")
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -81,6 +82,8 @@ class CheckScene:
     cache: Path
     coarse: float = 0.0
     loop: bool = False
+
+    edge_size: ClassVar[tuple[int, int]] = IMAGE_SIZE  # at which edges are drawn
 
     @cached_property
     def _town(self) -> tuple[World, World, CameraPath]:
@@ -188,7 +191,7 @@ class CheckScene:
         """Soft edges at preprocessing's size, uint8 [720, 1080, 3], one by one."""
         path = self._town[2]
         depth = typical_depth(world, make_views(path, MAP_SIZE))
-        large = make_views(path, IMAGE_SIZE)
+        large = make_views(path, self.edge_size)
         return (draw_edges(world, large[frame], depth) for frame in frames)
 
     def anchor_pictures(self, style: Style) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ import pytest
 from models.weights import load_preset
 from synthetic import check
 from synthetic.check import FIGURES, judge, means_over_units
+from synthetic.clips import MAP_SIZE
 from synthetic.measuring import figures
 from synthetic.measuring import units as check_units
 from synthetic.measuring.scene_bench import Unit
@@ -19,14 +20,18 @@ from synthetic.measuring.scenes import ANCHORS, CheckScene
 from synthetic.measuring.settings import Settings
 from synthetic.measuring.units import PARTS, finished_parts, part_identity, result_path
 from synthetic.reference_views import ENOUGH, completeness, find_reference
+from synthetic.render import draw_edges, typical_depth
+from synthetic.scenes import IMAGE_SIZE
 from synthetic.styles import CLASSES, MAJOR_CLASSES, make_style
 from tests.support.helpers import end, exit_code, start_module
 from tests.support.small import write_small_weights
 from tests.support.warm import fork_workers
 from utils.cli import InputError, settings_of
 from utils.correspondence import source_positions
+from utils.edges import resize_edges
 from utils.evaluation.pictures import BEST_PSNR
 from utils.files import read_json, write_json
+from utils.scene.views import resize_view
 
 SIZE = (144, 96)
 slow = pytest.mark.slow
@@ -149,6 +154,15 @@ def test_scene_data_agree_with_each_other(scene: CheckScene, anchors: tuple[np.n
         both = valid[centres] & data.visible[k]
         apart = np.linalg.norm(position[centres] / step - data.positions[k], axis=-1)[both]
         assert both.mean() > 0.8 * data.visible[k].mean() and np.median(apart) < 1
+
+
+@slow
+def test_edges_are_drawn_at_the_size_of_preprocessing(scene: CheckScene, tmp_path: Path) -> None:
+    given = CheckScene(scene.seed, scene.number, scene.size, tmp_path)
+    depth = typical_depth(given.world, [resize_view(view, MAP_SIZE) for view in given.views])
+    large = draw_edges(given.world, resize_view(given.views[ANCHORS[1]], IMAGE_SIZE), depth)
+    wanted = resize_edges(large, *SIZE)[..., 0].astype(float)
+    assert np.abs(given.anchors.edges[1] - wanted).mean() < 0.1 and np.abs(scene.anchors.edges[1] - wanted).mean() > 1
 
 
 @slow
@@ -294,7 +308,7 @@ def test_one_unit_from_end_to_end(scene: CheckScene, tmp_path: Path) -> None:
     """All parts on weights of the right shape; then --resume measures only what other weights or settings change."""
     weights, out = tmp_path / "weights", tmp_path / "out"
     assert len(scene.anchors.edges) == 3 and len(scene.arc.edges) == 46
-    shutil.copytree(scene.cache, out / "scenes")  # drawing takes half a minute
+    shutil.copytree(scene.cache, out / "scenes")  # else they would be drawn
     write_small_weights(weights, SIZE)
     common = ("--weights_dir", weights, "--output_dir", out)
     done = run_check(*common, "--json", tmp_path / "check.json")
