@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from benchmarks.recipes import build
@@ -136,8 +136,8 @@ def try_to_measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argpars
 # --- counting and measuring ---
 
 
-def count(setup: Setup, phase: str, recipe: str) -> list[Row]:
-    """Count the operations of each step by running the real code on tensors without data."""
+def count(setup: Setup, phase: str, recipe: str, steps: Collection[str] | None = None) -> list[Row]:
+    """Count the operations of each step by running the real code on tensors without data. steps: some of them."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -150,6 +150,8 @@ def count(setup: Setup, phase: str, recipe: str) -> list[Row]:
 
     with without_data(dtype), torch.set_grad_enabled(phase == "alignment"):
         for name, (_, step) in build(setup, phase, recipe, make, "cpu").steps.items():
+            if steps is not None and name not in steps:
+                continue
             with FlopCounterMode(display=False, custom_mapping=cpu_attention()) as counter:
                 step()
             rows.append(Row(phase, name, counter.get_total_flops()))

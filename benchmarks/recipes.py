@@ -50,7 +50,7 @@ def build_ggi(setup: Setup, recipe: str, make: Make, device: str) -> Recipe:
         return Recipe({"transformer": network}, {"reference": (("transformer",), ggi_step(network, size, frames, 2))})
     networks = {name: make(name, builder) for name, builder in builders.items()}
     network, vae = networks.values()
-    prepare_networks(network, vae, tiling=True)
+    prepare_networks(network, vae, tiling=setup.tiling)
     steps = {
         "encoding": (("vae",), video_encoding(vae, size, frames)),
         "ours": (("transformer",), ggi_step(network, size, frames, 2)),

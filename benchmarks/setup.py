@@ -21,6 +21,7 @@ class Setup:
     video_size: tuple[int, int]
     num_frames: int
     text_length: int
+    tiling: bool  # of the video VAE
 
 
 def setup_of(weights: str) -> Setup:
@@ -41,4 +42,5 @@ def setup_of(weights: str) -> Setup:
         preset.video_size,
         preset.num_frames,
         preset.max_sequence_length,
+        preset.vae_tiling,
     )

@@ -154,10 +154,13 @@ def count_transformer(
     with without_data(torch.float32):
         objective = InbetweenObjective(materialize(transformer), CogVideoXDDIMScheduler())
         step = inbetween_training_step(objective, setup.size, setup.num_frames, setup.batch, lambda: autocast(setup))
-        training = count_activations(step, transformer) - gradient_bytes(trained)
-        if setup.accumulation > 1 or setup.processes > 1:
-            gradients = holder([p.grad for p in transformer.parameters() if p.grad is not None])  # accumulated
-            training = count_activations(step, transformer, gradients)
+        if setup.accumulation > 1 or setup.processes > 1:  # gradients are added to those of the batch before
+            weights = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+            for weight in weights:
+                weight.grad = torch.empty_like(weight)
+            training = count_activations(step, transformer, holder([weight.grad for weight in weights]))
+        else:
+            training = count_activations(step, transformer) - gradient_bytes(trained)
         with torch.no_grad(), autocast(setup):
             denoising = count_activations(ggi_step(transformer, setup.size, setup.num_frames, 1), transformer)
     return training, denoising
