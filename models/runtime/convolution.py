@@ -12,9 +12,9 @@ class OneDnnConv3d(CogVideoXSafeConv3d):
     """diffusers' layer, computed by oneDNN where it can be."""
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        # Not a tensor without data, of which memory is only counted.
-        known = type(input) is torch.Tensor and input.device.type == "cpu" and input.dtype == torch.float32
-        if not (known and torch.backends.mkldnn.is_available()):
+        # Not a tensor without data, of which memory is only counted. Not under autocast, which casts only torch's own.
+        plain = type(input) is torch.Tensor and input.device.type == "cpu" and input.dtype == torch.float32
+        if not plain or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
             return super()._conv_forward(input, weight, bias)
         return torch.mkldnn_convolution(input, weight, bias, self.padding, self.stride, self.dilation, self.groups)
 

@@ -18,6 +18,7 @@ from models.flux.alignment import flow_sample
 from models.flux.anchors import AnchorSettings
 from models.flux.network import FluxModels, Text, anchor_schedule, decode_latents, encode_image, to_bytes, velocity
 from models.latents import draw_noise, pack, to_signed, unpack
+from models.precision import computes_in_bfloat16
 from synthetic.pictures import DETECTED, TownPictures
 from synthetic.tiny_models import HEIGHT, MAX_TOKENS, PRESET, WIDTH
 from utils.data.references import ASPECTS, Reference, crop_size, draw_crop
@@ -122,7 +123,8 @@ def sample_pictures(objective: ImageObjective, edges: np.ndarray, captions: Sequ
     tokens = pack(noise).to(models.device)
     schedule = anchor_schedule(SHEET_STEPS, width, height)
     scales = {"guidance": settings.guidance, "control_weight": settings.control_weight}
-    with torch.autocast(torch.device(models.device).type, torch.bfloat16):
+    quick = computes_in_bfloat16(models.device)
+    with torch.autocast(torch.device(models.device).type, torch.bfloat16, enabled=quick):
         for now, after in pairwise(schedule):
             prediction = velocity(models, tokens, now, text, control, **scales)
             tokens = tokens + (after - now) * prediction.float()

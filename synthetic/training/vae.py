@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.latents import draw_noise, posterior_sample, to_signed
+from models.precision import computes_in_bfloat16
 from synthetic.pictures import TownPictures
 from utils.runs import derive_seed
 
@@ -101,7 +102,7 @@ def video_and_edges(pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np
 @torch.no_grad()
 def reconstruct(vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """Encode and decode pixels, without noise; float32, on the CPU."""
-    with torch.autocast(vae.device.type, torch.bfloat16):
+    with torch.autocast(vae.device.type, torch.bfloat16, enabled=computes_in_bfloat16(str(vae.device))):
         return vae.decode(vae.encode(pixels.to(vae.device)).latent_dist.mean).sample.float().cpu()
 
 

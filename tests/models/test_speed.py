@@ -285,6 +285,8 @@ def test_values_and_gradients_are_torchs(dtype: torch.dtype):
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert ("aten::slow_conv3d_forward" in kernels(layer, x)) == (dtype == torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == (torch.bfloat16 if dtype == torch.float32 else dtype)
 
 
 @needs_onednn
