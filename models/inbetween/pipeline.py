@@ -41,6 +41,7 @@ def prepare_networks(transformer: CogVideoXTransformer3DModel, vae: AutoencoderK
 
 
 def prepare_vae(vae: AutoencoderKLCogVideoX, *, tiling: bool) -> None:
+    """Set the VAE up: quick convolutions on a CPU, one video at a time, in tiles if asked to."""
     use_onednn(vae)
     vae.enable_slicing()
     if tiling:

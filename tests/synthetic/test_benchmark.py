@@ -174,7 +174,7 @@ def test_one_unit_from_end_to_end(scene: CheckScene, tmp_path: Path):
     """A few rows; then further rows make only what is new, and a finished run makes nothing."""
     weights, out = tmp_path / "weights", tmp_path / "out"
     assert len(scene.anchors.edges) == 3 and len(scene.path.edges) == 91
-    shutil.copytree(scene.cache, out / "scenes")  # drawing them takes a minute
+    shutil.copytree(scene.cache, out / "scenes")  # else they would be drawn
     write_small_weights(weights, SIZE)
     common = ("--weights_dir", weights, "--output", out)
     printed = run_benchmark(*common, "--methods", "full", "no_warp", "copy", "truth")
