@@ -1,11 +1,12 @@
-"""Speed of preprocessing: CPU and wall seconds, memory, and ratios of times, which hold on other machines too.
+"""Speed of work on geometry: CPU and wall seconds, memory, and ratios of times, which hold on other machines too.
 
     python -m benchmarks.preprocess [--scene assets/sampleA/scene.glb --cameras assets/sampleA/cameras.json]
 
 Every time is the median of 3. The scene is subdivided up to --max_faces triangles, which changes the mesh's size but
 no picture; each size runs in its own process, so that its peak memory is its own. Measured: an edge frame takes as
-long as 12 to 18 maps, a frame of all passes, drawn and written, as long as 7 to 10, and the noise of an arc 0.8 to 1.4
-times as long as its 12 maps; with 256 times the triangles, a map takes 1.3 times and a frame up to 1.5 times as long.
+long as 15 to 20 maps, a frame of all passes, drawn and written, as long as 6 to 9, two anchors carried to a view as
+long as 1.6 to 1.8, and the noise of an arc 1 to 2 times as long as its 12 maps; with 256 times the triangles, a map takes
+1.3 times and a frame up to 1.5 times as long.
 Threads are timed in wall seconds: use an idle machine.
 """
 
@@ -28,7 +29,8 @@ from utils.layout import ARC_STEPS
 from utils.meshes.load import load_geometry
 from utils.meshes.mesh import Geometry, turn
 from utils.particles import warp_noise
-from utils.scene.lines import LineScene, find_lines, make_line_scene, soften
+from utils.scene.carry import Picture, carry
+from utils.scene.lines import LineScene, find_lines, make_line_scene, shade, soften
 from utils.scene.passes.draw import PASSES, PICTURES, Frame, depth_range, make_stage
 from utils.scene.passes.write import write_pass
 from utils.scene.raycast import RayCaster
@@ -100,6 +102,7 @@ def measure(scene_path: Path, cameras_path: Path, splits: int) -> dict[str, floa
         with ThreadPoolExecutor(count) as pool:
             return median_seconds(lambda: list(pool.map(draw, views)), time.perf_counter)
 
+    anchors = [Picture(shade(caster, view), view) for view in (maps[0], maps[ARC_STEPS])]
     found = [correspondence(caster, *pair) for pair in pairs]
     noise = [(one.position, one.visible) for one in found]
     return {
@@ -108,6 +111,7 @@ def measure(scene_path: Path, cameras_path: Path, splits: int) -> dict[str, floa
         "map_s": median_seconds(lambda: [correspondence(caster, *p) for p in pairs], time.process_time) / MAPS,
         "frame_s": median_seconds(lambda: [draw(view) for view in views], time.process_time) / FRAMES,
         "passes_s": median_seconds(draw_passes(scene, make_views(path, PASS_SIZE)), time.process_time) / FRAMES,
+        "carry_s": median_seconds(lambda: [carry(caster, anchors, v) for _, v in pairs], time.process_time) / MAPS,
         "noise_s": median_seconds(lambda: warp_noise(noise, LATENT_SIZE, 0), time.process_time),
         "one_thread_s": on_threads(1),
         "two_threads_s": on_threads(2),
@@ -123,10 +127,12 @@ def columns(row: dict[str, float], first: dict[str, float]) -> dict[str, str]:
         "maps/CPU s": f"{1 / row['map_s']:.1f}",
         "edge frames/CPU s": f"{1 / row['frame_s']:.2f}",
         "frames of passes/CPU s": f"{1 / row['passes_s']:.2f}",
+        "views carried to/CPU s": f"{1 / row['carry_s']:.1f}",
         "noise CPU s/arc": f"{row['noise_s']:.2f}",
         "peak MiB": f"{row['peak_mib']:.0f}",
         "frame : map": f"{row['frame_s'] / row['map_s']:.2f}",
         "passes : map": f"{row['passes_s'] / row['map_s']:.2f}",
+        "carrying : map": f"{row['carry_s'] / row['map_s']:.2f}",
         f"noise : {MAPS} maps": f"{row['noise_s'] / row['map_s'] / MAPS:.2f}",
         "1 : 2 threads": f"{row['one_thread_s'] / row['two_threads_s']:.2f}",
         "map : first": f"{row['map_s'] / first['map_s']:.2f}",

@@ -255,8 +255,9 @@ def turn(geometry: Geometry, up: str) -> Geometry:
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Dot product of each row of a with the same row of b: [N, 3] and [N, 3] to [N]."""
-    return np.einsum("ij,ij->i", a, b)
+    """Dot product of each row of a, [N, 3], with the same row of b, [N, 3], or with b, [3]: [N]."""
+    (ax, ay, az), (bx, by, bz) = a.T, b.T  # by columns: twice as fast as einsum
+    return ax * bx + ay * by + az * bz
 
 
 def face_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:

@@ -165,7 +165,7 @@ def _specks(brightness: np.ndarray) -> np.ndarray:
     _, label, stats, _ = cv2.connectedComponentsWithStats((brightness > 0).astype(np.uint8), connectivity=8)
     small = stats[:, cv2.CC_STAT_AREA] < SMALLEST
     small[0] = False  # the background
-    return small[label]
+    return np.take(small, label)
 
 
 def soften(lines: Lines, typical_depth: float) -> np.ndarray:

@@ -48,7 +48,7 @@ class RayCaster:
     def _settle(self, face: np.ndarray, origins: np.ndarray, directions: np.ndarray) -> np.ndarray:
         """The face that is seen where others overlap `face` [N] in its plane."""
         overlaps = self.overlaps
-        contested = np.flatnonzero(self._contested[face])
+        contested = np.flatnonzero(np.take(self._contested, face))
         if not len(contested):
             return face
         settled = face.copy()
@@ -65,6 +65,10 @@ class RayCaster:
             settled[ray[near]] = over[near]
         return settled
 
+    def normals_of(self, face: np.ndarray) -> np.ndarray:
+        """Normals of the faces `face`, int [N]: float32 [N, 3], every axis in memory by itself, as those of rays."""
+        return np.take(np.ascontiguousarray(self.normals.T, np.float32), face, axis=1).T
+
     def plane_depth(self, face: np.ndarray, origin: np.ndarray, directions: np.ndarray) -> np.ndarray:
         """t of origin + t·direction on the plane of `face`: float64 [N], inf for face -1 and for parallel rays.
 
@@ -77,16 +81,16 @@ class RayCaster:
 
     def same_side(self, face: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Whether two points, float64 [3], lie on the same side of the planes of `face`: bool [N]."""
+        if len(face) > len(self.normals):  # once for every face
+            return np.take(self.same_side(np.arange(len(self.normals)), first, second), face)
         return self._distance(face, first) * self._distance(face, second) > 0
 
     def _distance(self, face: np.ndarray, origin: np.ndarray) -> np.ndarray:
         """From `origin`, [3] or [N, 3], along the normals of `face` to their planes: float64 [N], with sign."""
         origins = np.asarray(origin, np.float64) - self._centre
-        if origins.ndim == 1 and len(face) > len(self.normals):  # once for every face
-            return np.take(self._offsets - np.einsum("ij,j->i", self.normals, origins), face)
-        normals = np.take(self.normals, face, axis=0)
-        along = np.einsum("ij,j->i" if origins.ndim == 1 else "ij,ij->i", normals, origins)
-        return np.take(self._offsets, face) - along
+        if origins.ndim == 1 and len(face) > len(self.normals):
+            return np.take(self._offsets - dot(self.normals, origins), face)
+        return np.take(self._offsets, face) - dot(np.take(self.normals, face, axis=0), origins)
 
 
 def _rows_of_three(count: int) -> np.ndarray:

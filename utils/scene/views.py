@@ -32,13 +32,17 @@ class View:
         return self.c2w[:3, 3]
 
     def rays(self, samples: int = 1, dtype: type = np.float64) -> np.ndarray:
-        """Directions [samples * height, samples * width, 3] through the centres of samples² parts of each pixel."""
+        """Directions [samples * height, samples * width, 3] through the centres of samples² parts of each pixel.
+
+        Every axis lies in memory by itself: sums and products over columns are several times as fast as over rows.
+        """
         x = (np.arange(samples * self.width) + 0.5) / samples
         y = (np.arange(samples * self.height) + 0.5) / samples
         right, up, backward = self.c2w[:3, :3].T
         columns = ((x - self.cx) / self.fx)[:, None] * right
         rows = ((self.cy - y) / self.fy)[:, None] * up - backward
-        return rows.astype(dtype)[:, None] + columns.astype(dtype)[None]
+        axes = np.ascontiguousarray(rows.T, dtype)[:, :, None] + np.ascontiguousarray(columns.T, dtype)[:, None]
+        return np.moveaxis(axes, 0, -1)
 
     def directions(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Directions [N, 3] through image points, in pixels from the outer corner of the top-left pixel."""
@@ -48,7 +52,6 @@ class View:
     def project(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Image points [N, 2] (x, y) of points `offsets` [N, 3] away from the eye, and which are in the image [N]."""
         # Not `@`: BLAS would use all cores for each small product; frames already run in parallel threads.
-        # By columns, which is twice as fast as by rows, and the same to the bit.
         right, up, backward = np.einsum("jn,jk->kn", np.ascontiguousarray(offsets.T), self.c2w[:3, :3])
         with np.errstate(divide="ignore", invalid="ignore"):
             x = self.cx - self.fx * right / backward
@@ -101,10 +104,7 @@ class Sight:
 
     def offsets(self, eye: np.ndarray) -> np.ndarray:
         """From `eye` to what is seen, [N, 3]. A point at infinity has no parallax: its direction alone counts."""
-        offsets = self.own_offsets + (self.view.eye - eye)
-        sky = np.flatnonzero(~self.hit)
-        offsets[sky] = self.own_offsets[sky]
-        return offsets
+        return self.own_offsets + np.where(self.hit, (self.view.eye - eye)[:, None], 0).T
 
 
 def look(caster: RayCaster, view: View) -> Sight:
@@ -129,10 +129,10 @@ def find_in(
     hit, target = sight.hit, sight.view
     offsets = sight.offsets(source.eye) if offsets is None else offsets
     position, inside = source.project(offsets)
-    asked = np.flatnonzero(inside & (hit | sky))
+    faced = np.where(hit, caster.same_side(sight.face, source.eye, target.eye), sky)
+    asked = np.flatnonzero(inside & faced)
     visible = np.zeros(len(hit), bool)
-    visible[asked] = _reached(caster, source.eye, np.take(offsets, asked, axis=0), np.take(sight.face, asked))
-    visible &= ~hit | caster.same_side(sight.face, source.eye, target.eye)
+    visible[asked] = _reached(caster, source.eye, np.take(offsets.T, asked, axis=1).T, np.take(sight.face, asked))
     shape = (target.height, target.width)
     position[~visible] = np.nan
     occluded = hit & inside & ~visible
@@ -144,7 +144,7 @@ def _reached(caster: RayCaster, eye: np.ndarray, offsets: np.ndarray, face: np.n
     blocker = caster.cast(eye, offsets)
     reached = (blocker == face) | (blocker < 0)
     other = np.flatnonzero(~reached & (face >= 0))
-    reached[other] = caster.plane_depth(np.take(blocker, other), eye, np.take(offsets, other, axis=0)) >= REACHED
+    reached[other] = caster.plane_depth(np.take(blocker, other), eye, offsets[other]) >= REACHED
     return reached
 
 

@@ -65,7 +65,7 @@ class Frame:
         They are interpolated between corners where the file shades a face smoothly.
         """
         sight, geometry = self.sight, self.stage.scene.geometry
-        normals = np.take(self.stage.scene.caster.normals.astype(np.float32), sight.face, axis=0)
+        normals = self.stage.scene.caster.normals_of(sight.face)
         normals *= np.where(sight.hit, -np.sign(dot(normals, self.rays)), 0)[:, None]
         if geometry.corner_normals is not None:
             smooth = np.flatnonzero(sight.hit & np.take(geometry.smooth, sight.face))
@@ -92,7 +92,7 @@ class Frame:
         moved[..., 0] -= np.arange(view.width) + 0.5
         moved[..., 1] -= (np.arange(view.height) + 0.5)[:, None]
         moved = moved.reshape(-1, 2)
-        moved[np.einsum("nj,j->n", offsets, self.following.c2w[:3, 2]) >= 0] = np.nan  # behind the next camera
+        moved[dot(offsets, self.following.c2w[:3, 2]) >= 0] = np.nan  # behind the next camera
         return moved
 
     def picture(self, values: np.ndarray) -> np.ndarray:
