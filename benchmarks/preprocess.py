@@ -5,8 +5,8 @@
 Every time is the median of 3. The scene is subdivided up to --max_faces triangles, which changes the mesh's size but
 no picture; each size runs in its own process, so that its peak memory is its own. Measured: an edge frame takes as
 long as 15 to 20 maps, a frame of all passes, drawn and written, as long as 6 to 9, two anchors carried to a view as
-long as 1.6 to 1.8, and the noise of an arc 1 to 2 times as long as its 12 maps; with 256 times the triangles, a map takes
-1.3 times and a frame up to 1.5 times as long.
+long as 1.6 to 1.8, and the noise of an arc 1 to 2 times as long as its 12 maps; with 256 times the triangles, a map
+takes 1.3 times and a frame up to 1.5 times as long.
 Threads are timed in wall seconds: use an idle machine.
 """
 
