@@ -45,6 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--memory", choices=MEMORY_MODES, default="full", help="how our networks are kept; the reference's: full")
     add("--limit_gb", type=positive_float, metavar="GB", help="let the process use no more of the GPU (default: all)")
     add("--no_reference", action="store_true", help="leave the reference's recipe out")
+    add("--diffusers_rotary", action="store_true", help="rotary positions by diffusers' formula, to compare with ours")
     add("--weights", choices=["full", "tiny"], default="full", help="sizes of the networks")
     add("--json", type=Path, metavar="FILE", help="write all numbers there, too")
     add_attention_flag(parser)
@@ -110,7 +111,7 @@ def recipe_of(args: argparse.Namespace) -> str:
     """Describe our recipe in words."""
     flags = [f"--memory {args.memory}"] if args.memory != "full" else []
     flags += [f"--attention {args.attention}"] if args.attention else []
-    flags += ["--compile"] if args.compile else []
+    flags += [f"--{name}" for name in ("compile", "diffusers_rotary") if getattr(args, name)]
     return "ours with " + " ".join(flags) if flags else "ours"
 
 
@@ -206,6 +207,7 @@ def measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Names
 
     from benchmarks.memory.counting import default_dtype, empty_model, materialize
     from models.runtime.memory import ON_DEMAND, RESIDENT, place, placement_on
+    from models.runtime.rotary import use_complex_rotary
     from models.runtime.speed import attention_kernel, compile_blocks
 
     phase, dtype = rows[0].phase, torch.bfloat16
@@ -226,6 +228,9 @@ def measure(rows: Sequence[Row], setup: Setup, recipe: str, args: argparse.Names
         transformer = built.networks.get("transformer")
         if args.compile and recipe == "ours" and phase != "alignment":  # alignment's script has no --compile
             compile_blocks(transformer)
+        if args.diffusers_rotary:
+            for network in built.networks.values():
+                use_complex_rotary(network, False)
         for row in rows:
             at_work, step = built.steps[row.step]
             for name, network in built.networks.items():
