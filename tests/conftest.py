@@ -11,9 +11,9 @@ import pytest
 from tests.support.helpers import ALIGN, ANCHORS, GGI, call, run
 from tests.support.small import SESSION
 from tests.support.stages import QUICK_VIDEO, RUN, VIDEO, draw, last_line, new_scene, train
+from utils.cli import set_up_libraries
 
-# Before torch is imported: OpenMP threads that spin while they wait are slow on a busy machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+set_up_libraries()  # before torch is imported
 # What a shell starts in the background ignores Ctrl-C, and so would the scripts that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

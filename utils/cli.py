@@ -88,10 +88,7 @@ def settings_of(settings: type, args: argparse.Namespace):
 
 def run_script(main: Callable[[], None]) -> None:
     """Call `main` and exit: 0, 2 for bad input, 3 when the work fails (disk full, I/O error, NaN), 130 on Ctrl-C."""
-    for library in ("TRANSFORMERS", "DIFFUSERS"):  # read when the libraries are imported; errors are still raised
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    # OpenMP threads that spin while they wait are many times slower when anything else runs on the machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_up_libraries()
     try:
         main()
     except InputError as error:
@@ -108,6 +105,18 @@ def run_script(main: Callable[[], None]) -> None:
         _stop(f"out of memory ({error}); try a smaller --memory mode", FAILED)
     except KeyboardInterrupt:
         _stop("interrupted; run the same command again to continue", INTERRUPTED)
+
+
+def set_up_libraries() -> None:
+    """Set environment variables that the libraries read when they are imported or first used; those set are kept."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # errors are still raised
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    # OpenMP threads that spin while they wait are many times slower when anything else runs on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Who holds torch to older instructions holds oneDNN to them as well: where oneDNN sees AMX, torch's attention asks
+    # for a layout in bfloat16 that its own older kernels refuse.
+    if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 
 @contextmanager

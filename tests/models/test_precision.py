@@ -52,6 +52,24 @@ def test_a_cpu_that_is_held_back_does_not():
     assert not answer(ONEDNN_MAX_CPU_ISA="AVX2")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_attention_computes_in_bfloat16_on_older_instructions(capability: str):
+    """Where oneDNN sees newer instructions than torch, torch's attention raises."""
+    code = """
+from utils.cli import set_up_libraries
+set_up_libraries()
+import torch
+x = torch.randn(1, 2, 256, 64, dtype=torch.bfloat16)
+print(torch.nn.functional.scaled_dot_product_attention(x, x, x).isfinite().all().item())
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "ONEDNN_MAX_CPU_ISA"}
+    environment["ATEN_CPU_CAPABILITY"] = capability
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("own", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", None])
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])

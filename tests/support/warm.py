@@ -162,11 +162,8 @@ def fork_workers() -> None:
 
 def fork_stages() -> None:
     """For `prepare`: let generate.py fork its stages instead of starting Python for each."""
-    import torch
-
     from models.runtime import chain
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # OpenMP read it when torch was imported
     chain.subprocess = SimpleNamespace(run=_run_forked)
 
 
@@ -181,7 +178,12 @@ def _run_forked(
 
 
 def _become_stage(line: list[str], environment: Mapping[str, str], begin: Callable[[], None]) -> None:
+    import torch
+
     begin()
     os.environ.update(environment)
+    # OpenMP read it when torch was imported. Not before the fork: torch would replace the threads it had then when
+    # first needed, and two threads of transformers that load weights may need them at once.
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     sys.argv = line[1:]
     runpy.run_path(line[1], run_name="__main__")
