@@ -2,7 +2,8 @@
 
     python -m synthetic.clips --clips 400 --processes 2
 
-A clip is one arc of a camera path, coloured in STYLES styles. Training also uses each of them flipped.
+A clip is one arc of a camera path, coloured in STYLES styles. Training also uses each of them flipped. Edges and noise
+of every other four clips are of a coarse mesh, as artists model: pictures then hold what the geometry lacks.
 """
 
 import argparse
@@ -17,9 +18,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from synthetic.pictures import EDGE_SIZE, SIZE, SPLITS, cache_entry, require_count, scene_seed
+from synthetic.pictures import COARSE, EDGE_SIZE, SIZE, SPLITS, cache_entry, require_count, scene_seed
 from synthetic.render import World, draw_edges, paint, town_world, trace, typical_depth
-from synthetic.scenes import PATHS, make_path, make_town, to_camera_path
+from synthetic.scenes import PATHS, coarsen, make_path, make_town, to_camera_path
 from synthetic.styles import make_style
 from utils.cameras.path import CameraPath
 from utils.cli import InputError, Parser, positive_int, run_script
@@ -35,7 +36,7 @@ VARIANTS = 2 * STYLES  # with flips
 MAP_SIZE = (360, 240)  # of the correspondences that warp the noise, as in preprocessing
 CACHE = Path("cache/clips")
 MOST_TRIES = 50  # towns to try from the one asked for on
-VERSION = 2  # of the drawn data; a cache of another version is made again
+VERSION = 3  # of the drawn data; a cache of another version is made again
 
 
 def draw_clip(split: str, number: int, size: tuple[int, int] = SIZE) -> dict[str, np.ndarray]:
@@ -47,16 +48,22 @@ def draw_clip(split: str, number: int, size: tuple[int, int] = SIZE) -> dict[str
     seed = scene_seed(split, number)
     parts = make_town(seed)
     path = to_camera_path(make_path(parts, PATHS[number % len(PATHS)], seed, ARC_FRAMES))
-    world = town_world(parts)
+    true = town_world(parts)
+    given = town_world(coarsen(parts, COARSE, seed)) if has_coarse_mesh(number) else true
     views, large = make_views(path, size), make_views(path, EDGE_SIZE)
-    depth = typical_depth(world, views)
-    buffers = [trace(world, view) for view in views]
-    edges = [resize_edges(draw_edges(world, view, depth), *size)[..., 0] for view in large]
+    depth = typical_depth(given, views)
+    buffers = [trace(true, view) for view in views]
+    edges = [resize_edges(draw_edges(given, view, depth), *size)[..., 0] for view in large]
     return {
         "images": np.array([[paint(buffer, style) for buffer in buffers] for style in clip_styles(split, number)]),
         "edges": np.array(edges),
-        "noise": path_noise(world, path, (size[0] // 8, size[1] // 8), seed),
+        "noise": path_noise(given, path, (size[0] // 8, size[1] // 8), seed),
     }
+
+
+def has_coarse_mesh(number: int) -> bool:
+    """Whether edges and noise of clip `number` are of a coarse mesh. Every kind of path has as many of both."""
+    return number // len(PATHS) % 2 == 1
 
 
 def clip_styles(split: str, number: int) -> list:

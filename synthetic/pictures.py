@@ -3,6 +3,7 @@
     python -m synthetic.pictures --towns 1000 --processes 2
 
 A town is seen from VIEWS places, each coloured in STYLES styles. Towns and styles of the three splits never meet.
+Edges are drawn of the town itself and of a coarse mesh of it, as artists model.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from synthetic.render import draw_edges, paint, town_world, trace, typical_depth
-from synthetic.scenes import PATHS, make_path, make_town, to_camera_path
+from synthetic.scenes import PATHS, coarsen, make_path, make_town, to_camera_path
 from synthetic.styles import make_style
 from utils.cli import InputError, Parser, positive_int, run_script
 from utils.data.tensor_cache import holds, read_arrays, write_arrays
@@ -33,16 +34,18 @@ VIEWS, STYLES = 8, 4  # of each town
 DETECTED = ((0, 0), (6, 1))
 SPLITS = {"train": (0, 100_000), "validation": (100_000, 110_000), "test": (200_000, 10**9)}  # seeds: first, end
 CACHE = Path("cache/pictures")
-VERSION = 3  # of the drawn data; a cache of another version is made again
+COARSE = 0.05  # by how much coarse meshes are off, as in the benchmark
+VERSION = 4  # of the drawn data; a cache of another version is made again
 
 
 @dataclass(frozen=True)
 class TownPictures:
-    """images: uint8 [VIEWS, STYLES, H, W, 3]; edges: uint8 [VIEWS, H, W], lines of the geometry; detected: uint8
-    [2, H, W], edges found in the pictures DETECTED; captions: one for each style."""
+    """images: uint8 [VIEWS, STYLES, H, W, 3]; edges, coarse: uint8 [VIEWS, H, W], lines of the geometry and of a
+    coarse mesh; detected: uint8 [2, H, W], edges found in the pictures DETECTED; captions: one for each style."""
 
     images: np.ndarray
     edges: np.ndarray
+    coarse: np.ndarray
     detected: np.ndarray
     captions: tuple[str, ...]
 
@@ -73,9 +76,9 @@ def draw_town(split: str, number: int, size: tuple[int, int] = SIZE) -> dict[str
     seed = scene_seed(split, number)
     rng = np.random.default_rng(np.random.SeedSequence([seed, 20]))
     parts = make_town(seed)
-    world = town_world(parts)
+    world, rough = town_world(parts), town_world(coarsen(parts, COARSE, seed))
     styles = [make_style(style_seed) for style_seed in style_seeds(split, number)]
-    images, edges, detected = [], [], []
+    images, edges, coarse, detected = [], [], [], []
     for kind in PATHS:
         path = to_camera_path(make_path(parts, kind, seed, ARC_FRAMES))
         views, large = make_views(path, size), make_views(path, EDGE_SIZE)
@@ -84,9 +87,11 @@ def draw_town(split: str, number: int, size: tuple[int, int] = SIZE) -> dict[str
             buffer = trace(world, views[frame])
             images.append([paint(buffer, style) for style in styles])
             edges.append(resize_edges(draw_edges(world, large[frame], depth), *size)[..., 0])
+            coarse.append(resize_edges(draw_edges(rough, large[frame], depth), *size)[..., 0])
             for style in (styles[k] for view, k in DETECTED if view == len(images) - 1):
                 detected.append(resize_edges(soft_edges(paint(trace(world, large[frame]), style)), *size)[..., 0])
-    return {"images": np.array(images), "edges": np.array(edges), "detected": np.array(detected)}
+    arrays = {"images": images, "edges": edges, "coarse": coarse, "detected": detected}
+    return {name: np.array(a) for name, a in arrays.items()}
 
 
 def cache_entry(
@@ -105,14 +110,12 @@ def cached_town(split: str, number: int, folder: Path = CACHE, size: tuple[int, 
         try:
             arrays = draw_town(split, number, size)
         except InputError:  # this town has no collision-free path: cache an empty entry
-            arrays = {
-                "images": np.zeros((0, STYLES, *size[::-1], 3), np.uint8),
-                "edges": np.zeros((0, *size[::-1]), np.uint8),
-                "detected": np.zeros((0, *size[::-1]), np.uint8),
-            }
+            none = np.zeros((0, *size[::-1]), np.uint8)
+            images = np.zeros((0, STYLES, *size[::-1], 3), np.uint8)
+            arrays = {"images": images, "edges": none, "coarse": none, "detected": none}
         write_arrays(path, arrays, identity)
     captions = tuple(make_style(seed).caption for seed in style_seeds(split, number))
-    return TownPictures(arrays["images"], arrays["edges"], arrays["detected"], captions)
+    return TownPictures(**arrays, captions=captions)
 
 
 def load_towns(split: str, count: int, folder: Path = CACHE, processes: int | None = None) -> list[TownPictures]:

@@ -77,7 +77,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
             add("--motion", type=non_negative_float, default=0.0, help="added weight of errors in changes over time")
         if stage == "image":
             add("--vae", type=Path, required=True, metavar="FOLDER", help="trained image autoencoder")
-            add("--caption_dropout", type=unit_float, default=0.2, help="share of pictures with an empty prompt")
+            add("--caption_dropout", type=unit_float, default=0.4, help="share of pictures with an empty prompt")
         regularisation = {"beta2": 0.99, "weight_decay": 0.01 if stage == "image" else 0.0}
         add_settings(sub, TrainSettings, **regularisation, **DEFAULTS[stage])
     return parser.parse_args(argv)
@@ -190,6 +190,10 @@ def train_video_vae(args: Arguments, process, fit_run: Callable) -> None:
         except ValueError as error:
             raise InputError(f"--image_vae {args.image_vae} has another architecture: {error}") from error
     vae.encoder.requires_grad_(not args.decoder_only)
+    for part in vae.modules():  # a quarter faster
+        if isinstance(part, (torch.nn.Conv2d, torch.nn.Conv3d)):
+            last = torch.channels_last_3d if part.weight.dim() == 5 else torch.channels_last
+            part.to(memory_format=last)
     with process.local_main_process_first():  # it draws what is missing
         videos, held_out = (
             load_videos(split, n, args.cache_dir) for split, n in (("train", args.clips), HELD_OUT_CLIPS)
@@ -202,7 +206,10 @@ def train_video_vae(args: Arguments, process, fit_run: Callable) -> None:
         if not args.decoder_only:
             _, std = training.latent_statistics(vae, (draw((1, k), range(4))["pixels"] for k in range(16)))
             vae.register_to_config(scaling_factor=1 / std)
-        copy.deepcopy(vae).to(torch.bfloat16).save_pretrained(folder / "vae")
+        kept = copy.deepcopy(vae).to(torch.bfloat16)
+        for weight in kept.parameters():
+            weight.data = weight.data.contiguous()
+        kept.save_pretrained(folder / "vae")
 
     def sheet() -> np.ndarray:
         output = training.reconstruct(vae, to_signed(shown).movedim(2, 1))

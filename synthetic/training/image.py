@@ -28,6 +28,7 @@ GUIDANCE = (1.0, 5.0)  # distilled guidance has no meaning here: the network lea
 CONTROL_WEIGHT = (0.75, 1.0)  # alignment takes 1, anchors are drawn with 0.8
 EDGE_DROPOUT = 0.05
 DETECTED_SHARE = 0.3  # of the pictures come with edges that were detected in them, as references do
+COARSE_SHARE = 0.3  # with lines of a coarse mesh: what it lacks is to be invented in the style
 FINE_STEPS = 1000  # of the schedule that timesteps are drawn from
 SHEET_STEPS = 25
 
@@ -86,8 +87,10 @@ def draw_captioned(
             rng = np.random.default_rng([*step_seed, item])
             town = towns[rng.integers(len(towns))]
             view, style = rng.integers(len(town.images)), rng.integers(town.images.shape[1])
-            edges, way = town.edges[view], rng.choice((1, -1))
-            if rng.random() < DETECTED_SHARE:
+            edges, way, kind = town.edges[view], rng.choice((1, -1)), rng.random()
+            if kind > 1 - COARSE_SHARE:
+                edges = town.coarse[view]
+            elif kind < DETECTED_SHARE:
                 k = rng.integers(len(DETECTED))
                 (view, style), edges = DETECTED[k], town.detected[k]
             image, edges = town.images[view, style][:, ::way], edges[:, ::way]

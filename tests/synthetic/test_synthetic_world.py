@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from synthetic.clips import clip_styles
+from synthetic.clips import clip_styles, has_coarse_mesh
 from synthetic.pictures import EDGE_SIZE, SIZE, SPLITS, STYLES, scene_seed, style_seeds
 from synthetic.render import SKY, World, class_map, draw_edges, make_world, paint, town_world, trace, typical_depth
 from synthetic.scenes import IMAGE_SIZE, PATHS, Part, export_glb, make_path, make_town, to_camera_path
@@ -176,6 +176,11 @@ def test_pictures_and_clips_of_a_town_have_their_own_styles(split: str):
         assert not {style.seed for style in clip_styles(split, number)} & set(style_seeds(split, number))
     both = [seed for number in range(100) for seed in style_seeds(split, number)]
     assert len(set(both)) == len(both)
+
+
+def test_every_kind_of_path_has_clips_with_coarse_meshes():
+    coarse = {(n % len(PATHS), has_coarse_mesh(n)) for n in range(2 * len(PATHS))}
+    assert len(coarse) == 2 * len(PATHS)
 
 
 # Pictures

@@ -12,7 +12,7 @@ import synthetic.assemble
 import synthetic.clips
 import synthetic.pictures
 import synthetic.train
-from synthetic.pictures import SIZE, draw_town
+from synthetic.pictures import SIZE, cached_town, draw_town
 from tests.support.helpers import ROOT, assert_same, contents, exit_code, kill_at, start_module
 from tests.synthetic.synthetic_train_common import train
 from utils.data.tensor_cache import write_arrays
@@ -54,6 +54,12 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of one drawn clip, which is held out as well."""
     arrays = synthetic.clips.draw_clip("train", 0)
     return store(tmp_path_factory.mktemp("clips"), synthetic.clips.VERSION, arrays, train=1, validation=3)
+
+
+def test_lines_of_the_coarse_mesh_are_near_the_true_ones(pictures: Path):
+    town = cached_town("train", 0, pictures)
+    likeness = [np.corrcoef(town.edges.ravel(), other.ravel())[0, 1] for other in (town.coarse, town.coarse[::-1])]
+    assert 0.3 < likeness[0] < 0.95 and likeness[1] < likeness[0] / 2
 
 
 def on_pictures(folder: Path, pictures: Path, *arguments: object) -> tuple:

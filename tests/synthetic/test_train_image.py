@@ -87,7 +87,9 @@ def towns() -> list[TownPictures]:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, VIEWS, STYLES, 80, 112, 3), dtype=np.uint8)
     captions = tuple(f"caption {k}" for k in range(STYLES))
-    return [TownPictures(town, town[:, 0, :, :, 1], town[:2, 0, :, :, 2], captions) for town in images]
+    return [
+        TownPictures(town, town[:, 0, :, :, 1], town[:, 1, :, :, 1], town[:2, 0, :, :, 2], captions) for town in images
+    ]
 
 
 def draws_of(towns: list[TownPictures]) -> list:
@@ -120,11 +122,11 @@ def test_captions_and_edges_belong_to_their_picture():
     captions = tuple(f"caption {k}" for k in range(STYLES))
     towns = []
     for one in shades:
-        colours = (one, one[:, 0], np.array([one[place] + 100 for place in DETECTED]))
-        images, edges, detected = (np.broadcast_to(c[..., None, None], (*c.shape, 80, 112)) for c in colours)
-        towns.append(TownPictures(np.repeat(images[..., None], 3, axis=-1), edges, detected, captions))
+        colours = (one, one[:, 0], one[:, 0] + 180, np.array([one[place] + 100 for place in DETECTED]))
+        images, edges, coarse, detected = (np.broadcast_to(c[..., None, None], (*c.shape, 80, 112)) for c in colours)
+        towns.append(TownPictures(np.repeat(images[..., None], 3, axis=-1), edges, coarse, detected, captions))
     batch = draw_captioned(towns, 0.0)((0, 0, 0), range(60))
-    kinds = {"lines": 0, "detected": 0, "blank": 0}
+    kinds = {"lines": 0, "coarse": 0, "detected": 0, "blank": 0}
     for image, control, caption in zip(batch["images"], batch["control"], batch["captions"], strict=True):
         (shade,), (edge,) = (((one + 1) * 127.5).round().int().unique().tolist() for one in (image, control))
         assert caption == captions[shade % STYLES]
@@ -133,9 +135,10 @@ def test_captions_and_edges_belong_to_their_picture():
             assert place in DETECTED
             kinds["detected"] += 1
         else:
-            assert edge in (0, shade - shade % STYLES)
-            kinds["blank" if edge == 0 else "lines"] += 1
-    assert kinds["lines"] > kinds["detected"] > 5 > kinds["blank"] - 4
+            lines = shade - shade % STYLES
+            assert edge in (0, lines, lines + 180)
+            kinds[{0: "blank", lines: "lines"}.get(edge, "coarse")] += 1
+    assert kinds["blank"] < 10 < min(kinds["lines"], kinds["coarse"]) and kinds["detected"] > 5
     assert set(draw_captioned(towns, 1.0)((0, 0, 0), range(12))["captions"]) == {""}
 
 

@@ -141,7 +141,8 @@ def store_town(folder: Path, number: int, views: int) -> np.ndarray:
     """Store a town of `views` views in the cache; its pictures are noise."""
     images = np.random.default_rng(number).integers(0, 256, (views, STYLES, *SIZE[::-1], 3), dtype=np.uint8)
     identity = {"split": "train", "number": number, "size": list(SIZE), "version": synthetic.pictures.VERSION}
-    arrays = {"images": images, "edges": images[:, 0, :, :, 0], "detected": images[:2, 1, :, :, 0]}
+    lines = {"edges": images[:, 0, :, :, 0], "coarse": images[:, 0, :, :, 1], "detected": images[:2, 1, :, :, 0]}
+    arrays = {"images": images, **lines}
     write_arrays(folder / f"train_{number:05d}.safetensors", arrays, identity)
     return images
 
