@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Measure on a GPU what the documentation only counts. The calls, in order of worth, each shorter than ten minutes:
+# Measure on a GPU what the documentation only counts. The calls, in order of worth, each meant for ten minutes:
 #
 #   bash benchmarks/on_gpu.sh speed       seconds per step of every phase: the reference's recipe beside ours
 #   bash benchmarks/on_gpu.sh compiled    the same, compiled, phase by phase
 #   bash benchmarks/on_gpu.sh limits      --memory balanced and low under 22, 14, 12 and 10 GB
-#   bash benchmarks/on_gpu.sh scripts     the scripts themselves, random weights: alignment, anchors, a whole arc
+#   bash benchmarks/on_gpu.sh scripts     the scripts themselves, random weights: alignment, anchors, two arcs
 #   bash benchmarks/on_gpu.sh guided      ten guided steps of ten, composited, in place of thirty
 #   bash benchmarks/on_gpu.sh rotary      diffusers' rotary positions in place of ours
 #
-# --dry_run does the same with networks of the tiny size, on any machine. Results are written as they come: to
-# $OUT/CALL.log and CALL_*.json (OUT: ./gpu). A call that is given again measures again; scripts go on where they were.
+# --dry_run does the same with networks of the tiny size, on any machine. Results are written as they come, to *.log
+# and *.json in $OUT (default: gpu); weights, LoRAs and pictures, 60 GB, lie in gpu/full or gpu/tiny. A call that is given
+# again measures again; scripts go on where they were.
 #
 # A machine without a network needs the tracked files without tests/golden (50 MB), and what it lacks as wheels:
 #
@@ -23,7 +24,7 @@ PYTHON=${PYTHON:-python3}
 call=${1:?which call? speed, compiled, limits, scripts, guided, rotary}
 weights=full steps=5 training=20 anchors=25 video=30 guided=10
 if [ "${2:-}" = --dry_run ]; then weights=tiny steps=1 training=1 anchors=2 video=2 guided=2; fi
-random=${RANDOM_WEIGHTS:-$OUT/random_$weights} scene=assets/sampleA
+work=gpu/$weights random=gpu/$weights/random scene=assets/sampleA
 mkdir -p "$OUT"
 
 network() { # NAME FLAGS…: the networks alone
@@ -36,7 +37,7 @@ script() { # SCRIPT FLAGS…: a script and its peak
 }
 
 fill() { # NAME FLAGS…: the frames of both arcs between those anchors
-    script ggi.py --output_dir "$OUT/$1" "${@:2}" --target "$OUT"/anchors/random_* --scene $scene --prompt '' \
+    script ggi.py --output_dir "$work/$1" "${@:2}" --target "$work"/anchors/random_* --scene $scene --prompt '' \
         --cogvideox "$random/cogvideox" --model_path "$random"
 }
 
@@ -45,9 +46,9 @@ flux=(--flux "$random/flux" --controlnet "$random/controlnet")
 prepare() { # random weights, a LoRA and anchors to fill between
     "$PYTHON" -m benchmarks.random_weights --weights $weights --output "$random" &&
     script sag_distribution_alignment.py --path_image assets/references/boxtown.png --prompt '' --pfix random --edges lines \
-        --max_train_steps $training --checkpointing_steps $training --report_to none --output_dir "$OUT/loras" "${flux[@]}" &&
-    script sag_generate_anchor_view.py --target $scene --pfix random --epoch $training --loras "$OUT/loras" \
-        --num_steps $anchors --num_replacement $((anchors / 2)) --seed 0 --output_dir "$OUT/anchors" "${flux[@]}"
+        --max_train_steps $training --checkpointing_steps $training --report_to none --output_dir "$work/loras" "${flux[@]}" &&
+    script sag_generate_anchor_view.py --target $scene --pfix random --epoch $training --loras "$work/loras" \
+        --num_steps $anchors --num_replacement $((anchors / 2)) --seed 0 --output_dir "$work/anchors" "${flux[@]}"
 }
 
 measure() {

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.full_size import random_values
 from benchmarks.setup import setup_of
 from models.weights import EPOCH, WEIGHTS
-from utils.cli import Parser, heavy_imports, run_script
+from utils.cli import Parser, heavy_imports, require_writable, run_script
 from utils.files import atomic_path
 from utils.layout import ggi_transformer_folder
 
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output.exists():
         print(f"{args.output} is there already")
         return
+    require_writable(args.output)
     with heavy_imports():
         import torch
 

@@ -191,9 +191,9 @@ def train_video_vae(args: Arguments, process, fit_run: Callable) -> None:
             raise InputError(f"--image_vae {args.image_vae} has another architecture: {error}") from error
     vae.encoder.requires_grad_(not args.decoder_only)
     for part in vae.modules():  # a quarter faster
-        if isinstance(part, (torch.nn.Conv2d, torch.nn.Conv3d)):
-            last = torch.channels_last_3d if part.weight.dim() == 5 else torch.channels_last
-            part.to(memory_format=last)
+        if isinstance(part, torch.nn.Conv2d | torch.nn.Conv3d):
+            is_2d = isinstance(part, torch.nn.Conv2d)
+            part.to(memory_format=torch.channels_last if is_2d else torch.channels_last_3d)
     with process.local_main_process_first():  # it draws what is missing
         videos, held_out = (
             load_videos(split, n, args.cache_dir) for split, n in (("train", args.clips), HELD_OUT_CLIPS)
@@ -206,10 +206,7 @@ def train_video_vae(args: Arguments, process, fit_run: Callable) -> None:
         if not args.decoder_only:
             _, std = training.latent_statistics(vae, (draw((1, k), range(4))["pixels"] for k in range(16)))
             vae.register_to_config(scaling_factor=1 / std)
-        kept = copy.deepcopy(vae).to(torch.bfloat16)
-        for weight in kept.parameters():
-            weight.data = weight.data.contiguous()
-        kept.save_pretrained(folder / "vae")
+        copy.deepcopy(vae).to(torch.bfloat16, memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
 
     def sheet() -> np.ndarray:
         output = training.reconstruct(vae, to_signed(shown).movedim(2, 1))
