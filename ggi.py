@@ -25,6 +25,7 @@ from tqdm import tqdm
 from models.flags import add_attention_flag, add_compile_flag, add_memory_flags, add_overwrite_flag, resolve_device
 from models.inbetween.backbones import BACKBONES, Paths, add_backbone_flag
 from models.precision import automatic_precision, settle_precision
+from models.settings import InbetweenSettings
 from models.weights import Preset, add_weight_flags, caption_source, locate, require_same_weights
 from utils.cli import (
     Arguments,
@@ -136,6 +137,8 @@ def check_carrying(args: Arguments) -> None:
         raise InputError(
             f"--num_replacement {args.num_replacement}: there are {args.num_inference_steps} steps in all"
         )
+    if args.replacement_coverage != InbetweenSettings.replacement_coverage and not args.num_replacement:
+        raise InputError("--replacement_coverage goes with --num_replacement")
     if args.composite and args.colour_match:
         raise InputError("--composite matches colours itself: leave --colour_match out")
     if args.sources != "ends" and not carries(args):

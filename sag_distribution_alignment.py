@@ -37,7 +37,7 @@ from utils.data.references import Reference, load_references
 from utils.edges import edge_detector
 from utils.files import files_sha256
 from utils.layout import find_checkpoints
-from utils.runs import Run, open_run
+from utils.runs import Run, is_first_process, open_run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
@@ -105,6 +105,8 @@ def main() -> None:
     trained = run.trained_steps if first_step is None else first_step
     if trained >= args.max_train_steps:
         require_same_weights(run, args, preset, FLUX_STAGE)
+        if not run.finished and is_first_process():  # it was stopped after its last checkpoint
+            run.finish(steps=args.max_train_steps)
         print(f"{run.folder} is finished at step {trained}; raise --max_train_steps to train on")
         return
     train(args, preset, references, run, first_step)

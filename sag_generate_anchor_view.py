@@ -18,7 +18,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +49,7 @@ from utils.cli import (
     positive_int,
     prompt_text,
     run_script,
+    seed,
     seed_or_draw,
     settings_of,
 )
@@ -91,6 +92,7 @@ class AnchorJob:
     """The anchors of one scene in one style from one seed. pfix: name of the LoRA. size: width, height in pixels.
 
     geometry: of the scene, at that size, where all anchors guide one another. redo: anchors to draw anew.
+    pictures: {anchor: what takes its place}, uint8 [H, W, 3] of any size.
     """
 
     scene: Scene
@@ -101,6 +103,7 @@ class AnchorJob:
     run: Run
     geometry: SceneGeometry | None = None
     redo: Sequence[int] = ()
+    pictures: Mapping[int, np.ndarray] = field(default_factory=dict)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
@@ -132,7 +135,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     where(
         "--redo", type=non_negative_int, nargs="+", default=[], metavar="K", help="anchors of a finished run, from 0"
     )
-    where("--redo_seed", type=non_negative_int, help="noise seed of these (default: the run's, plus 1)")
+    where("--redo_seed", type=seed, help="noise seed of these (default: the run's, plus 1)")
     where("--redo_prompt", type=prompt_text, help="prompt of these (default: their own)")
     where("--use_picture", type=picture_choice, nargs="+", default=[], metavar="K=FILE", help="a picture as anchor K")
     add_settings(parser, AnchorSettings)
@@ -212,23 +215,23 @@ def open_job(args: Arguments, preset: Preset, scene: Scene, pfix: str, loras: Se
 
 
 def choose_anew(args: Arguments, job: AnchorJob) -> None:
-    """Set up a finished run for --redo. Raises InputError for anchors that it does not have."""
+    """Set up a finished run for --redo and --use_picture. Raises InputError for anchors that it does not have."""
     count = len(job.prompts)
     chosen = [*args.redo, *(k for k, _ in args.use_picture)]
     if len({*chosen}) < len(chosen) or max(chosen) >= count:
         raise InputError(f"--redo, --use_picture {chosen}: each anchor once, of 0 to {count - 1}")
     if not all(anchor_path(job.run.folder, k).exists() for k in range(count)):
         raise InputError(f"{job.run.folder} is not finished: give the command without --redo and --use_picture first")
-    job.redo = args.redo
+    job.redo, job.pictures = args.redo, {k: read_image(path) for k, path in args.use_picture}
     job.seed = job.seed + 1 if args.redo_seed is None else args.redo_seed
     for k in args.redo if args.redo_prompt is not None else ():
         job.prompts[k] = args.redo_prompt
 
 
-def use_pictures(job: AnchorJob, pictures: Mapping[int, np.ndarray]) -> None:
-    for k, picture in pictures.items():
+def use_pictures(job: AnchorJob) -> None:
+    for k, picture in job.pictures.items():
         write_image(anchor_path(job.run.folder, k), resize_image(picture, *job.size))
-    job.run.save(pictures=job.run.manifest.get("pictures", []) + sorted(pictures))
+    job.run.save(pictures=job.run.manifest.get("pictures", []) + sorted(job.pictures))
     write_image(job.run.folder / CONTACT_SHEET, anchor_sheet(job.scene, job.run.folder))
 
 
@@ -248,13 +251,14 @@ def main() -> None:
         for seed in args.seed
     ]
     require_distinct([job.run for job in jobs])
+    if not args.redo and (args.redo_seed, args.redo_prompt) != (None, None):
+        raise InputError("--redo_seed and --redo_prompt go with --redo")
     if args.redo or args.use_picture:
         if len(jobs) > 1 or args.seed == [-1] or args.overwrite:
             raise InputError("--redo and --use_picture go with one scene, LoRA and --seed, and without --overwrite")
-        pictures = {k: read_image(path) for k, path in args.use_picture}
         choose_anew(args, jobs[0])
-        if pictures and is_first_process():
-            use_pictures(jobs[0], pictures)
+        if not args.redo and is_first_process():
+            use_pictures(jobs[0])
     for job in jobs:
         if job.redo:
             continue
@@ -306,6 +310,8 @@ def draw_anchors(
                 stage.put_on(job.pfix)
                 noted = {"lora_folder": str(loras[job.pfix][0].parents[1].resolve())}
                 job.run.begin(weights=weights, scene=str(job.scene.folder.resolve()), **noted, **added)
+                if job.pictures:
+                    use_pictures(job)
                 draw_job(stage, job, progress, args.first)
     runtime.wait()
 

@@ -9,7 +9,7 @@
 #   bash benchmarks/on_gpu.sh rotary      diffusers' rotary positions in place of ours
 #
 # --dry_run does the same with networks of the tiny size, on any machine. Results are written as they come, to *.log
-# and *.json in $OUT (default: gpu); weights, LoRAs and pictures, 60 GB, lie in gpu/full or gpu/tiny. A call that is given
+# and *.json in $OUT (default: gpu, for dry runs gpu/dry_run); weights, LoRAs and pictures, 60 GB, lie in gpu/full or gpu/tiny. A call that is given
 # again measures again; scripts go on where they were.
 #
 # A machine without a network needs the tracked files without tests/golden (50 MB), and what it lacks as wheels:
@@ -19,11 +19,12 @@
 #
 # (there: pip install --no-index --no-deps --find-links .wheels …; ffmpeg on the PATH serves for imageio-ffmpeg's).
 set -uo pipefail
-export OUT=${OUT:-gpu} PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1
 PYTHON=${PYTHON:-python3}
 call=${1:?which call? speed, compiled, limits, scripts, guided, rotary}
 weights=full steps=5 training=20 anchors=25 video=30 guided=10
-if [ "${2:-}" = --dry_run ]; then weights=tiny steps=1 training=1 anchors=2 video=2 guided=2; fi
+if [ "${2:-}" = --dry_run ]; then weights=tiny steps=1 training=1 anchors=2 video=2 guided=2 OUT=${OUT:-gpu/dry_run}; fi
+export OUT=${OUT:-gpu}
 work=gpu/$weights random=gpu/$weights/random scene=assets/sampleA
 mkdir -p "$OUT"
 

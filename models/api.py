@@ -1,7 +1,7 @@
 """Stages 2 and 3 from Python: stage objects that are ready to work, and what the scripts would make with them.
 
 docs/python.md has an example. A stage holds its networks: delete it before the next one is opened. Errors of the user
-are InputError, as in the scripts; nothing is written.
+are InputError, as in the scripts; nothing is written but the warped noise that a scene folder lacks.
 """
 
 import argparse

@@ -56,9 +56,6 @@ def merge_ggi(source: Path, target: Path, max_shard_size: int = 2**30) -> None:
         write_json(folder / "config.json", config)
 
 
-# --- building models, reading files ---
-
-
 def convert_lora(source: Path, target: Path, prefix: str) -> None:
     """Write a reference LoRA under diffusers' names: prefix 'transformer.' for FLUX, '' for the ControlNet."""
     tensors, _ = read_lora(source)
@@ -80,7 +77,7 @@ def _other_factor(key: str) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "python -m models.convert")
     parser.add_argument("kind", choices=[*MODEL_KINDS, "lora", "controlnet_lora", "ggi"], help="what SRC holds")
     parser.add_argument("src", type=Path, help="file to convert (ggi: folder)")
     parser.add_argument("dst", type=Path, help="folder to write (LoRAs: .safetensors file); must not exist")

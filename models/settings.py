@@ -188,7 +188,7 @@ class WanVaceSettings(InbetweenSettings):
         action=argparse.BooleanOptionalAction,
     )
     flow_shift: float = flag(3.0, "shift of the noise schedule: 3 at 480 lines, 5 at 720", type=positive_float)
-    neg_prompt: str = flag(WAN_NEGATIVE, "negative prompt")
+    neg_prompt: str = flag(WAN_NEGATIVE, "negative prompt", type=prompt_text)
     control: str = flag(
         "edges",
         "what the frames between are controlled by; depth needs preprocess.py --passes depth",

@@ -112,6 +112,7 @@ class Run:
         if "weights" in entries:
             self.require_begun_with(entries["weights"])
         if self.replaces:
+            (self.folder / self.manifest_name).unlink(missing_ok=True)  # first: it may say that the run is finished
             for path in owned_paths(self.folder, self.owned):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             self.replaces = False  # a second call must not remove the new results

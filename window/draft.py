@@ -99,7 +99,7 @@ class PathDraft:
         return [1 + sum(key.frames for key in self.keys[:k]) for k in range(len(self.keys))]
 
     def data(self) -> dict:
-        """The path as keyframes JSON (see `utils.cameras.transforms`).
+        """The path as keyframes JSON (see `utils.cameras.keyframes`).
 
         Where all cameras are level, their targets are written, which keeps the horizon level between them too.
         """

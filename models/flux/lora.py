@@ -142,16 +142,6 @@ def _fuse(attention: torch.nn.Module) -> None:
             delattr(attention, name)  # the fused layer holds a copy: at full size the originals are 2 GB
 
 
-def load_lora(model: FluxModel, state: Mapping[str, torch.Tensor], weight: float = 1.0) -> list[torch.nn.Parameter]:
-    """Add LoRA layers holding `state` (peft names, as `check_lora` returns them) and return their parameters.
-
-    weight: see `set_lora`.
-    """
-    parameters = add_lora(model, lora_rank(state))
-    set_lora(model, state, weight)
-    return parameters
-
-
 def set_lora(model: FluxModel, state: Mapping[str, torch.Tensor], weight: float = 1.0) -> None:
     """Copy values (peft names) into existing LoRA layers, whatever the model's placement.
 

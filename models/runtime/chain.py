@@ -70,7 +70,8 @@ class Stage:
 
         device = resolve_device(self.args.device)
         name = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
-        return f"{self.name}, {self.args.weights}, {name}, {self.pixels} pixels"
+        how = (getattr(self.args, "backbone", self.args.weights), f"memory {self.args.memory}")
+        return ", ".join((self.name, *how, name, f"{self.pixels} pixels", *(f"{k} {n}" for k, n in self.size.items())))
 
 
 def make_stage(args: argparse.Namespace, scripts: Mapping[str, ModuleType], name: str, *flags: object) -> Stage:

@@ -7,7 +7,7 @@ Plans are tables, checkpoints/NAME/memory.json, written by `python -m benchmarks
 import errno
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -187,9 +187,11 @@ def find_room(device: str) -> int:
 def choose_mode(wanted: str, plans: Mapping[str, Sequence[Phase]], room: int, device: str) -> str:
     """The mode to use. wanted: a mode of `plans`, or auto for the first (and so fastest) that fits into `room` bytes.
 
-    Raises InputError if it does not fit, naming the fastest mode that would.
+    Raises InputError if there is no such mode, or if it does not fit, naming the fastest mode that would.
     """
     peaks = {mode: max(phase.total for phase in plans[mode]) for mode in MEMORY_MODES if mode in plans}
+    if wanted not in ("auto", *peaks):
+        raise InputError(f"--memory {wanted}: there is only {', '.join(peaks)} here")
     fitting = [mode for mode in peaks if peaks[mode] <= room]
     if wanted == "auto" and fitting:
         return fitting[0]
@@ -286,13 +288,15 @@ def choose_memory_mode(
 
 
 @contextmanager
-def advise_on_oom(stage: str, mode: str, *, sharded: bool = False) -> Iterator[None]:
-    """Turn running out of memory in the block into an OSError that says which mode needs less.
+def advise_on_oom(
+    stage: str, mode: str, modes: Collection[str] = MEMORY_MODES, *, sharded: bool = False
+) -> Iterator[None]:
+    """Turn running out of memory in the block into an OSError that says which of `modes` needs less.
 
     Modes with the same results are suggested first, because they can continue the run. sharded: weights are divided
-    among processes, for which there is no other mode.
+    among processes.
     """
-    smaller = () if sharded else MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :]
+    smaller = [other for other in MEMORY_MODES[MEMORY_MODES.index(mode) + 1 :] if other in modes]
     alike = [
         other
         for other in smaller

@@ -1,7 +1,7 @@
 """How a stage runs on this machine: device, precision, processes, memory mode, attention kernel, compilation."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.flags import resolve_device, resolve_launched_device
+from models.flags import MEMORY_MODES, resolve_device, resolve_launched_device
 from models.precision import MIXED, report_precision
 from models.runtime.memory import PLACEMENTS, Phase, advise_on_oom, choose_memory_mode, lossy_placements, shard_plan
 from models.runtime.parallel import open_processes
@@ -30,6 +30,7 @@ class Runtime:
 
     stage: alignment, anchors, ggi or training. process: None for a single process. autocast: precision of a
     training's computation, None for the weights' own. sharded: each process holds a part of the weights (FSDP).
+    modes: the memory modes that the stage has.
     """
 
     stage: str
@@ -43,6 +44,7 @@ class Runtime:
     process: PartialState | None = None
     autocast: torch.dtype | None = None
     sharded: bool = False
+    modes: Collection[str] = MEMORY_MODES
 
     @property
     def is_main(self) -> bool:
@@ -73,7 +75,7 @@ class Runtime:
 
     def advise_on_oom(self) -> AbstractContextManager:
         """Turn running out of memory in the block into an OSError that names a mode that needs less."""
-        return advise_on_oom(self.stage, self.mode, sharded=self.sharded)
+        return advise_on_oom(self.stage, self.mode, self.modes, sharded=self.sharded)
 
     def weight_identity(self, paths: Mapping[str, Path]) -> dict:
         """Hashes of the weights, and placements that change results, for a manifest."""
@@ -97,7 +99,7 @@ def open_runtime(args: argparse.Namespace, preset: Preset, stage: str, plan: Map
     compiled = getattr(args, "compile", False)
     if compiled:
         require_compilable(placement["transformer"], device)
-    return Runtime(stage, preset, device, dtype, mode, placement, args.attention, compiled, process)
+    return Runtime(stage, preset, device, dtype, mode, placement, args.attention, compiled, process, modes=[*plan])
 
 
 def open_training_runtime(
@@ -126,6 +128,7 @@ def open_training_runtime(
         process=process,
         autocast=autocast,
         sharded=sharded,
+        modes=[*plan],
     )
 
 

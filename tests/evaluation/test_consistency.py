@@ -1,15 +1,12 @@
 """Metrics along exact correspondences."""
 
-from dataclasses import fields
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from tests.evaluation.metrics_common import EDGE_SIZE, SAMPLE, noisy, plane_views
 from utils.cameras.read import read_cameras
 from utils.evaluation.consistency import anchor_error, flicker, sample, seams, temporal_error, warped_error
-from utils.evaluation.covisibility import Covisibility, frame_pairs, load_covisibility, make_covisibility
+from utils.evaluation.covisibility import Covisibility, frame_pairs, make_covisibility
 from utils.evaluation.pictures import psnr
 from utils.layout import CAMERAS_FILE
 from utils.scene.views import correspondence, make_views, resize_view
@@ -78,13 +75,6 @@ def test_occluded_and_mixed_pixels_do_not_count(town, path_views, covisibility: 
     _, visible = covisibility.warp(0, 45)
     assert not (visible & ~full.visible).any()
     assert 0.2 < visible.mean() < full.visible.mean()
-
-
-def test_geometry_is_read_as_written(covisibility: Covisibility, tmp_path: Path):
-    covisibility.save(tmp_path / "geometry.npz")
-    loaded = load_covisibility(tmp_path / "geometry.npz")
-    for field in fields(Covisibility):
-        np.testing.assert_array_equal(getattr(loaded, field.name), getattr(covisibility, field.name))
 
 
 def test_sampling_is_bilinear():

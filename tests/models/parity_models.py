@@ -5,7 +5,7 @@ Each generator yields (case, quantity, error, tolerance); error None means that 
 
 import json
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from models.flux.alignment import Batch, FlowObjective, batch_flow_sample
 from models.flux.anchors import Step, decode_anchor, encode_warped, sample_anchor, warp_anchor
-from models.flux.lora import check_lora, load_lora, lora_state
+from models.flux.lora import FluxModel, add_lora, check_lora, lora_rank, lora_state, set_lora
 from models.flux.network import (
     FluxModels,
     Text,
@@ -41,6 +41,13 @@ BYTES = 1e-3  # share of values that are off by more than one level
 DRAWS = 6  # see `ulps`
 MASK_DILATIONS = 12  # of the recorded cases
 Row = tuple[str, str, float | None, float]
+
+
+def load_lora(model: FluxModel, state: Mapping[str, torch.Tensor], weight: float = 1.0) -> list[torch.nn.Parameter]:
+    """Add LoRA layers holding `state` (peft names) and return their parameters. weight: see `set_lora`."""
+    parameters = add_lora(model, lora_rank(state))
+    set_lora(model, state, weight)
+    return parameters
 
 
 def largest(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from models import convert
 from models.convert import merge_ggi
-from models.flux.lora import check_lora, load_lora
+from models.flux.lora import check_lora
 from models.flux.network import FluxModels, Text, velocity
 from models.loading import keymaps
 from models.loading.files import load_ggi_transformer, load_reference_file, reference_config
+from tests.models.parity_models import load_lora
 from tests.support.helpers import GOLDEN, profiled_peak
 from utils.cli import InputError
 

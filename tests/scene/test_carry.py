@@ -48,7 +48,7 @@ def wall_and_post() -> RayCaster:
 
 def test_a_picture_carried_to_its_own_view_is_itself(wall):
     carried = carry(wall, [Picture(waves(), view_from((0, 0, 0)))], view_from((0, 0, 0)))
-    assert carried.seen.all() and (carried.winner == 0).all()
+    assert carried.seen.all()
     np.testing.assert_allclose(carried.colours, waves(), atol=0.51)
 
 
@@ -69,7 +69,7 @@ def test_what_is_hidden_or_outside_is_not_seen(wall_and_post):
     assert 0.02 < (~alone.seen).mean() < 0.9 and not alone.colours[~alone.seen].any()
     both = carry(wall_and_post, [Picture(flat(200), left), Picture(flat(50), view_from((2.5, 0, 0)), 1e-3)], right)
     gained = both.seen & ~alone.seen
-    assert gained.any() and (both.winner[gained] == 1).all()
+    assert gained.any()
     np.testing.assert_allclose(both.colours[gained], 50, atol=0.5)
 
 
@@ -80,7 +80,7 @@ def test_the_nearer_in_time_counts_more_and_the_sharper_before_it(wall):
     middle = np.s_[24:40, 36:60]
     assert np.ptp(mixed.colours[middle]) < 1 and 170 < mixed.colours[middle].mean() < 180
     sharp = carry(wall, [Picture(flat(200), far, 0.9), Picture(flat(100), target, 0.1)], target)
-    assert (sharp.winner[middle] == 1).all() and sharp.colours[middle].mean() < 105
+    assert sharp.colours[middle].mean() < 105
 
 
 def test_no_seam_runs_through_a_face(wall):

@@ -63,6 +63,8 @@ def test_a_picture_takes_the_place_of_an_anchor(tmp_path: Path, filmed: Path, lo
         (("--redo", 1, "--seed", -1), "go with one scene, LoRA and --seed"),
         (("--redo", 1, "--overwrite"), "without --overwrite"),
         (("--redo", 1, "--seed", 5), "is not finished: give the command without --redo"),
+        (("--redo_seed", 5), "--redo_seed and --redo_prompt go with --redo"),
+        (("--redo", 1, "--redo_seed", 2**63), "is not below 2^63"),
         (("--use_picture", "picture.png"), "is not K=FILE"),
         (("--use_picture", "1=missing.png"), "missing.png does not exist"),
     ],

@@ -75,7 +75,7 @@ def test_sharding_needs_the_full_mode(monkeypatch: pytest.MonkeyPatch):
         require_shardable("auto", "fp16")
     with (
         pytest.raises(OSError, match="free some, or use a larger GPU or more of them"),
-        advise_on_oom("training", "full", sharded=True),
+        advise_on_oom("training", "full", ["full"], sharded=True),
     ):
         raise torch.OutOfMemoryError
 

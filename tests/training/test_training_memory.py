@@ -263,6 +263,8 @@ def test_the_fastest_mode_that_fits_is_named():
         choose_mode("auto", {"full": plan_of(9)}, 5, "cuda")
     with pytest.raises(InputError, match="use --memory balanced"):
         choose_mode("full", {"full": plan_of(9), "balanced": plan_of(4), "low": plan_of(3)}, 5, "cuda")
+    with pytest.raises(InputError, match="--memory low: there is only full here"):
+        choose_mode("low", {"full": plan_of(4)}, 5, "cuda")
 
 
 def plan_of(total: int) -> list[Phase]:

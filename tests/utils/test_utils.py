@@ -1,6 +1,7 @@
 """Run folders and atomic writes, pictures and videos, training crops: utilities of all scripts."""
 
 import json
+import shutil
 
 import imageio.v2 as imageio
 import numpy as np
@@ -78,6 +79,23 @@ def test_overwriting_waits_until_the_new_run_begins(tmp_path):
     replacement.begin()
     assert not (folder / "result").exists()
     assert json.loads((folder / "run.json").read_text())["arguments"] == {"seed": 2}
+
+
+def test_a_run_that_is_killed_while_it_is_replaced_is_not_taken_for_finished(tmp_path, monkeypatch):
+    run = open_run(tmp_path / "run", {"seed": 1})
+    run.begin()
+    (run.folder / "results").mkdir()
+    run.finish()
+    replacement = open_run(run.folder, {"seed": 2}, overwrite=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", interrupt)
+        replacement.begin()
+    with pytest.raises(InputError, match="files but no run"):
+        open_run(run.folder, {"seed": 1})
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_folder_of_something_else_is_not_taken_over(tmp_path):

@@ -62,6 +62,10 @@ def _from_front(azimuth: np.ndarray, elevation: float, distance: np.ndarray) -> 
     return np.stack([flat * np.sin(azimuth), math.sin(elevation) * distance, flat * np.cos(azimuth)], axis=-1)
 
 
+# The three shapes: half: [3], half extents of norm 1 about the origin, Y-up. progress: [P], 0 to 1. Return eye and
+# target, each [P, 3].
+
+
 def _orbit(half: np.ndarray, progress: np.ndarray, num_arcs: int, far: float) -> tuple[np.ndarray, np.ndarray]:
     sweep = min(2 * math.pi, ORBIT_PER_ARC * num_arcs)
     eye = _from_front((progress - 0.5) * sweep, ORBIT_ELEVATION, np.full_like(progress, far))

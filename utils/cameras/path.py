@@ -1,10 +1,6 @@
-"""Camera paths: one in-memory form, reading and writing, resampling to arcs, and three paths that need no file.
+"""Camera paths: one form in memory, and resampling to arcs.
 
-    path = to_arcs(read_cameras(Path("cameras.json")))      # 45 N + 1 poses
-    path = builtin_path("orbit", bounds, "+y", num_arcs=2)
-
-Formats (`read_cameras`): nerfstudio's transforms.json and camera_path.json, NeRF-synthetic, cameras.json of Gaussian
-splats, keyframes JSON, COLMAP models, RealEstate10K and TUM text, and a camera in a GLB or glTF file.
+path = to_arcs(read_cameras(Path("cameras.json")))      # 45 N + 1 poses
 """
 
 import math
@@ -135,9 +131,6 @@ def _rigid(c2w: np.ndarray, poses: list[str]) -> np.ndarray:
     return rigid
 
 
-# --- files ---
-
-
 # --- interpolation ---
 
 
@@ -199,9 +192,3 @@ def look_at(eye: np.ndarray, target: np.ndarray, up: np.ndarray, where: object) 
     c2w = np.tile(np.eye(4), (len(eye), 1, 1))
     c2w[:, :3] = np.stack([right, np.cross(right, forward), -forward, eye], axis=-1)
     return c2w
-
-
-# --- built-in paths ---
-
-# The three shapes: half: [3], half extents of norm 1 about the origin, Y-up. progress: [P], 0 to 1. Return eye and
-# target, each [P, 3].

@@ -1,4 +1,8 @@
-"""Read camera paths of every supported format; write nerfstudio's transforms.json."""
+"""Read camera paths of every supported format; write nerfstudio's transforms.json.
+
+Formats: nerfstudio's transforms.json and camera_path.json, NeRF-synthetic, cameras.json of Gaussian splats, keyframes
+JSON, COLMAP models, RealEstate10K and TUM text, and a camera in a GLB or glTF file.
+"""
 
 import json
 from pathlib import Path

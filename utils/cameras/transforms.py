@@ -1,16 +1,4 @@
-"""Readers of cameras in JSON: nerfstudio transforms.json, and keyframes.
-
-Keyframes are a format for paths written by hand:
-
-    {"world_up": "+y", "fps": 24, "w": 1080, "h": 720, "fov": 45,
-     "keyframes": [{"frame": 1,  "position": [0, 1, 5], "look_at": [0, 1, 0]},
-                   {"frame": 46, "position": [3, 1, 4], "quaternion": [0, 0.3, 0, 0.95], "fov": 40}]}
-
-position, look_at: metres; quaternion: x, y, z, w, camera-to-world, OpenGL camera axes; fov: vertical, in degrees,
-for all keyframes or for each. Without `frame`, keyframes are 45 frames apart, which makes each of them an anchor.
-"tension", 0 (default, smooth) to 1 (straight, resting at each keyframe), and "loop", the frames from the last keyframe
-back to the first, may stand beside "fps": a loop ends with the pose that it begins with.
-"""
+"""The reader of nerfstudio's transforms.json."""
 
 import math
 import sys

@@ -1,7 +1,6 @@
 """Which pixels of a video show the same surface point: exact correspondences for all metrics of a scene, made once.
 
     covisibility = make_covisibility(RayCaster(geometry), views)
-    covisibility.save(Path("covisibility.npz"))                          # and load_covisibility
 
 Pixels are sampled on a lattice: all of them up to LATTICE_WIDTH, otherwise every k-th row and column. Their source
 positions are exact at any size. A pixel counts only if its neighbours move with it, so that object borders, where two
@@ -9,13 +8,11 @@ surfaces share a pixel, do not count as errors.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from utils.files import atomic_path
 from utils.layout import ARC_STEPS
 from utils.scene.raycast import RayCaster
 from utils.scene.views import View, correspondence
@@ -63,18 +60,6 @@ class Covisibility:
         start, height, width = self.step // 2, *self.position.shape[1:3]
         rows, columns = (np.arange(n) * self.step + start for n in (height, width))
         return frame[rows[:, None], columns]
-
-    def save(self, path: Path) -> None:
-        """Write a .npz file, atomically."""
-        with atomic_path(path) as temporary:
-            np.savez(temporary, **{field.name: getattr(self, field.name) for field in fields(self)})
-
-
-def load_covisibility(path: Path) -> Covisibility:
-    """Read what `Covisibility.save` wrote."""
-    with np.load(path) as stored:
-        size, step, frames = tuple(stored["size"].tolist()), int(stored["step"]), int(stored["num_frames"])
-        return Covisibility(size, step, frames, stored["pairs"], stored["position"], stored["visible"])
 
 
 def frame_pairs(num_frames: int) -> list[tuple[int, int]]:

@@ -45,16 +45,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Carried:
-    """colours: float32 [H, W, 3], 0 to 255, 0 where nothing is seen. seen, sure: bool [H, W]; winner: int8 [H, W].
+    """colours: float32 [H, W, 3], 0 to 255, 0 where nothing is seen. seen, sure: bool [H, W].
 
-    winner: the number of the picture that counts most, -1 where none sees the point. sure: seen squarely and in
-    enough resolution by one picture at least, and not at a border between surfaces.
+    sure: seen squarely and in enough resolution by one picture at least, and not at a border between surfaces.
     """
 
     colours: np.ndarray
     seen: np.ndarray
     sure: np.ndarray
-    winner: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,9 @@ def carry(caster: RayCaster, pictures: Sequence[Picture], target: View) -> Carri
     shape = (target.height, target.width)
     normals = caster.normals_of(sight.face)
     own_density, _ = _footprint(sight, normals, target, sight.own_offsets)
-    best, weights = np.zeros((2, *shape), np.float32)
-    total = np.zeros((*shape, 3), np.float32)
-    winner, sure = np.full(shape, -1, np.int8), np.zeros(shape, bool)
-    for number, picture in enumerate(pictures):
+    weights, total = np.zeros(shape, np.float32), np.zeros((*shape, 3), np.float32)
+    sure = np.zeros(shape, bool)
+    for picture in pictures:
         source = resize_view(picture.view, (picture.pixels.shape[1], picture.pixels.shape[0]))
         offsets = sight.offsets(source.eye)
         found = find_in(caster, source, sight, offsets=offsets)
@@ -122,12 +119,10 @@ def carry(caster: RayCaster, pictures: Sequence[Picture], target: View) -> Carri
         weight = visible * (picture.nearness * np.minimum(scale, 1) ** SHARPNESS * fade + 1e-9)
         total += _weighted(colours, weight)
         weights += weight
-        winner[weight > best] = number
-        best = np.maximum(best, weight)
         sure |= visible & (cosine.reshape(shape) >= GRAZING) & (scale >= 1 / MAGNIFICATION)
     seen = weights > 0
     total /= np.maximum(weights, 1e-12)[..., None]
-    return Carried(total, seen, sure & ~borders(caster, sight), winner)
+    return Carried(total, seen, sure & ~borders(caster, sight))
 
 
 def _footprint(sight: Sight, normals: np.ndarray, view: View, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """The run of one video: save the frames of its arcs, tell which are done, write the mp4 and the contact sheet."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,16 +44,17 @@ class VideoJob:
     geometry: SceneGeometry | None = None
     refill: Sequence[int] = ()
 
-    def begin(self, **entries: object) -> None:
-        """Begin or continue the run, without the arcs to refill."""
+    def begin(self, weights: Mapping, **entries: object) -> None:
+        """Begin or continue the run, without the arcs to refill. weights: hashes of the networks' files."""
         if self.refill:
-            self.run.manifest["arguments"]["anchors_sha256"] = files_sha256(self.anchors)
-        self.run.begin(**entries, anchors=anchor_hashes(self.anchors))
-        for arc in (self.scene.arcs[k] for k in self.refill):
-            for path in [*arc_frame_paths(self.run, arc), latents_path(self.run.folder, arc.index)]:
-                path.unlink(missing_ok=True)
-        if self.refill:
+            self.run.require_begun_with(weights)
+            # First, so that a run that is killed here still knows that these arcs are not those of its anchors.
+            for arc in (self.scene.arcs[k] for k in self.refill):
+                for path in [*arc_frame_paths(self.run, arc), latents_path(self.run.folder, arc.index)]:
+                    path.unlink(missing_ok=True)
             (self.run.folder / METRICS).unlink(missing_ok=True)  # of the old arcs
+            self.run.manifest["arguments"]["anchors_sha256"] = files_sha256(self.anchors)
+        self.run.begin(weights=weights, **entries, anchors=anchor_hashes(self.anchors))
 
 
 def anchor_hashes(anchors: Sequence[Path]) -> list[str]:
@@ -61,7 +62,7 @@ def anchor_hashes(anchors: Sequence[Path]) -> list[str]:
 
 
 def arcs_to_refill(run: Run, anchors: Sequence[Path]) -> list[int]:
-    """Numbers of the arcs of a run that end in an anchor that was replaced since it began.
+    """Numbers of the arcs of a run that depend on an anchor that was replaced since it began.
 
     Raises InputError for a run that does not know its anchors one by one.
     """
@@ -71,6 +72,8 @@ def arcs_to_refill(run: Run, anchors: Sequence[Path]) -> list[int]:
     if known is None:
         raise InputError(f"{run.folder} was made with other anchors; pass --overwrite to replace it")
     changed = {k for k, (old, new) in enumerate(zip(known, anchor_hashes(anchors), strict=True)) if old != new}
+    if arguments.get("sources") == "all":  # every arc carries every anchor
+        return [*range(len(anchors) - 1)]
     return sorted({arc for k in changed for arc in (k - 1, k) if 0 <= arc < len(anchors) - 1})
 
 
