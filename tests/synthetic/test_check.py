@@ -196,10 +196,10 @@ def test_reference_shows_every_major_class() -> None:
 def perfect() -> dict[str, float]:
     values = {name: 0.0 for name in FIGURES if not name.startswith("covisible_ratio")}
     return values | {
-        "image_vae_psnr": 30.0, "video_vae_psnr": 28.0, "edge_correlation": 0.45, "style_error": 12.0,
+        "image_vae_psnr": 30.0, "video_vae_psnr": 31.5, "edge_correlation": 0.85, "style_error": 12.0,
         "style_error_replacement": 12.0, "covisible_error": 10.0, "covisible_error_replacement": 6.0,
         "covisible_error_base": 10.0,
-        "inbetween_gain_db": 3.0, "last_frame_psnr": 25.0, "chain_fidelity": 0.1,
+        "inbetween_gain_db": 6.0, "last_frame_psnr": 28.5, "chain_fidelity": 0.1,
     }  # fmt: skip
 
 
@@ -215,17 +215,17 @@ def test_every_bar_is_met_at_its_edge() -> None:
     ("name", "value", "short"),
     [
         ("image_vae_psnr", 29.9, {"image_vae_psnr"}),
-        ("video_vae_psnr", 27.9, {"video_vae_psnr"}),
-        ("edge_correlation", 0.44, {"edge_correlation"}),
-        ("edge_correlation_shuffled", 0.225, {"edge_correlation_shuffled"}),
+        ("video_vae_psnr", 31.4, {"video_vae_psnr"}),
+        ("edge_correlation", 0.84, {"edge_correlation"}),
+        ("edge_correlation_shuffled", 0.425, {"edge_correlation_shuffled"}),
         ("style_error", 12.1, {"style_error"}),
         ("style_error_replacement", 12.1, {"style_error_replacement"}),
         ("covisible_error_replacement", 6.1, {"covisible_ratio"}),
-        ("inbetween_gain_db", 2.9, {"inbetween_gain_db"}),
-        ("gain_no_edges", 3.0, {"gain_no_edges"}),
-        ("gain_no_end", 3.0, {"gain_no_end"}),
-        ("gain_no_warp", 3.0, {"gain_no_warp"}),
-        ("last_frame_psnr", 24.9, {"last_frame_psnr"}),
+        ("inbetween_gain_db", 5.9, {"inbetween_gain_db"}),
+        ("gain_no_edges", 6.0, {"gain_no_edges"}),
+        ("gain_no_end", 6.0, {"gain_no_end"}),
+        ("gain_no_warp", 6.0, {"gain_no_warp"}),
+        ("last_frame_psnr", 28.4, {"last_frame_psnr"}),
         ("chain_no_align", 0.1, {"chain_no_align", "chain_fidelity"}),
         ("chain_no_edges", 0.2, {"chain_no_edges", "chain_fidelity"}),
         ("style_error", math.nan, {"style_error"}),
