@@ -83,10 +83,11 @@ tiny-weights: $(SETUP)
 	'$(BIN)/python' -m synthetic.assemble --video_vae runs/video_vae3/checkpoint-3200 --output runs/start --overwrite
 	'$(BIN)/python' train_ggi.py --dataset synthetic --clips 640 --from_scratch --cogvideox runs/start/cogvideox \
 		--weights tiny --device cpu \
-		--max_train_steps 6600 --warmup_steps 200 --decay_steps 1500 --learning_rate 1e-3 --train_batch_size 4 \
+		--max_train_steps 10000 --warmup_steps 200 --decay_steps 1500 --learning_rate 1e-3 --train_batch_size 4 \
 		--gradient_accumulation_steps 1 --ema_decay 0.998 --beta2 0.99 --output_dir runs/ggi
 	'$(BIN)/python' -m synthetic.assemble --base runs/start --image runs/image/checkpoint-24000 \
-		--inbetween runs/ggi/checkpoint-6600 --output checkpoints/tiny --overwrite
+		--inbetween runs/ggi/checkpoint-10000 --output checkpoints/tiny --overwrite
+	'$(BIN)/python' -m benchmarks.memory --weights tiny
 
 .venv/installed: $(wildcard requirements*.txt)
 	'$(PYTHON)' -m venv --clear .venv
