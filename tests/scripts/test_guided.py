@@ -69,6 +69,7 @@ def test_guided_arcs_go_on_where_they_were_stopped_and_are_shared(target: Path, 
         (("--num_replacement", 3), "--num_replacement 3: there are 2 steps in all"),
         (("--composite", "--colour_match"), "leave --colour_match out"),
         (("--sources", "all"), "--sources all goes with"),
+        (("--replacement_coverage", 0.5), "--replacement_coverage goes with --num_replacement"),
         (("--replacement_coverage", 1.5), "between 0 and 1"),
     ],
 )
