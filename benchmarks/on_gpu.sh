@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure on a GPU what the documentation only counts. The calls, in order of worth, each meant for ten minutes:
+# Measure on a GPU what the documentation only counts. The calls, in order of worth:
 #
 #   bash benchmarks/on_gpu.sh speed       seconds per step of every phase: the reference's recipe beside ours
 #   bash benchmarks/on_gpu.sh compiled    the same, compiled, phase by phase
@@ -9,8 +9,8 @@
 #   bash benchmarks/on_gpu.sh rotary      diffusers' rotary positions in place of ours
 #
 # --dry_run does the same with networks of the tiny size, on any machine. Results are written as they come, to *.log
-# and *.json in $OUT (default: gpu, for dry runs gpu/dry_run); weights, LoRAs and pictures, 60 GB, lie in gpu/full or gpu/tiny. A call that is given
-# again measures again; scripts go on where they were.
+# and *.json in $OUT (default: gpu, for dry runs gpu/dry_run); weights, LoRAs and pictures, 60 GB, lie in gpu/full or
+# gpu/tiny. A call that is given again measures again; scripts go on where they were.
 #
 # A machine without a network needs the tracked files without tests/golden (50 MB), and what it lacks as wheels:
 #

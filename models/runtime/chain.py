@@ -70,8 +70,9 @@ class Stage:
 
         device = resolve_device(self.args.device)
         name = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
-        how = (getattr(self.args, "backbone", self.args.weights), f"memory {self.args.memory}")
-        return ", ".join((self.name, *how, name, f"{self.pixels} pixels", *(f"{k} {n}" for k, n in self.size.items())))
+        network = getattr(self.args, "backbone", "image")
+        how = f"{self.name}, {network}, {self.args.weights}, memory {self.args.memory}, {name}, {self.pixels} pixels"
+        return ", ".join((how, *(f"{key} {number}" for key, number in self.size.items())))
 
 
 def make_stage(args: argparse.Namespace, scripts: Mapping[str, ModuleType], name: str, *flags: object) -> Stage:

@@ -1,6 +1,8 @@
 """Camera paths: one form in memory, and resampling to arcs.
 
-path = to_arcs(read_cameras(Path("cameras.json")))      # 45 N + 1 poses
+    path = to_arcs(read_cameras(Path("cameras.json")))      # 45 N + 1 poses
+
+Files are read by `utils/cameras/read.py`; paths that need none are made by `utils/cameras/builtin.py`.
 """
 
 import math
