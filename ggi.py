@@ -36,12 +36,10 @@ from utils.cli import (
     prompt_text,
     run_script,
 )
-from utils.edges import resize_edges
 from utils.files import files_sha256
 from utils.images import find_ffmpeg, picture_size, read_image, write_image
 from utils.layout import (
     ARC_FRAMES,
-    ARC_STEPS,
     CAMERAS_FILE,
     CONTACT_SHEET,
     SCENE_FILE,
@@ -56,7 +54,7 @@ from utils.layout import (
 )
 from utils.noise import load_or_make_noise
 from utils.runs import Run, is_first_process, open_run, require_distinct
-from utils.scene.carry import CarriedVideo, carry_anchors
+from utils.scene.carry import CarriedVideo, anchors_for_arc, carry_to_arc
 from utils.scene.scene_geometry import load_scene_geometry, missing_geometry
 from utils.videos.page import INDEX
 from utils.videos.run import VideoJob, arcs_to_refill, finish_video, is_done, make_page, save_arc
@@ -289,14 +287,12 @@ def arc_inputs(stage: "InbetweenStage", job: VideoJob, arc: Arc) -> "ArcInputs":
 
     chained = stage.settings.chain and arc.index
     start = chain_path(job.run.folder, arc.index) if chained else job.anchors[arc.index]
-    paths = arc.control_paths(stage.control)
-    edges = np.stack([resize_edges(read_image(path), *stage.size) for path in paths])
     carried = carry_to(arc, job, stage.settings.sources) if job.geometry else None
     return ArcInputs(
         arc.index,
         read_image(start),
         read_image(job.anchors[arc.index + 1]),
-        edges,
+        stage.read_control(arc),
         job.noises[arc.index],
         job.prompt,
         carried,
@@ -305,10 +301,9 @@ def arc_inputs(stage: "InbetweenStage", job: VideoJob, arc: Arc) -> "ArcInputs":
 
 def carry_to(arc: Arc, job: VideoJob, sources: str) -> CarriedVideo:
     """The arc's two anchors, or all, carried to its frames."""
-    chosen = range(len(job.anchors)) if sources == "all" else (arc.index, arc.index + 1)
-    anchors = {ARC_STEPS * k: read_image(job.anchors[k]) for k in chosen}
-    first = arc.first - 1
-    return carry_anchors(job.geometry.caster, job.geometry.views, anchors, range(first, first + ARC_FRAMES))
+    numbers = anchors_for_arc(arc.index, sources, len(job.anchors))
+    anchors = {k: read_image(job.anchors[k]) for k in numbers}
+    return carry_to_arc(job.geometry.caster, job.geometry.views, anchors, arc.index)
 
 
 def carried_frames(job: VideoJob, sources: str) -> Iterator[np.ndarray]:

@@ -77,6 +77,7 @@ from utils.scene.views import View, correspondence, make_views
 FPS = 24  # default for animated cameras
 SMALLEST_EDGES = 16  # pixels
 AUTO = "auto"
+MIN_COVISIBLE, MAX_ARCS = 0.5, 64  # defaults of --num_arcs auto
 FILES = ARC_FRAMES + LATENT_FRAMES  # edges, maps and corres_end.png of an arc
 ARC_FOLDERS = ("arc[0-9]", "arc[0-9][0-9]", "arc[0-9][0-9][0-9]")
 OWNED = (*ARC_FOLDERS, SCENE_FILE, CAMERAS_FILE, SCENE_MANIFEST, PREVIEW_FOLDER, PASSES_FOLDER)
@@ -98,8 +99,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=arcs_help,
     )
     covisible_help = "share of an anchor that the one before shows as well, at least, for --num_arcs auto"
-    add("--min_covisible", type=unit_float, default=0.5, help=covisible_help)
-    add("--max_arcs", type=positive_int, default=64, help="arcs, at most, for --num_arcs auto")
+    add("--min_covisible", type=unit_float, default=MIN_COVISIBLE, help=covisible_help)
+    add("--max_arcs", type=positive_int, default=MAX_ARCS, help="arcs, at most, for --num_arcs auto")
     add("--fps", type=positive_int, help="frames per second of an animated camera (default 24), and of the preview")
     add("--frames", metavar="A:B", help="use frames A to B of the cameras only, by number")
     add("--edges", choices=DETECTORS, default="lines", help="lines of the geometry, or the HED network on a render")
@@ -193,6 +194,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("give either --cameras FILE or --path orbit|dolly|flythrough")
     if args.path and (args.frames or args.cameras_up or args.camera_axes or args.fov):
         raise InputError("--frames, --cameras_up, --camera_axes and --fov go with --cameras, not with --path")
+    if args.num_arcs != AUTO and (args.min_covisible, args.max_arcs) != (MIN_COVISIBLE, MAX_ARCS):
+        raise InputError(f"--min_covisible and --max_arcs go with --num_arcs {AUTO}")
     if args.frames and not re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", args.frames):
         raise InputError(f"--frames {args.frames} is not A:B, two frame numbers in order")
     for given, own in ((args.scene, SCENE_FILE), (args.cameras, CAMERAS_FILE)):

@@ -68,7 +68,6 @@ from utils.layout import (
     anchor_path,
     anchor_run_name,
     find_lora,
-    floor_to,
     load_scene,
     lora_sources,
     mask_path,
@@ -162,7 +161,7 @@ def anchor_size(args: Arguments, preset: Preset, scene: Scene) -> tuple[int, int
         given = getattr(args, name)
         if given and given % multiple:
             raise InputError(f"--{name} {given}: these weights need a multiple of {multiple}")
-    default = preset.image_size or tuple(floor_to(side, multiple) for side in scene.edge_size)
+    default = preset.anchor_size(scene.edge_size)
     size = (args.width or default[0], args.height or default[1])
     if min(size) < multiple:
         raise InputError(

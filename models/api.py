@@ -27,17 +27,12 @@ from utils.cli import InputError
 from utils.correspondence import read_map
 from utils.edges import resize_edges
 from utils.images import read_image
-from utils.layout import ARC_FRAMES, ARC_STEPS, Scene, floor_to, pad_prompts
+from utils.layout import ARC_FRAMES, Scene, pad_prompts
 from utils.noise import load_or_make_noise
-from utils.scene.carry import carry_anchors
+from utils.scene.carry import anchors_for_arc, carry_to_arc
 from utils.scene.scene_geometry import load_scene_geometry
 
 STYLE = "style"  # the only one of a stage that is opened here
-
-
-def anchor_size(preset: Preset, scene: Scene) -> tuple[int, int]:
-    """(width, height) of anchors in pixels: the weights' own, else that of the edge frames, rounded down."""
-    return preset.image_size or tuple(floor_to(side, preset.image_multiple) for side in scene.edge_size)
 
 
 def open_anchor_stage(
@@ -57,7 +52,7 @@ def open_anchor_stage(
     require_flux(paths, settings.control_mode)
     require_fit(paths)
     configs = [component_config(name, paths[name]) for name in ("flux_transformer", "controlnet")]
-    width, height = anchor_size(preset, scene)
+    width, height = preset.anchor_size(scene.edge_size)
     runtime = _open(preset, "anchors", pixels=width * height, batch=1 + (settings.true_gs != 1), **how)
     stage = AnchorStage(runtime, paths, read_loras({STYLE: lora}, configs), prompts, settings)
     stage.put_on(STYLE)
@@ -67,7 +62,7 @@ def open_anchor_stage(
 def draw_anchors(stage: AnchorStage, scene: Scene, prompts: str | Sequence[str], seed: int) -> list[np.ndarray]:
     """The anchors of a scene in order, uint8 [H, W, 3] each. prompts: one for all, or as of --prompt."""
     prompts = pad_prompts([prompts] if isinstance(prompts, str) else prompts, len(scene.arcs) + 1)
-    size, anchors = anchor_size(stage.runtime.preset, scene), []
+    size, anchors = stage.runtime.preset.anchor_size(scene.edge_size), []
     for k, path in enumerate(scene.anchor_edge_paths):
         before = (anchors[-1], read_map(scene.arcs[k - 1].corres_end_path)) if k else ()
         anchor = Anchor(k, resize_edges(read_image(path), *size), prompts[k], seed, *before)
@@ -102,14 +97,11 @@ def fill_arcs(stage: InbetweenStage, scene: Scene, anchors: Sequence[np.ndarray]
     carries = settings.num_replacement or settings.composite or settings.colour_match
     geometry = load_scene_geometry(scene, stage.size, "carrying the anchors") if carries else None
     for arc in scene.arcs:
-        chosen = range(len(anchors)) if settings.sources == "all" else (arc.index, arc.index + 1)
-        numbers = range(arc.first - 1, arc.first - 1 + ARC_FRAMES)
-        pictures = {ARC_STEPS * k: anchors[k] for k in chosen}
-        carried = carry_anchors(geometry.caster, geometry.views, pictures, numbers) if geometry else None
+        pictures = {k: anchors[k] for k in anchors_for_arc(arc.index, settings.sources, len(anchors))}
+        carried = carry_to_arc(geometry.caster, geometry.views, pictures, arc.index) if geometry else None
         start = end if settings.chain and arc.index else anchors[arc.index]
-        edges = np.stack([resize_edges(read_image(path), width, height) for path in arc.edge_paths])
         noise = load_or_make_noise(arc, (width // 8, height // 8))
-        inputs = ArcInputs(arc.index, start, anchors[arc.index + 1], edges, noise, prompt, carried)
+        inputs = ArcInputs(arc.index, start, anchors[arc.index + 1], stage.read_control(arc), noise, prompt, carried)
         decoded = stage.decode(stage.denoise(inputs))
         end = decoded[-1]
         frames.append(stage.finish(decoded[:ARC_FRAMES], inputs)[bool(arc.index) :])

@@ -29,7 +29,7 @@ from models.loading.whole import (
 )
 from utils.cli import InputError, Parser, heavy_imports, positive_int, run_script
 from utils.files import file_sha256, known_sha256, read_json, show_bytes
-from utils.layout import ggi_transformer_folder
+from utils.layout import floor_to, ggi_transformer_folder
 from utils.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +68,10 @@ class Preset:
     ggi_transformer: str | None  # None: --model_path/checkpoint-<epoch>/transformer
     wan: str | None = None  # None: has no Wan VACE
     video_sizes: tuple[tuple[int, int], ...] = ()  # to choose from, where there are several
+
+    def anchor_size(self, edge_size: tuple[int, int]) -> tuple[int, int]:
+        """Size of anchors that nobody chose: the weights' own, else that of the edge frames, rounded down."""
+        return self.image_size or tuple(floor_to(side, self.image_multiple) for side in edge_size)
 
 
 def load_preset(name: str, video: str | None = None) -> Preset:

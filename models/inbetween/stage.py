@@ -24,8 +24,9 @@ from models.runtime.memory import ON_DEMAND, RESIDENT, place
 from models.runtime.runtime import Runtime
 from models.runtime.speed import first_block_cache
 from models.settings import InbetweenSettings
-from utils.images import resize_image
-from utils.layout import LATENT_FRAMES, NOISE_CHANNELS, edge_frame_indices
+from utils.edges import resize_edges
+from utils.images import read_image, resize_image
+from utils.layout import LATENT_FRAMES, NOISE_CHANNELS, Arc, edge_frame_indices
 from utils.noise import blend_noise
 from utils.runs import derive_seed
 from utils.scene.carry import CarriedVideo
@@ -95,6 +96,10 @@ class InbetweenStage(ABC):
         """Decode latents into uint8 [num_frames, H, W, 3]: the arc's 46 frames, and the padding after them."""
 
     # --- what all models share ---
+
+    def read_control(self, arc: Arc) -> np.ndarray:
+        """Read what an arc's 46 frames are controlled by: uint8 [46, H, W, 3], at the stage's size."""
+        return np.stack([resize_edges(read_image(path), *self.size) for path in arc.control_paths(self.control)])
 
     def ends(self, arc: ArcInputs) -> tuple[np.ndarray, np.ndarray]:
         """The two end pictures at the stage's size."""

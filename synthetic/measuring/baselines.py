@@ -12,7 +12,7 @@ import numpy as np
 
 from synthetic.measuring import figures
 from utils.layout import ARC_FRAMES, ARC_STEPS
-from utils.scene.carry import CarriedVideo, carry_anchors
+from utils.scene.carry import carry_to_arc
 from utils.scene.raycast import RayCaster
 from utils.scene.views import View
 
@@ -39,15 +39,5 @@ def reproject(anchors: np.ndarray, caster: RayCaster, views: Sequence[View]) -> 
 
     views: one per frame, at the anchors' size.
     """
-    return np.concatenate(
-        [carry_arc(anchors, caster, views, k, (k, k + 1)).frames[bool(k) :] for k in range(len(anchors) - 1)]
-    )
-
-
-def carry_arc(
-    anchors: np.ndarray, caster: RayCaster, views: Sequence[View], arc: int, chosen: Sequence[int] | None = None
-) -> CarriedVideo:
-    """Carry anchors to the 46 frames of an arc. chosen: their numbers; None: all of them."""
-    chosen = range(len(anchors)) if chosen is None else chosen
-    first = ARC_STEPS * arc
-    return carry_anchors(caster, views, {ARC_STEPS * k: anchors[k] for k in chosen}, range(first, first + ARC_FRAMES))
+    carried = [carry_to_arc(caster, views, dict(enumerate(ends, k)), k) for k, ends in enumerate(pairwise(anchors))]
+    return np.concatenate([arc.frames[bool(k) :] for k, arc in enumerate(carried)])

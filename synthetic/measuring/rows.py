@@ -49,7 +49,7 @@ from utils.evaluation.pictures import psnr, ssim
 from utils.files import read_json, write_json
 from utils.images import read_image
 from utils.layout import ARC_FRAMES, ARC_STEPS
-from utils.scene.carry import CarriedVideo, carry_to_anchor
+from utils.scene.carry import CarriedVideo, anchors_for_arc, carry_to_anchor, carry_to_arc
 
 VERSION = 2  # of what is made
 CARRY_VERSION = 1  # of how anchors are carried
@@ -274,8 +274,8 @@ class RowBench(SceneBench):
         return np.concatenate(video)
 
     def _carry(self, anchors: np.ndarray, arc: int, method: Method) -> CarriedVideo:
-        chosen = None if method.sources == "all" else (arc, arc + 1)
-        return baselines.carry_arc(anchors, self.scene.world.caster, self.scene.views, arc, chosen)
+        pictures = {k: anchors[k] for k in anchors_for_arc(arc, method.sources, len(anchors))}
+        return carry_to_arc(self.scene.world.caster, self.scene.views, pictures, arc)
 
     def _round_trip(self) -> np.ndarray:
         """The true frames through the video VAE, arc by arc."""

@@ -7,7 +7,7 @@ import pytest
 from utils.cameras.path import look_at
 from utils.layout import ARC_STEPS
 from utils.meshes.mesh import build_geometry
-from utils.scene.carry import Picture, carry, carry_anchors, carry_to_anchor, fill_holes
+from utils.scene.carry import Picture, carry, carry_to_anchor, carry_to_arc, fill_holes
 from utils.scene.composite import composite, match_colours
 from utils.scene.raycast import RayCaster
 from utils.scene.views import View
@@ -112,7 +112,7 @@ def test_grazing_and_magnified_colours_and_those_at_borders_are_not_sure(wall, w
 
 def test_anchors_reach_every_frame_and_holes_are_filled(wall_and_post):
     views = [view_from((x, 0, 0)) for x in np.linspace(-2, 2, 46)]
-    video = carry_anchors(wall_and_post, views, {0: flat(180), 45: flat(180)}, range(46))
+    video = carry_to_arc(wall_and_post, views, {0: flat(180), 1: flat(180)}, 0)
     assert video.frames.shape == (46, 64, 96, 3)
     assert not video.seen.all() and np.abs(video.frames.astype(int) - 180).max() <= 3  # of inpainting
     assert video.seen[0].all() and video.seen[-1].all()

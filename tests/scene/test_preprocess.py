@@ -135,6 +135,8 @@ def test_built_in_paths_see_the_scene(monkeypatch, tmp_path, inputs, capsys, kin
         (("--path", "orbit"), "either --cameras"),
         (("--edges", "hed"), "controlnet_aux"),
         (("--num_arcs", "0"), "positive"),
+        (("--min_covisible", "0.7"), "--num_arcs auto"),
+        (("--num_arcs", "2", "--max_arcs", "9"), "--num_arcs auto"),
     ],
 )
 def test_bad_input(monkeypatch, tmp_path, inputs, capsys, change, telling):

@@ -17,7 +17,7 @@ from itertools import permutations
 import cv2
 import numpy as np
 
-from utils.layout import ARC_STEPS
+from utils.layout import ARC_FRAMES, ARC_STEPS
 from utils.meshes.mesh import dot
 from utils.scene.raycast import RayCaster
 from utils.scene.views import Sight, View, find_in, look, resize_view
@@ -64,21 +64,27 @@ class CarriedVideo:
     sure: np.ndarray
 
 
-def carry_anchors(
-    caster: RayCaster, views: Sequence[View], anchors: Mapping[int, np.ndarray], frames: Sequence[int]
-) -> CarriedVideo:
-    """Carry anchors to some frames of a path, blended by their nearness in time where several see a point.
+def anchors_for_arc(arc: int, sources: str, count: int) -> range:
+    """Numbers of the anchors that are carried to an arc: all of `count`, or its two ends."""
+    return range(count) if sources == "all" else range(arc, arc + 2)
 
-    views: one per frame of the path, at the size of the result. anchors: {number of its frame, from 0: its picture}.
+
+def carry_to_arc(
+    caster: RayCaster, views: Sequence[View], anchors: Mapping[int, np.ndarray], arc: int
+) -> CarriedVideo:
+    """Carry anchors to the 46 frames of an arc, blended by their nearness in time where several see a point.
+
+    views: one per frame of the path, at the size of the result. anchors: {number: picture}. arc: its number, from 0.
     """
 
     def one(frame: int) -> tuple[np.ndarray, Carried]:
-        near = {k: max(1 - abs(frame - k) / ARC_STEPS, FARTHEST) for k in anchors}
-        carried = carry(caster, [Picture(anchors[k], views[k], near[k]) for k in anchors], views[frame])
+        near = {k: max(1 - abs(frame - ARC_STEPS * k) / ARC_STEPS, FARTHEST) for k in anchors}
+        carried = carry(caster, [Picture(anchors[k], views[ARC_STEPS * k], near[k]) for k in anchors], views[frame])
         return fill_holes(np.round(carried.colours).astype(np.uint8), ~carried.seen), carried
 
+    first = ARC_STEPS * arc
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
-        pictures, parts = zip(*pool.map(one, frames), strict=True)
+        pictures, parts = zip(*pool.map(one, range(first, first + ARC_FRAMES)), strict=True)
     return CarriedVideo(
         np.array(pictures), *(np.array([getattr(part, name) for part in parts]) for name in ("seen", "sure"))
     )

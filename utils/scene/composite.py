@@ -1,6 +1,6 @@
 """Composite carried pixels over generated frames, without visible seams.
 
-    frames = composite(generated, video.frames, video.seen)     # video: carry_anchors(…)
+    frames = composite(generated, video.frames, video.seen)     # video: carry_to_arc(…)
 
 The low frequencies of the generated frames are first matched to the carried ones, nearby and beyond their border; a
 carried pixel then fades in within a pixel or two. Wider feathers, and multi-band blending, lose lines.
