@@ -203,34 +203,6 @@ def cogvideox_pipeline() -> CogVideoXImageToVideoPipeline:
     return CogVideoXImageToVideoPipeline(tokenizer, t5, video_vae(), inbetween_transformer(), scheduler)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__, "python -m synthetic.tiny_models")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the random weights")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    if args.output.exists() and not args.overwrite:
-        raise InputError(f"{args.output} exists already; pass --overwrite to replace it")
-    torch.manual_seed(args.seed)
-    with atomic_path(args.output) as folder:
-        for name, part in (
-            ("flux", flux_pipeline()),
-            ("controlnet", controlnet()),
-            ("cogvideox", cogvideox_pipeline()),
-        ):
-            part.to(torch.bfloat16).save_pretrained(folder / name)
-        write_json(folder / "preset.json", PRESET)
-    print(args.output)
-
-
-if __name__ == "__main__":
-    run_script(main)
-
-
 @torch.no_grad()
 def open_highway(vae: nn.Module) -> None:
     """Set the start values of an AutoencoderKL or AutoencoderKLCogVideoX in place."""
@@ -276,3 +248,31 @@ def _pass(conv: nn.Module, matrix: torch.Tensor, taps: int = 1) -> None:
     place = [slice(middle, middle + taps)] * 2
     kernel = conv.weight[:outputs, :inputs, -1] if conv.weight.dim() == 5 else conv.weight[:outputs, :inputs]
     kernel[:, :, place[0], place[1]] = matrix[:, :, None, None]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__, "python -m synthetic.tiny_models")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the random weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.output.exists() and not args.overwrite:
+        raise InputError(f"{args.output} exists already; pass --overwrite to replace it")
+    torch.manual_seed(args.seed)
+    with atomic_path(args.output) as folder:
+        for name, part in (
+            ("flux", flux_pipeline()),
+            ("controlnet", controlnet()),
+            ("cogvideox", cogvideox_pipeline()),
+        ):
+            part.to(torch.bfloat16).save_pretrained(folder / name)
+        write_json(folder / "preset.json", PRESET)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    run_script(main)

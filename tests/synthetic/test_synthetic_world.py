@@ -1,6 +1,8 @@
 """The synthetic world: styles and captions, exact pictures, edges as in preprocessing, and splits that never meet."""
 
 import itertools
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from synthetic.styles import (
     surface_colours,
     vocabulary,
 )
+from tests.support.helpers import ROOT
 from utils.edges import resize_edges
 from utils.layout import ARC_FRAMES
 from utils.meshes.load import load_geometry
@@ -117,6 +120,15 @@ def test_palettes_stay_in_range(styles: list[Style]):
 def test_captions_use_the_whole_vocabulary_and_nothing_else(styles: list[Style]):
     said = {word for style in styles for word in style.caption.replace(",", "").split()}
     assert said == set(vocabulary()) and len(vocabulary()) == len(said)
+
+
+@pytest.mark.slow
+def test_random_networks_are_written_by_the_command(tmp_path: Path):
+    command = [sys.executable, "-m", "synthetic.tiny_models", "--output", tmp_path / "random"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    names = {path.name for path in (tmp_path / "random").iterdir()}
+    assert names == {"flux", "controlnet", "cogvideox", "preset.json"}
 
 
 def test_both_tokenizers_know_every_caption(styles: list[Style]):
