@@ -18,9 +18,9 @@ def anchors(tmp_path: Path) -> list[Path]:
     return [write_picture(tmp_path / f"anchor{k}.png", 16, 8, seed=k) for k in range(ARCS + 1)]
 
 
-def made(folder: Path, anchors: list[Path], sources: str = "ends"):
+def made(folder: Path, anchors: list[Path], **arguments: object):
     """The run of a finished video, opened again."""
-    arguments = {"sources": sources, "anchors_sha256": files_sha256(anchors)}
+    arguments |= {"anchors_sha256": files_sha256(anchors)}
     run = open_run(folder, arguments)
     run.begin(anchors=anchor_hashes(anchors), weights={})
     write_picture(frame_path(folder, 0), 16, 8)
@@ -28,11 +28,20 @@ def made(folder: Path, anchors: list[Path], sources: str = "ends"):
     return open_run(folder, arguments)
 
 
-@pytest.mark.parametrize(("sources", "again"), [("ends", [0, 1]), ("all", [0, 1, 2])])
-def test_arcs_that_depend_on_a_replaced_anchor_are_filled_again(tmp_path, anchors, sources, again):
-    run = made(tmp_path / "video", anchors, sources)
+@pytest.mark.parametrize(
+    ("sources", "chain", "replaced", "again"),
+    [
+        ("ends", False, 1, [0, 1]),
+        ("ends", True, 1, [0, 1, 2]),  # arc 2 starts from arc 1's last frame
+        ("ends", True, 0, [0, 1, 2]),
+        ("ends", True, 3, [2]),
+        ("all", False, 1, [0, 1, 2]),
+    ],
+)
+def test_arcs_that_depend_on_a_replaced_anchor_are_filled_again(tmp_path, anchors, sources, chain, replaced, again):
+    run = made(tmp_path / "video", anchors, sources=sources, chain=chain)
     assert arcs_to_refill(run, anchors) == []
-    write_picture(anchors[1], 16, 8, seed=9)
+    write_picture(anchors[replaced], 16, 8, seed=9)
     assert arcs_to_refill(run, anchors) == again
 
 

@@ -64,6 +64,7 @@ def anchor_hashes(anchors: Sequence[Path]) -> list[str]:
 def arcs_to_refill(run: Run, anchors: Sequence[Path]) -> list[int]:
     """Numbers of the arcs of a run that depend on an anchor that was replaced since it began.
 
+    Chained, an arc starts from the last frame of the one before, and so depends on all anchors before it, too.
     Raises InputError for a run that does not know its anchors one by one.
     """
     arguments, known = run.manifest["arguments"], run.manifest.get("anchors")
@@ -74,6 +75,8 @@ def arcs_to_refill(run: Run, anchors: Sequence[Path]) -> list[int]:
     changed = {k for k, (old, new) in enumerate(zip(known, anchor_hashes(anchors), strict=True)) if old != new}
     if arguments.get("sources") == "all":  # every arc carries every anchor
         return [*range(len(anchors) - 1)]
+    if arguments.get("chain"):
+        return [*range(max(min(changed) - 1, 0), len(anchors) - 1)]
     return sorted({arc for k in changed for arc in (k - 1, k) if 0 <= arc < len(anchors) - 1})
 
 
