@@ -167,22 +167,21 @@ def anchor_size(args: Arguments, preset: Preset, scene: Scene) -> tuple[int, int
         raise InputError(
             f"anchors of {size[0]}x{size[1]} are too small: these weights need {multiple} pixels at least"
         )
-    if abs(size[0] * scene.edge_size[1] / (size[1] * scene.edge_size[0]) - 1) > MOST_STRETCH:
-        print(
-            "note: the edges of {} are {}x{}; anchors of {}x{} stretch them".format(
-                scene.folder, *scene.edge_size, *size
-            ),
-            file=sys.stderr,
-        )
+    note_stretch(f"the edges of {scene.folder}", scene.edge_size, size)
     return size
+
+
+def note_stretch(what: str, size: tuple[int, int], wanted: tuple[int, int]) -> None:
+    """Say that a picture will be stretched, if it will."""
+    if abs(wanted[0] * size[1] / (wanted[1] * size[0]) - 1) > MOST_STRETCH:
+        print("note: {}: {}x{} is stretched to {}x{}".format(what, *size, *wanted), file=sys.stderr)
 
 
 def result_arguments(
     args: Arguments, scene: Scene, pfix: str, prompts: list[str], size: tuple[int, int], loras: Sequence[Path]
 ) -> dict:
     """The arguments, and hashes of the files, that decide the pictures, except the seed."""
-    inputs = [*scene.anchor_edge_paths, *(arc.corres_end_path for arc in scene.arcs)]
-    hashes = {"scene_sha256": files_sha256(inputs), "loras_sha256": files_sha256(loras)}
+    hashes = {"scene_sha256": files_sha256(scene.anchor_inputs), "loras_sha256": files_sha256(loras)}
     hashes["lora"] = [{"sha256": files_sha256(lora_sources(path)), "weight": weight} for path, weight in args.lora]
     if args.sources == "all":
         hashes["geometry_sha256"] = files_sha256([scene.folder / name for name in (SCENE_FILE, CAMERAS_FILE)])
@@ -221,7 +220,9 @@ def choose_anew(args: Arguments, job: AnchorJob) -> None:
         raise InputError(f"--redo, --use_picture {chosen}: each anchor once, of 0 to {count - 1}")
     if not all(anchor_path(job.run.folder, k).exists() for k in range(count)):
         raise InputError(f"{job.run.folder} is not finished: give the command without --redo and --use_picture first")
-    job.redo, job.pictures = args.redo, {k: read_image(path) for k, path in args.use_picture}
+    job.redo, job.pictures = sorted(args.redo), {k: read_image(path) for k, path in args.use_picture}
+    for (k, path), picture in zip(args.use_picture, job.pictures.values(), strict=True):
+        note_stretch(f"anchor {k}: {path}", picture.shape[1::-1], job.size)
     job.seed = job.seed + 1 if args.redo_seed is None else args.redo_seed
     for k in args.redo if args.redo_prompt is not None else ():
         job.prompts[k] = args.redo_prompt
@@ -230,7 +231,8 @@ def choose_anew(args: Arguments, job: AnchorJob) -> None:
 def use_pictures(job: AnchorJob) -> None:
     for k, picture in job.pictures.items():
         write_image(anchor_path(job.run.folder, k), resize_image(picture, *job.size))
-    job.run.save(pictures=job.run.manifest.get("pictures", []) + sorted(job.pictures))
+    redone = {k: how for k, how in job.run.manifest.get("redone", {}).items() if int(k) not in job.pictures}
+    job.run.save(pictures=sorted({*job.run.manifest.get("pictures", []), *job.pictures}), redone=redone)
     write_image(job.run.folder / CONTACT_SHEET, anchor_sheet(job.scene, job.run.folder))
 
 
@@ -327,14 +329,20 @@ def draw_job(stage: "AnchorStage", job: AnchorJob, progress: tqdm, first: int | 
         if job.redo or not path.exists():
             latents = find_or_make(kept, partial(denoise_anchor, stage, job, k, progress))
             write_image(path, stage.decode(latents))
-            job.run.save()
+            job.run.save(**(redone(job, k) if job.redo else {}))
         kept.unlink(missing_ok=True)
         progress.update(end - progress.n)
     if not job.redo and first and first < len(job.prompts):
         return
     write_image(job.run.folder / CONTACT_SHEET, anchor_sheet(job.scene, job.run.folder))
-    redone = {str(k): {"seed": job.seed, "prompt": job.prompts[k]} for k in job.redo}
-    job.run.finish(**({"redone": job.run.manifest.get("redone", {}) | redone} if redone else {}))
+    job.run.finish()
+
+
+def redone(job: AnchorJob, k: int) -> dict:
+    """What the manifest says after anchor k was drawn anew: how, and that no picture is in its place any more."""
+    noted = job.run.manifest
+    how = {str(k): {"seed": job.seed, "prompt": job.prompts[k]}}
+    return {"redone": noted.get("redone", {}) | how, "pictures": [p for p in noted.get("pictures", []) if p != k]}
 
 
 def denoise_anchor(stage: "AnchorStage", job: AnchorJob, k: int, progress: tqdm) -> "torch.Tensor":

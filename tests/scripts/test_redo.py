@@ -45,13 +45,25 @@ def test_one_anchor_is_drawn_anew_and_its_arc_filled_again(tmp_path: Path, filme
 
 
 @pytest.mark.slow
-def test_a_picture_takes_the_place_of_an_anchor(tmp_path: Path, filmed: Path, loras: Path):
+def test_a_picture_takes_the_place_of_an_anchor(tmp_path: Path, filmed: Path, loras: Path, capsys):
     scene = shutil.copytree(filmed, tmp_path / "scene")
     run = scene / "multiviews" / RUN
     before, picture = contents(run), write_picture(tmp_path / "retouched.png", 48, 32)
-    assert call(ANCHORS, *draw(scene, loras, "--use_picture", f"0={picture}")) == 0
+    for _ in range(2):
+        assert call(ANCHORS, *draw(scene, loras, "--use_picture", f"0={picture}")) == 0
+        assert read_json(run / "run.json")["pictures"] == [0]
     assert {name for name in changed(before, contents(run)) if "/" not in name} == {"image_00.png"}
     np.testing.assert_array_equal(read_image(anchor_path(run, 0)), read_image(picture))
+    assert not capsys.readouterr().err
+    square = write_picture(tmp_path / "square.png", 40, 40)
+    assert call(ANCHORS, *draw(scene, loras, "--use_picture", f"0={square}")) == 0
+    assert "square.png: 40x40 is stretched to 48x32" in capsys.readouterr().err
+    assert call(ANCHORS, *draw(scene, loras, "--redo", 1, 0)) == 0  # in order, whatever the order given
+    noted = read_json(run / "run.json")
+    assert noted["pictures"] == [] and noted["redone"].keys() == {"0", "1"}
+    drawn = contents(run)
+    assert call(ANCHORS, *draw(scene, loras, "--redo", 0, 1)) == 0
+    assert not {name for name in changed(drawn, contents(run)) if "/" not in name}
 
 
 @pytest.mark.slow
