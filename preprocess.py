@@ -43,7 +43,7 @@ from utils.cli import (
 from utils.correspondence import encode_map, write_map
 from utils.edges import DETECTORS, check_edge_detector, edge_detector
 from utils.files import atomic_path
-from utils.images import write_image
+from utils.images import unreadable_size, write_image
 from utils.layout import (
     ARC_FRAMES,
     CAMERAS_FILE,
@@ -79,7 +79,7 @@ SMALLEST_EDGES = 16  # pixels
 AUTO = "auto"
 MIN_COVISIBLE, MAX_ARCS = 0.5, 64  # defaults of --num_arcs auto
 FILES = ARC_FRAMES + LATENT_FRAMES  # edges, maps and corres_end.png of an arc
-ARC_FOLDERS = ("arc[0-9]", "arc[0-9][0-9]", "arc[0-9][0-9][0-9]")
+ARC_FOLDERS = tuple("arc" + digits * "[0-9]" for digits in range(1, 5))
 OWNED = (*ARC_FOLDERS, SCENE_FILE, CAMERAS_FILE, SCENE_MANIFEST, PREVIEW_FOLDER, PASSES_FOLDER)
 
 
@@ -173,6 +173,8 @@ def choose_sizes(args: argparse.Namespace) -> None:
     edges, follows = "--edge_size {}x{}".format(*args.edge_size), args.latent_size is None
     if min(args.edge_size) < SMALLEST_EDGES:
         raise InputError(f"{edges}: at least {SMALLEST_EDGES} pixels a side are needed")
+    if reason := unreadable_size(args.edge_size):
+        raise InputError(f"{edges}: {reason}, which no script reads")
     args.map_size, args.latent_size = fit_sizes(args.edge_size, args.map_size, args.latent_size)
     elements_per_cell(args.map_size, args.latent_size)
     if not same_aspect(args.edge_size, args.map_size):
@@ -202,8 +204,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         if given and given.resolve() == (args.output / own).resolve():
             raise InputError(f"{given} would be replaced by the one that is written; choose another --output")
     if written := args.write_camera_path:
-        others = [args.scene, args.cameras, args.output / SCENE_FILE, args.output / CAMERAS_FILE]
-        if written.is_dir() or written.resolve() in [other.resolve() for other in others if other]:
+        inputs = [given.resolve() for given in (args.scene, args.cameras) if given]
+        inside = written.resolve().is_relative_to(args.output.resolve())
+        top = written.resolve().relative_to(args.output.resolve()).parts[:1] if inside else ()
+        owned = any(Path(name).match(pattern) for name in top for pattern in OWNED)
+        if written.is_dir() or owned or written.resolve() in inputs:
             raise InputError(f"--write_camera_path {written} is a folder, an input or a result; name another file")
         require_writable(written.parent)
 
@@ -215,6 +220,13 @@ def result_arguments(args: argparse.Namespace, geometry: Geometry, path: CameraP
         "scene_sha256": _sha256(geometry.vertices, geometry.faces, geometry.components, geometry.smooth),
         "cameras_sha256": _sha256(path.c2w, path.focal, path.center),
     }
+
+
+def look_hash(geometry: Geometry) -> str:
+    """Hash of what a mesh's arcs do not depend on, but its passes and the scene file do: names and normals."""
+    names = np.frombuffer("\0".join(geometry.names).encode(), np.uint8)
+    normals = () if geometry.corner_normals is None else (geometry.corner_normals,)
+    return _sha256(geometry.objects, names, *normals)
 
 
 def _sha256(*arrays: np.ndarray) -> str:
@@ -240,6 +252,11 @@ def prepare(args: argparse.Namespace) -> tuple[Geometry, CameraPath, Run]:
             print(f"note: {count} {kind} faces of {args.scene} are left out")
     arguments = result_arguments(args, geometry, path)
     run = open_run(args.output, arguments, overwrite=args.overwrite, owned=OWNED, manifest_name=SCENE_MANIFEST)
+    look = look_hash(geometry)
+    if run.manifest.setdefault("look_sha256", look) != look:
+        raise InputError(
+            f"{args.scene} has other names or normals than when {args.output} was made; pass --overwrite to replace it"
+        )
     return geometry, path, run
 
 
@@ -249,7 +266,10 @@ def main() -> None:
     if args.write_camera_path:
         write_camera_path(args.write_camera_path, path)
     arcs = [Arc(i, args.output / f"arc{i}") for i in range(count_arcs(len(path.c2w)))]
+    if not run.replaces:
+        require_whole(arcs)
     if run.finished and all(arc.folder.is_dir() for arc in arcs):
+        write_inputs(args.output, geometry, path, replace=False)
         print(f"{args.output} is finished")
     else:
         make_scene(args, geometry, path, arcs, run)
@@ -262,6 +282,24 @@ def main() -> None:
     print(args.output)
 
 
+def require_whole(arcs: Sequence[Arc]) -> None:
+    """Raise InputError if a file of an arc that was finished has gone. (Noise is made again where it is needed.)"""
+    for arc in arcs:
+        files = [*arc.edge_paths, *arc.corres_paths, arc.corres_end_path]
+        missing = [path for path in files if not path.exists()] if arc.folder.is_dir() else []
+        if missing:
+            raise InputError(
+                f"{missing[0]} is missing, one of {len(missing)}: delete {arc.folder}, and it is made again"
+            )
+
+
+def write_inputs(folder: Path, geometry: Geometry, path: CameraPath, *, replace: bool) -> None:
+    """Write the scene and the cameras as they were used. replace: files that are there, too."""
+    for name, write, value in ((SCENE_FILE, write_glb, geometry), (CAMERAS_FILE, write_transforms, path)):
+        if replace or not (folder / name).exists():
+            write(folder / name, value)
+
+
 def make_scene(args: argparse.Namespace, geometry: Geometry, path: CameraPath, arcs: list[Arc], run: Run) -> None:
     """Write all missing arcs, and the scene and cameras as they were used."""
     caster = RayCaster(geometry)
@@ -271,8 +309,7 @@ def make_scene(args: argparse.Namespace, geometry: Geometry, path: CameraPath, a
         print(f"warning: {warning}")
     draw = edge_drawer(args.edges, geometry, caster, found.typical_depth)
     run.begin(flags=vars(args), faces=len(geometry.faces), dropped_faces=geometry.dropped, warnings=found.warnings)
-    write_glb(args.output / SCENE_FILE, geometry)
-    write_transforms(args.output / CAMERAS_FILE, path)
+    write_inputs(args.output, geometry, path, replace=True)
     statistics = run.manifest.get("arcs", {})
     with (
         ThreadPoolExecutor(args.threads) as pool,

@@ -208,6 +208,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output.suffix.lower() != ".png" or args.output.is_dir():
         raise InputError(f"{args.output} must be a file name that ends in .png")
+    if args.output.resolve() == args.image.resolve():
+        raise InputError(f"{args.output} is the picture itself; name another file")
     detect = edge_detector(args.edges)
     image = read_image(args.image)
     require_writable(args.output.parent)

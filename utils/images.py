@@ -34,6 +34,14 @@ def read_image(path: Path) -> np.ndarray:
         return np.asarray(_to_rgb(image, path))
 
 
+def unreadable_size(size: tuple[int, int]) -> str:
+    """Why `read_image` would refuse a picture of (width, height) pixels; empty if it would not."""
+    if max(size) > MOST_ASPECT * min(size):
+        return f"sides of more than {MOST_ASPECT} to 1"
+    limit = Image.MAX_IMAGE_PIXELS
+    return f"more than {limit // 10**6} million pixels" if size[0] * size[1] > limit else ""
+
+
 def picture_size(path: Path) -> tuple[int, int]:
     """(width, height) of what `read_image` returns, in pixels; reads no more than the header. Raises InputError."""
     with open_picture(path) as image:

@@ -30,8 +30,8 @@ import numpy as np
 
 from utils.cli import InputError, Parser, non_negative_int, require_writable, run_script, size
 from utils.correspondence import read_map, source_positions
-from utils.files import atomic_path
-from utils.layout import LATENT_FRAMES, NOISE_CHANNELS, Arc, load_scene
+from utils.files import atomic_path, read_json
+from utils.layout import LATENT_FRAMES, NOISE_CHANNELS, SCENE_MANIFEST, Arc, load_scene
 from utils.particles import elements_per_cell, warp_noise
 
 
@@ -54,16 +54,24 @@ def arc_noise(arc: Arc, latent_size: tuple[int, int], seed: int = 0) -> np.ndarr
     return warp_noise(correspondences, latent_size, [seed, arc.index])
 
 
-def load_or_make_noise(arc: Arc, latent_size: tuple[int, int], seed: int = 0) -> np.ndarray:
+def scene_seed(folder: Path) -> int:
+    """The seed that preprocess.py was given for a scene folder; 0 if it did not write it."""
+    manifest = folder / SCENE_MANIFEST
+    arguments = read_json(manifest).get("arguments") if manifest.is_file() else None
+    seed = arguments.get("seed") if isinstance(arguments, dict) else None
+    return seed if isinstance(seed, int) and seed >= 0 else 0
+
+
+def load_or_make_noise(arc: Arc, latent_size: tuple[int, int], seed: int | None = None) -> np.ndarray:
     """The arc's noise, float32 [13, h, w, 16], latent_size = (w, h).
 
     Read from the arc's noise file if there is one (`seed` is then ignored), otherwise made and written there. If the
-    folder is read-only, the noise is not stored.
+    folder is read-only, the noise is not stored. seed: default that of the scene.
     """
     path = arc.noise_path(latent_size)
     if path.exists():
         return read_noise(path, latent_size)
-    noise = arc_noise(arc, latent_size, seed)
+    noise = arc_noise(arc, latent_size, scene_seed(arc.folder.parent) if seed is None else seed)
     if _can_write(arc.folder):
         with contextlib.suppress(PermissionError):
             write_noise(path, noise)
@@ -109,7 +117,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("scene", type=Path, help="scene folder with arc0, arc1, …")
     size_help = "WIDTHxHEIGHT in latent cells; must divide the maps"
     parser.add_argument("--latent_size", type=size, default="90x60", help=size_help)
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="whole number; another one gives other noise")
+    seed_help = "whole number; another one gives other noise (default: the one that preprocess.py was given, else 0)"
+    parser.add_argument("--seed", type=non_negative_int, help=seed_help)
     parser.add_argument("--overwrite", action="store_true", help="make noise files again that are there already")
     return parser.parse_args(argv)
 
@@ -119,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     scene = load_scene(args.scene)
     elements_per_cell(scene.map_size, args.latent_size)
     paths = {arc: arc.noise_path(args.latent_size) for arc in scene.arcs}
+    seed = scene_seed(args.scene) if args.seed is None else args.seed
     kept = set() if args.overwrite else {arc for arc, path in paths.items() if path.exists()}
     for arc, path in paths.items():
         if arc in kept:
@@ -130,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arc in kept:
             print(f"{path} is there already and was kept (--overwrite makes it again)", file=sys.stderr)
         else:
-            write_noise(path, arc_noise(arc, args.latent_size, args.seed))
+            write_noise(path, arc_noise(arc, args.latent_size, seed))
         print(path, flush=True)
 
 

@@ -19,6 +19,7 @@ from utils.layout import (
 )
 from utils.meshes.load import load_geometry
 from utils.meshes.mesh import Geometry
+from utils.runs import of_another_scene
 from utils.scene.raycast import RayCaster
 from utils.scene.scene_geometry import load_scene_geometry
 from utils.scene.views import View
@@ -120,11 +121,9 @@ def _manifest(folder: Path) -> dict:
 
 
 def _require_scene(folder: Path, manifest: dict, scene: Scene) -> None:
-    """Refuse anchors that were drawn for another scene."""
-    noted = manifest.get("arguments", {}).get("scene_sha256")
-    inputs = [*scene.anchor_edge_paths, *(arc.corres_end_path for arc in scene.arcs)]
-    if noted and noted != files_sha256(inputs):
-        raise InputError(f"{folder} was drawn for another scene than {scene.folder}, or before that was made again")
+    """Refuse anchors or a video that were made for another scene."""
+    if of_another_scene(manifest, scene):
+        raise InputError(f"{folder} was made for another scene than {scene.folder}, or before that was made again")
 
 
 def _frames(folder: Path, scene: Scene, anchors: Sequence[Path], of_anchors: dict) -> list[Path]:
@@ -133,9 +132,7 @@ def _frames(folder: Path, scene: Scene, anchors: Sequence[Path], of_anchors: dic
     noted = manifest.get("arguments", {})
     if not manifest.get("finished"):
         raise InputError(f"{folder} is not finished: run ggi.py again")
-    edges = [path for arc in scene.arcs for path in arc.edge_paths]
-    if noted.get("edges_sha256", "") not in ("", files_sha256(edges)):
-        raise InputError(f"{folder} was filled for another scene than {scene.folder}")
+    _require_scene(folder, manifest, scene)
     frames = [frame_path(folder, index) for index in shown_frames(len(scene.arcs))]
     if missing := [path for path in frames if not path.is_file()]:
         raise InputError(f"{missing[0]} is missing, one of {len(missing)}: run ggi.py again")

@@ -27,6 +27,12 @@ from window.poses import is_level
 KEYFRAMES, TRANSFORMS, CAMERA_PATH = "keyframes.json", "transforms.json", "camera_path.json"
 
 
+def require_lens(fov: float) -> None:
+    """Raise InputError unless `fov` is a field of view in degrees."""
+    if not 0 < fov < 180:
+        raise InputError(f"a field of view of {fov:g} degrees is not between 0 and 180")
+
+
 @dataclass(frozen=True, eq=False)
 class Key:
     """A keyframe.
@@ -45,8 +51,7 @@ class Key:
     def __post_init__(self) -> None:
         if not (np.isfinite(self.position).all() and np.isfinite(self.rotation).all()):
             raise InputError("a camera of NaN or infinity is no keyframe: look at the scene from elsewhere")
-        if not 0 < self.fov < 180:
-            raise InputError(f"a field of view of {self.fov:g} degrees is not between 0 and 180")
+        require_lens(self.fov)
         if not 1 <= self.frames < MAX_POSES:
             raise InputError(f"{self.frames} frames between keyframes: give 1 to {MAX_POSES - 1}")
 

@@ -10,13 +10,13 @@ import viser
 
 from utils.cameras.path import CameraPath, to_arcs
 from utils.cli import InputError, folder_name, size
-from utils.images import MOST_ASPECT
+from utils.images import unreadable_size
 from utils.layout import count_arcs
 from utils.scene.arcs import covisible_shares
 from utils.scene.lines import find_lines, make_line_scene, soften
 from utils.scene.survey import survey
 from utils.scene.views import View, make_views
-from window.draft import KEYFRAMES, Key
+from window.draft import KEYFRAMES, Key, require_lens
 from window.poses import lens_of, rotation_of
 from window.process import Preprocessing
 from window.shapes import DRAWN, NOW, SMALLER, add_curve, add_frustum, move_frustum
@@ -55,7 +55,7 @@ class PathTab:
             self.chosen = gui.add_dropdown("keyframe", self._labels(), initial_value=self._labels()[-1])
             self.action = gui.add_button_group("this view", ACTIONS, hint=HINT)
             fov = draft.keys[-1].fov if draft.keys else self._first_fov()
-            self.fov = gui.add_number("field of view", fov, min=1.0, max=175.0, step=0.1, hint="vertical, degrees")
+            self.fov = gui.add_number("field of view", fov, step=0.1, hint="vertical, degrees, between 0 and 180")
             self.frames = gui.add_number("frames to the next", draft.keys[-1].frames if draft.keys else 45, min=1)
         self.chosen.on_update(on(self.choose))
         self.action.on_click(on(self.act))
@@ -140,6 +140,7 @@ class PathTab:
 
     def change_key(self, client: viser.ClientHandle) -> None:
         """Take over the lens and the duration of the chosen keyframe; before there is one, of the next."""
+        require_lens(self.fov.value)
         client.camera.fov = float(np.radians(self.fov.value))
         if self.draft.keys:
             k = self.selected()
@@ -151,8 +152,8 @@ class PathTab:
             wanted = size(self.size.value.strip())
         except argparse.ArgumentTypeError as error:
             raise InputError(str(error)) from error
-        if max(wanted) > MOST_ASPECT * min(wanted):
-            raise InputError("a size of {}x{} is more than {} to 1".format(*wanted, MOST_ASPECT))
+        if reason := unreadable_size(wanted):
+            raise InputError("a size of {}x{}: {}".format(*wanted, reason))
         self.draft.size = wanted
         self.draft.tension, self.draft.loop = float(self.tension.value), bool(self.loop.value)
         self.refresh(self.selected() if self.draft.keys else 0)

@@ -87,6 +87,53 @@ def test_other_arguments_are_refused_and_results_kept(monkeypatch, tmp_path, inp
     assert (out / "multiviews" / "run").is_dir()
 
 
+def test_what_a_finished_scene_lost_is_written_again_or_named(monkeypatch, tmp_path, inputs, capsys):
+    scene, cameras = inputs
+    out = tmp_path / "out"
+    arguments = ("--scene", scene, "--cameras", cameras, "--output", out, *SMALL)
+    assert run_main(monkeypatch, *arguments) == 0
+    before = {name: (out / name).read_bytes() for name in ("scene.glb", "cameras.json", "arc0/hed/0003.png")}
+    for name in ("scene.glb", "cameras.json"):
+        (out / name).unlink()
+    assert run_main(monkeypatch, *arguments) == 0
+    (out / "arc0" / "hed" / "0003.png").unlink()
+    assert run_main(monkeypatch, *arguments) == 2
+    assert f"0003.png is missing, one of 1: delete {out / 'arc0'}" in capsys.readouterr().err
+    shutil.rmtree(out / "arc0")
+    assert run_main(monkeypatch, *arguments) == 0
+    assert {name: (out / name).read_bytes() for name in before} == before
+
+
+def test_other_names_of_objects_are_another_scene(monkeypatch, tmp_path, inputs, capsys):
+    scene, cameras = inputs
+    arguments = ("--scene", scene, "--cameras", cameras, "--output", tmp_path / "out", *SMALL, "--passes", "ids")
+    assert run_main(monkeypatch, *arguments) == 0
+    scene.write_bytes(scene.read_bytes().replace(b"box_1", b"barn1"))
+    assert run_main(monkeypatch, *arguments) == 2
+    assert "has other names or normals than when" in capsys.readouterr().err
+    assert run_main(monkeypatch, *arguments, "--overwrite") == 0
+    assert "barn1" in json.loads((tmp_path / "out" / "passes" / "ids.json").read_text())["objects"]
+
+
+def test_the_written_path_never_takes_the_place_of_a_result(monkeypatch, tmp_path, inputs, capsys):
+    scene, cameras = inputs
+    out = tmp_path / "out"
+    for name in ("preprocess.json", "scene.glb", "preview/path.json", "arc12/path.json", "arc1234/path.json"):
+        arguments = (
+            "--scene",
+            scene,
+            "--cameras",
+            cameras,
+            "--output",
+            out,
+            *SMALL,
+            "--write_camera_path",
+            out / name,
+        )
+        assert run_main(monkeypatch, *arguments) == 2, name
+        assert "name another file" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_formats_and_up_axes_agree(monkeypatch, tmp_path):
     """GLB and OBJ (Y-up), PLY (Z-up) and OFF declared Y-up of one mesh give equal maps and edges."""
@@ -135,6 +182,8 @@ def test_built_in_paths_see_the_scene(monkeypatch, tmp_path, inputs, capsys, kin
         (("--path", "orbit"), "either --cameras"),
         (("--edges", "hed"), "controlnet_aux"),
         (("--num_arcs", "0"), "positive"),
+        (("--edge_size", "288x17"), "16 to 1"),
+        (("--edge_size", "16384x16384"), "million pixels"),
         (("--min_covisible", "0.7"), "--num_arcs auto"),
         (("--num_arcs", "2", "--max_arcs", "9"), "--num_arcs auto"),
     ],

@@ -194,6 +194,7 @@ def test_command_writes_the_edges(tmp_path: Path) -> None:
         ("text.png", "edges.png", "cannot be read as an image"),
         ("good.png", "edges.jpg", "must be a file name that ends in .png"),
         ("good.png", "text.png/edges.png", "is not a folder"),
+        ("good.png", "good.png", "is the picture itself"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, image: str, output: str, message: str) -> None:

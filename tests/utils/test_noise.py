@@ -14,6 +14,7 @@ from tests.support.helpers import ROOT
 from tests.support.scenes import make_scene, pan_map
 from tests.utils.noise_common import CENTRES, EVERYWHERE, LATENT
 from utils.cli import InputError
+from utils.files import write_json
 from utils.layout import Arc, load_scene
 from utils.noise import arc_noise, blend_noise, load_or_make_noise
 from utils.particles import elements_per_cell, warp_noise
@@ -86,6 +87,12 @@ def test_made_once_then_read(arc: Arc):
     other = -made
     np.save(arc.noise_path(SMALL), other)
     assert np.array_equal(load_or_make_noise(arc, SMALL), other)
+
+
+def test_missing_noise_has_the_seed_of_its_scene(arc: Arc):
+    write_json(arc.folder.parent / "preprocess.json", {"arguments": {"seed": 5}})
+    made = load_or_make_noise(arc, SMALL)
+    assert np.array_equal(made, arc_noise(arc, SMALL, seed=5)) and not np.array_equal(made, arc_noise(arc, SMALL))
 
 
 def broken_files() -> dict:

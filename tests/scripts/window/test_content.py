@@ -57,12 +57,12 @@ def change(file: Path, **arguments: object) -> None:
 @pytest.mark.parametrize(
     ("spoil", "which", "telling"),
     [
-        (lambda run: change(run / "run.json", scene_sha256="0"), "", "drawn for another scene"),
+        (lambda run: change(run / "run.json", scene_sha256="0"), "", "made for another scene"),
         (lambda run: change(run / "run.json", finished=False), "", "not finished: run sag_generate_anchor_view.py"),
         (lambda run: (run / "image_01.png").unlink(), "", "image_01.png is missing"),
         (lambda run: (run / "run.json").unlink(), "", "holds no run.json"),
         (lambda run: change(run / VIDEO / "run.json", finished=False), VIDEO, "not finished: run ggi.py"),
-        (lambda run: change(run / VIDEO / "run.json", edges_sha256="0"), VIDEO, "filled for another scene"),
+        (lambda run: change(run / VIDEO / "run.json", edges_sha256="0"), VIDEO, "made for another scene"),
         (lambda run: (run / VIDEO / "0040.png").unlink(), VIDEO, "0040.png is missing, one of 1"),
         (lambda run: (run / VIDEO / "0000.png").unlink(), VIDEO, "neither anchors (image_00.png) nor frames"),
         (lambda run: shutil.rmtree(run), "", "does not exist"),
