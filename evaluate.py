@@ -17,6 +17,7 @@ import numpy as np
 from utils.cli import InputError, Parser, run_script
 from utils.images import read_image
 from utils.layout import find_scene, load_scene
+from utils.runs import warn_of_another_scene
 from utils.videos.page import add_to_page, has_page
 from utils.videos.read import read_frames
 
@@ -81,6 +82,7 @@ def main() -> None:
     if not args.video.exists():
         raise InputError(f"video {args.video} does not exist")
     scene = load_scene(args.scene or find_scene(args.video))
+    warn_of_another_scene(args.video, scene)
     num_arcs = len(scene.arcs)
     reference = None if args.reference is None else read_image(args.reference)
     frames = read_frames(args.video, num_arcs)

@@ -23,10 +23,12 @@ from models.flags import add_memory_flags, add_overwrite_flag
 from models.foreign import require_flux
 from models.inbetween.backbones import BACKBONES, DEFAULT
 from models.runtime.chain import Stage, describe, make_stage, quietly, require_room, run_stage, split_flags
+from models.settings import carries
 from models.weights import FLUX_STAGE, load_preset, locate
 from utils import layout
 from utils.cli import InputError, Parser, positive_int, prompt_text, run_script, seed
 from utils.particles import elements_per_cell
+from utils.scene.scene_geometry import load_scene_geometry
 from utils.videos.page import INDEX
 
 SCRIPTS = {"preprocess": preprocess, "alignment": alignment, "anchors": anchors, "ggi": ggi}
@@ -48,7 +50,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--preview", action="store_true", help="stop after half of the alignment and one anchor of half the steps")
     add("--weights", choices=["full", "tiny"], default="full", help="weight set")
     add("--backbone", choices=BACKBONES, default=DEFAULT, help="video model of the last stage")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if any")
+    add(
+        "--device",
+        default="auto",
+        help="auto, cpu or cuda; auto takes a GPU if any (CUDA_VISIBLE_DEVICES chooses)",
+    )
     add("--threads", type=positive_int, help="OpenMP threads of the alignment (default: as many as torch takes)")
     add_memory_flags(parser)
     add_overwrite_flag(parser)
@@ -114,7 +120,10 @@ def plan_video(args: argparse.Namespace, scene: layout.Scene, draw: Stage, passe
         raise InputError("--ggi.target: one video at a time")
     backbone = BACKBONES[given.backbone]
     preset, beside = quietly(ggi.prepare, given, scene.edge_size)
-    if getattr(given, "control", None) == "depth" and not ("depth" in passes or scene.arcs[0].has_control("depth")):
+    if args.scene.is_dir() and (carries(given) or draw.args.sources == "all"):  # else it will be written
+        load_scene_geometry(scene, (given.width, given.height), "carrying the anchors")
+    has_depth = all(arc.has_control("depth") for arc in scene.arcs)
+    if getattr(given, "control", None) == "depth" and not ("depth" in passes or has_depth):
         raise InputError("--ggi.control depth needs the depth of the scene: --preprocess.passes depth")
     if backbone.takes_noise(given):
         elements_per_cell(scene.map_size, (given.width // 8, given.height // 8))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from models.flags import add_attention_flag, add_compile_flag, add_memory_flags, add_overwrite_flag, resolve_device
 from models.inbetween.backbones import BACKBONES, Paths, add_backbone_flag
 from models.precision import automatic_precision, settle_precision
-from models.settings import InbetweenSettings
+from models.settings import carries, check_carrying
 from models.weights import Preset, add_weight_flags, caption_source, locate, require_same_weights
 from utils.cli import (
     Arguments,
@@ -53,7 +53,7 @@ from utils.layout import (
     load_scene,
 )
 from utils.noise import load_or_make_noise
-from utils.runs import Run, is_first_process, open_run, require_distinct
+from utils.runs import Run, is_first_process, open_run, require_distinct, warn_of_another_scene
 from utils.scene.carry import CarriedVideo, anchors_for_arc, carry_to_arc
 from utils.scene.scene_geometry import load_scene_geometry, missing_geometry
 from utils.videos.page import INDEX
@@ -115,32 +115,12 @@ def result_arguments(args: Arguments, scene: Scene, noises: Sequence[np.ndarray 
     own = BACKBONES[args.backbone].inputs(args, scene)
     if noises[0] is not None:
         own["noise_sha256"] = hashlib.sha256(np.stack(noises)).hexdigest()
-    edges = [path for arc in scene.arcs for path in arc.edge_paths]
     geometry = [scene.folder / name for name in (SCENE_FILE, CAMERAS_FILE)] if carries(args) else []
     return args.identity() | {
-        "edges_sha256": files_sha256(edges),
+        "edges_sha256": files_sha256(scene.edge_paths),
         **own,
         **({"geometry_sha256": files_sha256(geometry)} if geometry else {}),
     }
-
-
-def carries(args: argparse.Namespace) -> bool:
-    """Whether anchors are carried along the scene's geometry."""
-    return bool(args.num_replacement or args.composite or args.colour_match)
-
-
-def check_carrying(args: Arguments) -> None:
-    """Raise InputError for flags about carried anchors that do not go together."""
-    if args.num_replacement > args.num_inference_steps:
-        raise InputError(
-            f"--num_replacement {args.num_replacement}: there are {args.num_inference_steps} steps in all"
-        )
-    if args.replacement_coverage != InbetweenSettings.replacement_coverage and not args.num_replacement:
-        raise InputError("--replacement_coverage goes with --num_replacement")
-    if args.composite and args.colour_match:
-        raise InputError("--composite matches colours itself: leave --colour_match out")
-    if args.sources != "ends" and not carries(args):
-        raise InputError(f"--sources {args.sources} goes with --num_replacement, --composite or --colour_match")
 
 
 def open_job(args: Arguments, preset: Preset, target: Path) -> VideoJob:
@@ -148,6 +128,7 @@ def open_job(args: Arguments, preset: Preset, target: Path) -> VideoJob:
     if not target.is_dir():
         raise InputError(f"run folder {target} does not exist: give one that sag_generate_anchor_view.py wrote")
     scene = load_scene(args.scene or find_scene(target))
+    warn_of_another_scene(target, scene)
     anchors = find_anchors(target, len(scene.arcs) + 1)
     check_anchors(anchors)
     if carries(args) and (missing := missing_geometry(scene)):

@@ -67,7 +67,7 @@ def resume_step(args: Arguments, run: Run) -> int | None:
         return 0
     if wanted == "none":
         raise InputError(f"{run.folder} holds checkpoints {found}: pass --overwrite to start again")
-    if wanted != "latest" and not (wanted.isdigit() and int(wanted) in found):
+    if wanted != "latest" and not (wanted.isdecimal() and int(wanted) in found):
         raise InputError(f"--resume_from_checkpoint {wanted}: {run.folder} holds checkpoints {found or 'none'}")
     return None if wanted == "latest" else int(wanted)
 

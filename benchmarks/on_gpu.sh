@@ -23,7 +23,11 @@ export PYTHONUNBUFFERED=1
 PYTHON=${PYTHON:-python3}
 call=${1:?which call? speed, compiled, limits, scripts, guided, rotary}
 weights=full steps=5 training=20 anchors=25 video=30 guided=10
-if [ "${2:-}" = --dry_run ]; then weights=tiny steps=1 training=1 anchors=2 video=2 guided=2 OUT=${OUT:-gpu/dry_run}; fi
+case ${2:-} in
+'') ;;
+--dry_run) weights=tiny steps=1 training=1 anchors=2 video=2 guided=2 OUT=${OUT:-gpu/dry_run} ;;
+*) echo "$2: only --dry_run can follow" >&2 && exit 2 ;;
+esac
 export OUT=${OUT:-gpu}
 work=gpu/$weights random=gpu/$weights/random scene=assets/sampleA
 mkdir -p "$OUT"

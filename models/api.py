@@ -5,7 +5,7 @@ are InputError, as in the scripts; nothing is written but the warped noise that 
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,8 @@ from models.loading.fit import require_fit
 from models.loading.networks import component_config
 from models.precision import automatic_precision
 from models.runtime.memory import look_up_plan
-from models.runtime.runtime import Runtime, open_runtime
-from models.settings import AnchorSettings, InbetweenSettings
+from models.runtime.runtime import DTYPES, Runtime, open_runtime
+from models.settings import AnchorSettings, InbetweenSettings, carries, check_carrying
 from models.weights import EPOCH, FLUX_STAGE, GGI_STAGE, Preset, find_inbetween, load_preset, locate
 from utils.cli import InputError
 from utils.correspondence import read_map
@@ -62,6 +62,7 @@ def open_anchor_stage(
 def draw_anchors(stage: AnchorStage, scene: Scene, prompts: str | Sequence[str], seed: int) -> list[np.ndarray]:
     """The anchors of a scene in order, uint8 [H, W, 3] each. prompts: one for all, or as of --prompt."""
     prompts = pad_prompts([prompts] if isinstance(prompts, str) else prompts, len(scene.arcs) + 1)
+    require_encoded(prompts, stage.texts)
     size, anchors = stage.runtime.preset.anchor_size(scene.edge_size), []
     for k, path in enumerate(scene.anchor_edge_paths):
         before = (anchors[-1], read_map(scene.arcs[k - 1].corres_end_path)) if k else ()
@@ -80,6 +81,7 @@ def open_inbetween_stage(
     **how: str,
 ) -> InbetweenStage:
     """Load CogVideoX with the in-between transformer. how: see `open_anchor_stage`."""
+    check_carrying(settings)
     preset = load_preset(weights)
     transformer = find_inbetween(preset, model_path, epoch)
     require_video_transformer(transformer)
@@ -93,9 +95,11 @@ def open_inbetween_stage(
 
 def fill_arcs(stage: InbetweenStage, scene: Scene, anchors: Sequence[np.ndarray], prompt: str) -> np.ndarray:
     """The whole video: uint8 [45 N + 1, H, W, 3], the frame that two arcs share once."""
+    require_encoded([prompt], stage.texts)
+    if len(anchors) != len(scene.arcs) + 1:
+        raise InputError(f"{len(anchors)} anchors: {scene.folder} needs {len(scene.arcs) + 1}")
     settings, (width, height), end, frames = stage.settings, stage.size, None, []
-    carries = settings.num_replacement or settings.composite or settings.colour_match
-    geometry = load_scene_geometry(scene, stage.size, "carrying the anchors") if carries else None
+    geometry = load_scene_geometry(scene, stage.size, "carrying the anchors") if carries(settings) else None
     for arc in scene.arcs:
         pictures = {k: anchors[k] for k in anchors_for_arc(arc.index, settings.sources, len(anchors))}
         carried = carry_to_arc(geometry.caster, geometry.views, pictures, arc.index) if geometry else None
@@ -108,10 +112,18 @@ def fill_arcs(stage: InbetweenStage, scene: Scene, anchors: Sequence[np.ndarray]
     return np.concatenate(frames)
 
 
+def require_encoded(prompts: Sequence[str], texts: Collection[str]) -> None:
+    """Raise InputError for prompts that a stage was not opened with."""
+    if unknown := [prompt for prompt in prompts if prompt not in texts]:
+        raise InputError(f"the prompt {unknown[0]!r} was not given when the stage was opened")
+
+
 def _open(
     preset: Preset, stage: str, *, device: str = "auto", memory: str = "auto", dtype: str = "auto", **size: int
 ) -> Runtime:
     """The runtime that a script would open with these flags. size: see `look_up_plan`."""
+    if dtype not in ("auto", *DTYPES):
+        raise InputError(f"dtype={dtype!r}: choose from auto, {', '.join(DTYPES)}")
     args = argparse.Namespace(device=device, memory=memory, dtype=dtype, attention=None)
     vars(args).update(automatic_precision(args, preset.dtype, resolve_device(device)))
     return open_runtime(args, preset, stage, look_up_plan(preset.name, stage, **size))

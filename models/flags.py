@@ -100,5 +100,7 @@ def resolve_launched_device(name: str) -> str:
     """`resolve_device` for a training, whose GPUs the launcher chooses."""
     device = resolve_device(name)
     if ":" in device:
-        raise InputError(f"--device {device}: choose GPUs by `accelerate launch --gpu_ids …` and pass --device cuda")
+        raise InputError(
+            f"--device {device}: pass cuda, and choose GPUs by CUDA_VISIBLE_DEVICES or `accelerate --gpu_ids`"
+        )
     return device

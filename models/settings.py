@@ -8,6 +8,7 @@ from dataclasses import Field, dataclass, fields
 
 from models.precision import MIXED
 from utils.cli import (
+    InputError,
     decay,
     finite_float,
     flag,
@@ -164,6 +165,25 @@ class InbetweenSettings:
         type=positive_float,
         metavar="THRESHOLD",
     )
+
+
+def carries(settings: InbetweenSettings | argparse.Namespace) -> bool:
+    """Whether anchors are carried along the scene's geometry."""
+    return bool(settings.num_replacement or settings.composite or settings.colour_match)
+
+
+def check_carrying(settings: InbetweenSettings | argparse.Namespace) -> None:
+    """Raise InputError for settings about carried anchors that do not go together."""
+    if settings.num_replacement > settings.num_inference_steps:
+        raise InputError(
+            f"--num_replacement {settings.num_replacement}: there are {settings.num_inference_steps} steps in all"
+        )
+    if settings.replacement_coverage != InbetweenSettings.replacement_coverage and not settings.num_replacement:
+        raise InputError("--replacement_coverage goes with --num_replacement")
+    if settings.composite and settings.colour_match:
+        raise InputError("--composite matches colours itself: leave --colour_match out")
+    if settings.sources != "ends" and not carries(settings):
+        raise InputError(f"--sources {settings.sources} goes with --num_replacement, --composite or --colour_match")
 
 
 WAN_NEGATIVE = (  # in the model's own examples; mind that it asks for no paintings and no style

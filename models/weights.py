@@ -91,7 +91,9 @@ def add_weight_flags(parser: argparse.ArgumentParser, components: Iterable[str])
     """--weights, --device, --dtype, and one flag per component and per repository that components come from."""
     group = parser.add_argument_group("weights")
     add_source_flags(group, tuple(components))
-    device = group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if any")
+    device = group.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, or cuda:N but in training; auto takes a GPU if any"
+    )
     device.decides = False
     group.add_argument(
         "--dtype",

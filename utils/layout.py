@@ -96,6 +96,16 @@ class Scene:
         return [self.arcs[0].edge_paths[0]] + [arc.edge_paths[-1] for arc in self.arcs]
 
     @property
+    def anchor_inputs(self) -> list[Path]:
+        """What decides the anchors: their edge frames, and the correspondences between them."""
+        return [*self.anchor_edge_paths, *(arc.corres_end_path for arc in self.arcs)]
+
+    @property
+    def edge_paths(self) -> list[Path]:
+        """The edge frames of all arcs, those that two arcs share twice."""
+        return [path for arc in self.arcs for path in arc.edge_paths]
+
+    @property
     def num_frames(self) -> int:
         """Number of frames along the whole path, shared ones counted once: 45 N + 1."""
         return ARC_STEPS * len(self.arcs) + 1

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import InputError, require_writable
-from utils.files import read_json, write_json
-from utils.layout import MANIFEST, find_checkpoints
+from utils.files import files_sha256, read_json, write_json
+from utils.layout import MANIFEST, Scene, find_checkpoints
 
 PACKAGES = (  # their versions affect the results
     "torch",
@@ -177,6 +177,20 @@ def with_defaults(before: dict, now: dict, defaults: Mapping[str, object] | None
     """A manifest's arguments, with the defaults of flags that it lacks."""
     newer = {name: value for name, value in as_json(defaults or {}).items() if name in now}
     return newer | {name: value for name, value in before.items() if value is not None}
+
+
+def of_another_scene(manifest: Mapping, scene: Scene) -> bool:
+    """Whether a run of anchors or of a video was made from other edges or correspondences than `scene` has now."""
+    noted = manifest.get("arguments", {})
+    inputs = {"scene_sha256": scene.anchor_inputs, "edges_sha256": scene.edge_paths}
+    return any(noted.get(name) not in (None, "", files_sha256(paths)) for name, paths in inputs.items())
+
+
+def warn_of_another_scene(folder: Path, scene: Scene) -> None:
+    """Say on stderr if the run in `folder`, if there is one, was made from another scene."""
+    if (folder / MANIFEST).is_file() and of_another_scene(read_json(folder / MANIFEST), scene) and is_first_process():
+        told = f"{folder} was made for another scene than {scene.folder}, or before that was made again"
+        print(f"warning: {told}", file=sys.stderr)
 
 
 def require_distinct(runs: Sequence[Run]) -> None:

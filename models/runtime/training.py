@@ -129,7 +129,11 @@ def fit(
     trained = _Trained.prepare(accelerator, training, settings, moments)
     first = resume_from(accelerator, trained, run, resume)
     if accelerator.is_main_process:
-        run.begin(weights=weights or {})
+        processes, before = accelerator.num_processes, run.manifest.get("processes")
+        if first and before not in (None, processes):
+            change = f"it began with {before} processes and goes on with {processes}, each with its own batch"
+            print(f"warning: {run.folder}: {change}: batches have another size from here", file=sys.stderr)
+        run.begin(weights=weights or {}, processes=processes)
         training.begin(run.folder)
     accelerator.wait_for_everyone()
     accelerator.init_trackers(training.name)

@@ -17,10 +17,10 @@ from tests.support.helpers import DATA, ROOT, exit_code
 from tests.support.scenes import make_scene
 from utils.cli import InputError
 from utils.evaluation.measure import METRICS, Missing, load_targets, measure
-from utils.files import write_json
+from utils.files import files_sha256, write_json
 from utils.images import write_image, write_video
 from utils.layout import CAMERAS_FILE, SCENE_FILE, VIDEO_FILE, find_scene, frame_path, load_scene
-from utils.runs import MANIFEST
+from utils.runs import MANIFEST, warn_of_another_scene
 from utils.videos.read import read_frames
 
 SAMPLE, REFERENCE = ROOT / "assets" / "sampleA", ROOT / "assets" / "references" / "boxtown.png"
@@ -110,6 +110,21 @@ def test_a_run_knows_its_scene(tmp_path: Path):
     assert find_scene(elsewhere) == find_scene(elsewhere / VIDEO_FILE) == home
     with pytest.raises(InputError, match="pass --scene"):
         find_scene(tmp_path / "a" / "b" / "c.mp4")
+
+
+def test_a_video_of_another_scene_is_warned_of(tmp_path: Path, capsys):
+    home = make_scene(tmp_path / "town", num_arcs=1)
+    scene = load_scene(home)
+    for arguments, warned in (
+        ({"edges_sha256": files_sha256(scene.edge_paths)}, False),
+        ({"scene_sha256": files_sha256(scene.anchor_inputs)}, False),
+        ({"edges_sha256": "another"}, True),
+        ({"scene_sha256": "another"}, True),
+        ({}, False),
+    ):
+        write_json(home / MANIFEST, {"arguments": arguments})
+        warn_of_another_scene(home, scene)
+        assert ("made for another scene" in capsys.readouterr().err) == warned
 
 
 # --- bad input ---

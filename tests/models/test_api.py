@@ -64,6 +64,13 @@ def test_guidance_by_all_anchors_is_refused():
         models.open_anchor_stage(None, (), [], models.AnchorSettings(sources="all"))
 
 
+def test_bad_settings_are_refused_before_anything_is_loaded():
+    with pytest.raises(InputError, match="there are 30 steps in all"):
+        models.open_inbetween_stage([""], models.InbetweenSettings(num_replacement=31))
+    with pytest.raises(InputError, match="leave --colour_match out"):
+        models.open_inbetween_stage([""], models.InbetweenSettings(composite="seen", colour_match=True))
+
+
 def test_all_public_names_are_there():
     for name in models.PUBLIC:
         assert getattr(models, name).__name__ == name

@@ -16,7 +16,7 @@ from models.runtime.chain import Stage, describe, split_flags
 from tests.scene.preprocess_common import BOXES, write_boxes, write_path
 from tests.support import warm
 from tests.support.helpers import ROOT, SECONDS, assert_same, call, contents, end, forbid_models, write_picture
-from tests.support.stages import STATE
+from tests.support.stages import STATE, new_scene
 from tests.support.wan import wan_folder
 from utils.cli import InputError
 from utils.files import read_json
@@ -64,6 +64,13 @@ def test_what_a_stage_would_refuse_is_refused_at_once(
     printed = capsys.readouterr()
     assert telling in printed.err and printed.err.count("\n") == 1 and not printed.out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--ggi.composite", "--ggi.colour_match"])
+def test_a_scene_without_geometry_carries_nothing(tmp_path: Path, inputs: tuple, capsys, flag: str):
+    scene = new_scene(tmp_path / "scene")
+    assert call("generate", "--scene", scene, *inputs[-2:], "--output", tmp_path / "out", "--", flag) == 2
+    assert f"carrying the anchors needs {scene / 'scene.glb'}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

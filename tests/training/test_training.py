@@ -347,3 +347,6 @@ def test_two_processes_equal_one(tmp_path: Path, line: Path, accumulation: int):
     assert losses(tmp_path / "run") == pytest.approx(losses(line), abs=1e-6)
     for step in (3, 6):
         assert (flat(tmp_path / "run", step) - flat(line, step)).abs().max() < 1e-6
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    result = end(start_module("tests.support.toy_training", "--output_dir", tmp_path / "run", *flags))
+    assert "began with 2 processes and goes on with 1" in result.stderr
