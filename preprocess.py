@@ -203,13 +203,15 @@ def check_arguments(args: argparse.Namespace) -> None:
     for given, own in ((args.scene, SCENE_FILE), (args.cameras, CAMERAS_FILE)):
         if given and given.resolve() == (args.output / own).resolve():
             raise InputError(f"{given} would be replaced by the one that is written; choose another --output")
-    if written := args.write_camera_path:
-        inputs = [given.resolve() for given in (args.scene, args.cameras) if given]
-        inside = written.resolve().is_relative_to(args.output.resolve())
-        top = written.resolve().relative_to(args.output.resolve()).parts[:1] if inside else ()
-        owned = any(Path(name).match(pattern) for name in top for pattern in OWNED)
-        if written.is_dir() or owned or written.resolve() in inputs:
-            raise InputError(f"--write_camera_path {written} is a folder, an input or a result; name another file")
+    if args.write_camera_path:
+        written, output = args.write_camera_path.resolve(), args.output.resolve()
+        is_input = written in [given.resolve() for given in (args.scene, args.cameras) if given]
+        in_output = [path for path in (written, *written.parents) if path.parent == output]
+        is_result = any(path.match(pattern) for path in in_output for pattern in OWNED)
+        if written.is_dir() or is_input or is_result:
+            raise InputError(
+                f"--write_camera_path {args.write_camera_path} is a folder, an input or a result; name another file"
+            )
         require_writable(written.parent)
 
 

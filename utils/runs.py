@@ -183,7 +183,7 @@ def of_another_scene(manifest: Mapping, scene: Scene) -> bool:
     """Whether a run of anchors or of a video was made from other edges or correspondences than `scene` has now."""
     noted = manifest.get("arguments", {})
     inputs = {"scene_sha256": scene.anchor_inputs, "edges_sha256": scene.edge_paths}
-    return any(noted.get(name) not in (None, "", files_sha256(paths)) for name, paths in inputs.items())
+    return any(noted.get(name) and noted[name] != files_sha256(paths) for name, paths in inputs.items())
 
 
 def warn_of_another_scene(folder: Path, scene: Scene) -> None:
