@@ -40,9 +40,7 @@ from utils.files import files_sha256
 from utils.images import find_ffmpeg, picture_size, read_image, write_image
 from utils.layout import (
     ARC_FRAMES,
-    CAMERAS_FILE,
     CONTACT_SHEET,
-    SCENE_FILE,
     VIDEO_FILE,
     Arc,
     Scene,
@@ -115,12 +113,8 @@ def result_arguments(args: Arguments, scene: Scene, noises: Sequence[np.ndarray 
     own = BACKBONES[args.backbone].inputs(args, scene)
     if noises[0] is not None:
         own["noise_sha256"] = hashlib.sha256(np.stack(noises)).hexdigest()
-    geometry = [scene.folder / name for name in (SCENE_FILE, CAMERAS_FILE)] if carries(args) else []
-    return args.identity() | {
-        "edges_sha256": files_sha256(scene.edge_paths),
-        **own,
-        **({"geometry_sha256": files_sha256(geometry)} if geometry else {}),
-    }
+    geometry = {"geometry_sha256": files_sha256(scene.geometry_paths)} if carries(args) else {}
+    return args.identity() | {"edges_sha256": files_sha256(scene.edge_paths), **own, **geometry}
 
 
 def open_job(args: Arguments, preset: Preset, target: Path) -> VideoJob:

@@ -285,10 +285,9 @@ def main() -> None:
 
 
 def require_whole(arcs: Sequence[Arc]) -> None:
-    """Raise InputError if a file of an arc that was finished has gone. (Noise is made again where it is needed.)"""
+    """Raise InputError if a file of an arc that was finished has gone."""
     for arc in arcs:
-        files = [*arc.edge_paths, *arc.corres_paths, arc.corres_end_path]
-        missing = [path for path in files if not path.exists()] if arc.folder.is_dir() else []
+        missing = [path for path in arc.input_paths if not path.exists()] if arc.folder.is_dir() else []
         if missing:
             raise InputError(
                 f"{missing[0]} is missing, one of {len(missing)}: delete {arc.folder}, and it is made again"

@@ -59,10 +59,8 @@ from utils.files import files_sha256
 from utils.images import contact_sheet, read_image, resize_image, write_image
 from utils.layout import (
     ANCHOR_FILES,
-    CAMERAS_FILE,
     CONTACT_SHEET,
     MULTIVIEWS,
-    SCENE_FILE,
     Scene,
     anchor_latents_path,
     anchor_path,
@@ -184,7 +182,7 @@ def result_arguments(
     hashes = {"scene_sha256": files_sha256(scene.anchor_inputs), "loras_sha256": files_sha256(loras)}
     hashes["lora"] = [{"sha256": files_sha256(lora_sources(path)), "weight": weight} for path, weight in args.lora]
     if args.sources == "all":
-        hashes["geometry_sha256"] = files_sha256([scene.folder / name for name in (SCENE_FILE, CAMERAS_FILE)])
+        hashes["geometry_sha256"] = files_sha256(scene.geometry_paths)
     return args.identity() | {"pfix": pfix, "prompt": prompts, "width": size[0], "height": size[1]} | hashes
 
 
@@ -220,9 +218,10 @@ def choose_anew(args: Arguments, job: AnchorJob) -> None:
         raise InputError(f"--redo, --use_picture {chosen}: each anchor once, of 0 to {count - 1}")
     if not all(anchor_path(job.run.folder, k).exists() for k in range(count)):
         raise InputError(f"{job.run.folder} is not finished: give the command without --redo and --use_picture first")
-    job.redo, job.pictures = sorted(args.redo), {k: read_image(path) for k, path in args.use_picture}
-    for (k, path), picture in zip(args.use_picture, job.pictures.values(), strict=True):
-        note_stretch(f"anchor {k}: {path}", picture.shape[1::-1], job.size)
+    job.redo = sorted(args.redo)
+    for k, path in args.use_picture:
+        job.pictures[k] = read_image(path)
+        note_stretch(f"anchor {k}: {path}", job.pictures[k].shape[1::-1], job.size)
     job.seed = job.seed + 1 if args.redo_seed is None else args.redo_seed
     for k in args.redo if args.redo_prompt is not None else ():
         job.prompts[k] = args.redo_prompt

@@ -75,6 +75,11 @@ class Arc:
     def corres_end_path(self) -> Path:
         return self.folder / "corres_end.png"
 
+    @property
+    def input_paths(self) -> list[Path]:
+        """Edge frames and maps: what an arc cannot do without. (Noise is made where it is missing.)"""
+        return [*self.edge_paths, *self.corres_paths, self.corres_end_path]
+
     def noise_path(self, latent_size: tuple[int, int] = REFERENCE_LATENT_SIZE) -> Path:
         """latent_size: width, height."""
         name = "noises" if latent_size == REFERENCE_LATENT_SIZE else "noises_{}x{}".format(*latent_size)
@@ -99,6 +104,11 @@ class Scene:
     def anchor_inputs(self) -> list[Path]:
         """What decides the anchors: their edge frames, and the correspondences between them."""
         return [*self.anchor_edge_paths, *(arc.corres_end_path for arc in self.arcs)]
+
+    @property
+    def geometry_paths(self) -> list[Path]:
+        """The mesh and the cameras."""
+        return [self.folder / SCENE_FILE, self.folder / CAMERAS_FILE]
 
     @property
     def edge_paths(self) -> list[Path]:
@@ -247,6 +257,14 @@ SAMPLES_FOLDER = "samples"  # in a training run: sample sheets
 STATE_FOLDER = "state"  # in a checkpoint: the state from which an interrupted training resumes
 # Files of an anchor run; its videos are subfolders.
 ANCHOR_FILES = ("image_*.png", "warped_x_*.png", "mask_*.png", "latents_*.safetensors", CONTACT_SHEET)
+
+
+def scene_seed(folder: Path) -> int:
+    """The seed that preprocess.py was given for a scene folder; 0 if it did not write it."""
+    manifest = folder / SCENE_MANIFEST
+    arguments = read_json(manifest).get("arguments") if manifest.is_file() else None
+    seed = arguments.get("seed") if isinstance(arguments, dict) else None
+    return seed if isinstance(seed, int) and seed >= 0 else 0
 
 
 def pad_prompts(prompts: Sequence[str], count: int) -> list[str]:

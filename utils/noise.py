@@ -30,8 +30,8 @@ import numpy as np
 
 from utils.cli import InputError, Parser, non_negative_int, require_writable, run_script, size
 from utils.correspondence import read_map, source_positions
-from utils.files import atomic_path, read_json
-from utils.layout import LATENT_FRAMES, NOISE_CHANNELS, SCENE_MANIFEST, Arc, load_scene
+from utils.files import atomic_path
+from utils.layout import LATENT_FRAMES, NOISE_CHANNELS, Arc, load_scene, scene_seed
 from utils.particles import elements_per_cell, warp_noise
 
 
@@ -52,14 +52,6 @@ def arc_noise(arc: Arc, latent_size: tuple[int, int], seed: int = 0) -> np.ndarr
     """Noise of one arc from its correspondence maps, float32 [13, h, w, 16]. Each arc has its own random stream."""
     correspondences = [source_positions(read_map(path)) for path in arc.corres_paths]
     return warp_noise(correspondences, latent_size, [seed, arc.index])
-
-
-def scene_seed(folder: Path) -> int:
-    """The seed that preprocess.py was given for a scene folder; 0 if it did not write it."""
-    manifest = folder / SCENE_MANIFEST
-    arguments = read_json(manifest).get("arguments") if manifest.is_file() else None
-    seed = arguments.get("seed") if isinstance(arguments, dict) else None
-    return seed if isinstance(seed, int) and seed >= 0 else 0
 
 
 def load_or_make_noise(arc: Arc, latent_size: tuple[int, int], seed: int | None = None) -> np.ndarray:

@@ -179,18 +179,23 @@ def with_defaults(before: dict, now: dict, defaults: Mapping[str, object] | None
     return newer | {name: value for name, value in before.items() if value is not None}
 
 
-def of_another_scene(manifest: Mapping, scene: Scene) -> bool:
-    """Whether a run of anchors or of a video was made from other edges or correspondences than `scene` has now."""
+def find_other_scene(folder: Path, manifest: Mapping, scene: Scene) -> str:
+    """Why the anchors or the video in `folder` do not belong to `scene`; empty if they do.
+
+    They were made from other edges or correspondences than the scene has now.
+    """
     noted = manifest.get("arguments", {})
     inputs = {"scene_sha256": scene.anchor_inputs, "edges_sha256": scene.edge_paths}
-    return any(noted.get(name) and noted[name] != files_sha256(paths) for name, paths in inputs.items())
+    if any(noted.get(name) and noted[name] != files_sha256(paths) for name, paths in inputs.items()):
+        return f"{folder} was made for another scene than {scene.folder}, or before that was made again"
+    return ""
 
 
 def warn_of_another_scene(folder: Path, scene: Scene) -> None:
     """Say on stderr if the run in `folder`, if there is one, was made from another scene."""
-    if (folder / MANIFEST).is_file() and of_another_scene(read_json(folder / MANIFEST), scene) and is_first_process():
-        told = f"{folder} was made for another scene than {scene.folder}, or before that was made again"
-        print(f"warning: {told}", file=sys.stderr)
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    if is_first_process() and (reason := find_other_scene(folder, manifest, scene)):
+        print(f"warning: {reason}", file=sys.stderr)
 
 
 def require_distinct(runs: Sequence[Run]) -> None:

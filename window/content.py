@@ -19,7 +19,7 @@ from utils.layout import (
 )
 from utils.meshes.load import load_geometry
 from utils.meshes.mesh import Geometry
-from utils.runs import of_another_scene
+from utils.runs import find_other_scene
 from utils.scene.raycast import RayCaster
 from utils.scene.scene_geometry import load_scene_geometry
 from utils.scene.views import View
@@ -122,8 +122,8 @@ def _manifest(folder: Path) -> dict:
 
 def _require_scene(folder: Path, manifest: dict, scene: Scene) -> None:
     """Refuse anchors or a video that were made for another scene."""
-    if of_another_scene(manifest, scene):
-        raise InputError(f"{folder} was made for another scene than {scene.folder}, or before that was made again")
+    if reason := find_other_scene(folder, manifest, scene):
+        raise InputError(reason)
 
 
 def _frames(folder: Path, scene: Scene, anchors: Sequence[Path], of_anchors: dict) -> list[Path]:

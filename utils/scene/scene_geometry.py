@@ -23,7 +23,7 @@ class SceneGeometry:
 
 def missing_geometry(scene: Scene) -> str:
     """Name of the file that a scene folder lacks for `load_scene_geometry`; empty if it has both."""
-    return next((name for name in (SCENE_FILE, CAMERAS_FILE) if not (scene.folder / name).is_file()), "")
+    return next((path.name for path in scene.geometry_paths if not path.is_file()), "")
 
 
 def load_scene_geometry(scene: Scene, size: tuple[int, int], needed_by: str) -> SceneGeometry:
